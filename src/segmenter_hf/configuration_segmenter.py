@@ -1,0 +1,64 @@
+"""Configuration of Segmenter (Strudel et al., ICCV 2021)."""
+
+from typing import Literal
+
+from .configuration_vit_encoder import VitEncoderConfig, strict_config
+
+
+@strict_config
+class SegmenterConfig(VitEncoderConfig):
+    r"""Configuration of [`SegmenterModel`] and [`SegmenterForSemanticSegmentation`].
+
+    The defaults are Segmenter-B-Mask/16 of the paper. The number of classes comes from `num_labels` or `id2label`.
+
+    Args:
+        decoder_type (`"mask_transformer"` or `"linear"`, defaults to `"mask_transformer"`): The decoder (section 3.2).
+        decoder_num_hidden_layers (`int`, defaults to 2): Layers of the mask transformer.
+        decoder_num_attention_heads (`int`, *optional*): Heads of its attention; the encoder's by default.
+        decoder_hidden_size (`int`, *optional*): Width of its tokens; the encoder's by default.
+        decoder_intermediate_size (`int`, *optional*): Width of its MLPs; the encoder's by default.
+        decoder_layer_norm_eps (`float`, defaults to 1e-5): Epsilon of its LayerNorms.
+        decoder_hidden_dropout_prob (`float`, defaults to 0.1): Dropout after its attention and MLP layers.
+        decoder_attention_probs_dropout_prob (`float`, defaults to 0.1): Dropout of its attention probabilities.
+        decoder_drop_path_rate (`float`, defaults to 0.0): Stochastic depth of its layers, the same for each.
+
+    The other arguments are those of the shared encoder: see [`VitEncoderConfig`].
+
+    Raises:
+        ValueError: If a value is out of its range or values contradict each other.
+
+    Example:
+
+    ```python
+    >>> from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation
+
+    >>> tiny = SegmenterConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=150)
+    >>> model = SegmenterForSemanticSegmentation(tiny)
+    ```
+    """
+
+    model_type = "segmenter"
+
+    decoder_type: Literal["mask_transformer", "linear"] = "mask_transformer"
+    decoder_num_hidden_layers: int = 2
+    decoder_num_attention_heads: int | None = None
+    decoder_hidden_size: int | None = None
+    decoder_intermediate_size: int | None = None
+    decoder_layer_norm_eps: float | int = 1e-5
+    decoder_hidden_dropout_prob: float | int = 0.1
+    decoder_attention_probs_dropout_prob: float | int = 0.1
+    decoder_drop_path_rate: float | int = 0.0
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.decoder_num_attention_heads is None:
+            self.decoder_num_attention_heads = self.num_attention_heads
+        if self.decoder_hidden_size is None:
+            self.decoder_hidden_size = self.hidden_size
+        if self.decoder_intermediate_size is None:
+            self.decoder_intermediate_size = self.intermediate_size
+        super().__post_init__(**kwargs)
+
+
+SegmenterConfig.register_for_auto_class()
+
+__all__ = ["SegmenterConfig"]

@@ -1,0 +1,121 @@
+"""The fields of the plain ViT / DeiT encoder that Segmenter and SETR share, and their validation."""
+
+from functools import wraps
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+
+def strict_config(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Make `cls` a strict data class whose constructor reports every invalid field as `ValueError`."""
+    cls = strict(cls)
+    original_init = cls.__init__
+
+    @wraps(original_init)
+    def __init__(self, *args, **kwargs) -> None:
+        try:
+            original_init(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"{cls.__name__}: {error.__cause__ or error}") from error
+
+    cls.__init__ = __init__
+    return cls
+
+
+@strict_config
+class VitEncoderConfig(PreTrainedConfig):
+    r"""Fields of the encoder: a Vision Transformer (Dosovitskiy et al., ICLR 2021) with pre-norm layers.
+
+    Args:
+        hidden_size (`int`, defaults to 768): Width of the tokens.
+        num_hidden_layers (`int`, defaults to 12): Number of transformer layers.
+        num_attention_heads (`int`, defaults to 12): Heads of each attention layer; must divide `hidden_size`.
+        intermediate_size (`int`, defaults to 3072): Width of the hidden layer of each MLP.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLPs; `"gelu"` is the exact one.
+        hidden_dropout_prob (`float`, defaults to 0.0): Dropout after the embeddings, attention and both MLP layers.
+        attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout of the attention probabilities.
+        drop_path_rate (`float`, defaults to 0.1): Stochastic depth of the last layer; rises linearly from 0.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialisation.
+        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of the encoder's LayerNorms.
+        image_size (`int` or `[height, width]`, defaults to 512): Pixels of the grid of position embeddings. Other input
+            sizes work too: the position embeddings are resized.
+        patch_size (`int`, defaults to 16): Side of a square patch in pixels; must divide `image_size`.
+        num_channels (`int`, defaults to 3): Channels of the images.
+        qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
+        use_distillation_token (`bool`, defaults to `False`): Whether DeiT's second token follows the class token.
+        position_embedding_interpolation (`"bilinear"` or `"bicubic"`, defaults to `"bilinear"`): How the position
+            embeddings are resized (`align_corners=False`, no antialiasing).
+        semantic_loss_ignore_index (`int`, defaults to 255): Label of pixels that the loss leaves out.
+
+    Raises:
+        ValueError: If a value is out of its range or values contradict each other.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.1
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-6
+    image_size: int | list[int] | tuple[int, ...] = 512
+    patch_size: int = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    use_distillation_token: bool = False
+    position_embedding_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    semantic_loss_ignore_index: int = 255
+
+    @property
+    def image_height_and_width(self) -> tuple[int, int]:
+        """(height, width) in pixels of the grid of position embeddings."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        height, width = self.image_size
+        return height, width
+
+    def validate_sizes(self) -> None:
+        """Every size is positive, and the patches tile the image."""
+        for name, value in self.to_dict().items():
+            is_size = name.endswith(("_size", "_layers", "_heads", "num_channels")) and isinstance(value, int)
+            if is_size and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            raise ValueError(f"`image_size` must be an int or [height, width], got {self.image_size}.")
+        if any(side < 1 or side % self.patch_size for side in self.image_height_and_width):
+            raise ValueError(
+                f"`image_size` must be a positive multiple of `patch_size`, got {self.image_size} and "
+                f"{self.patch_size}. Inputs of other sizes are padded by the model and need no change here."
+            )
+
+    def validate_attention_heads(self) -> None:
+        """The heads share the width equally, in the encoder and, where there is one, in the decoder."""
+        for prefix in ("", "decoder_"):
+            width = getattr(self, f"{prefix}hidden_size", None)
+            heads = getattr(self, f"{prefix}num_attention_heads", None)
+            if width is not None and heads is not None and width % heads:
+                raise ValueError(
+                    f"`{prefix}hidden_size` must be a multiple of `{prefix}num_attention_heads`, got {width} and {heads}."
+                )
+
+    def validate_numbers(self) -> None:
+        """Dropout and drop path are probabilities below 1, the epsilons of the norms positive."""
+        for name, value in self.to_dict().items():
+            if name.endswith(("dropout_prob", "drop_path_rate")) and not 0 <= value < 1:
+                raise ValueError(f"`{name}` must be at least 0 and below 1, got {value}.")
+            if name.endswith("norm_eps") and not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+
+    def validate_activation(self) -> None:
+        """The activation is one that transformers knows."""
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+
+
+__all__ = ["VitEncoderConfig"]
