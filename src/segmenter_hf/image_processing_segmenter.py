@@ -1,0 +1,480 @@
+"""Image processor of Segmenter and SETR: resize, windows, normalisation, and the merge of the model's outputs."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch.nn.functional import interpolate
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+    is_torch_tensor,
+    load_image,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import ModelOutput, TensorType
+
+from .sliding_window import Window, merge_windows, split_windows
+
+
+INTERPOLATION = {
+    PILImageResampling.NEAREST: "nearest-exact",
+    PILImageResampling.BILINEAR: "bilinear",
+    PILImageResampling.BICUBIC: "bicubic",
+}
+
+
+class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    window_size (`int`, *optional*, defaults to `self.window_size`):
+        Side of the square windows in pixels; a multiple of `patch_size`.
+    window_stride (`int`, *optional*, defaults to `self.window_stride`):
+        Distance of two windows in pixels.
+    patch_size (`int`, *optional*, defaults to `self.patch_size`):
+        Side of the model's patches in pixels.
+    do_split_windows (`bool`, *optional*, defaults to `self.do_split_windows`):
+        Whether to cut images into windows. Off for training crops.
+    do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
+        Whether stored label 0 is ignored (255) and the others shift down by one, as in ADE20K.
+    scales (`list[float]`, *optional*, defaults to `self.scales`):
+        Factors of the size; the class probabilities are averaged over them.
+    do_flip (`bool`, *optional*, defaults to `self.do_flip`):
+        Whether each scale is also seen mirrored.
+    """
+
+    window_size: int
+    window_stride: int
+    patch_size: int
+    do_split_windows: bool
+    do_reduce_labels: bool
+    scales: list[float | int] | tuple[float | int, ...]
+    do_flip: bool
+
+
+def resized_size(height: int, width: int, shortest_edge: float, longest_edge: float | None = None) -> tuple[int, int]:
+    """(height, width) of an image resized to fit both edges with its aspect ratio kept, in pixels rounded half up.
+
+    The rule of mmcv's `rescale_size`, which the published results were computed with.
+    """
+    factor = shortest_edge / min(height, width)
+    if longest_edge is not None:
+        factor = min(factor, longest_edge / max(height, width))
+    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
+
+
+def resize_image(image: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
+    """Resize (channels, height, width) without antialiasing; uint8 stays uint8, rounded to the nearest."""
+    if image.shape[-2:] == size:
+        return image
+    align = {} if mode == "nearest-exact" else {"align_corners": False}
+    resized = interpolate(image[None].float(), size=size, mode=mode, **align)[0]
+    return resized.round_().clamp_(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else resized
+
+
+def resize_labels(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize a label map (height, width) of any integer dtype to `size` with nearest (pixel centres, as PIL)."""
+    for axis, (new, old) in enumerate(zip(size, labels.shape)):
+        if new != old:
+            centres = (torch.arange(new, device=labels.device, dtype=torch.float64) + 0.5) * old / new
+            labels = labels.index_select(axis, centres.long())
+    return labels
+
+
+def to_uint8(values: np.ndarray, is_16_bit: bool = False) -> np.ndarray:
+    """Boolean and 16-bit pixel values to 8 bit, full range to full range; 8-bit ones in any integer dtype unchanged."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * 255
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"Integer images must hold values from 0 to 65535, got {low} to {high}.")
+    if is_16_bit or values.dtype == np.uint16 or high > 255:
+        return np.round(values / 257.0).astype(np.uint8)
+    return values.astype(np.uint8)
+
+
+def pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
+    """PIL image of any mode to (height, width, channels), 8 bit unless it holds floats; transparency is dropped."""
+    if image.mode.startswith("I"):
+        image = PIL.Image.fromarray(to_uint8(np.asarray(image), is_16_bit=True))
+    if do_convert_rgb and image.mode not in ("RGB", "F"):
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+    array = np.array(image)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def read_image(source: "str | os.PathLike") -> PIL.Image.Image:
+    """Read an image from a path or URL, turned upright by its EXIF orientation, in its own mode."""
+    if str(source).startswith(("http://", "https://", "data:")):
+        return load_image(str(source))
+    with PIL.Image.open(source) as image:
+        return PIL.ImageOps.exif_transpose(image)
+
+
+class _SegmenterImageProcessing:
+    """What both backends share, which is everything: they differ in what must be installed."""
+
+    valid_kwargs = SegmenterImageProcessorKwargs
+    model_input_names = ["pixel_values", "window_offsets"]
+    resample = PILImageResampling.BILINEAR
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    size = {"shortest_edge": 512, "longest_edge": 2048}
+    default_to_square = False
+    window_size = 512
+    window_stride = 512
+    patch_size = 16
+    scales = [1.0]
+    do_flip = False
+    do_split_windows = True
+    do_convert_rgb = True
+    do_resize = True
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    do_reduce_labels = False
+
+    def __init__(self, **kwargs: Unpack[SegmenterImageProcessorKwargs]) -> None:
+        super().__init__(**kwargs)
+        self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None = None,
+        return_tensors: str | TensorType | None = "pt",
+        **kwargs: Unpack[SegmenterImageProcessorKwargs],
+    ) -> BatchFeature:
+        r"""Prepare images, and label maps where given, for the model.
+
+        Args:
+            images (`ImageInput`): One image or a list of them, of any sizes: paths or URLs, PIL images, numpy arrays or
+                torch tensors; grey, palette, RGB, RGBA, CMYK; 8 or 16 bit, or floats from 0 to 255 (from 0 to 1 with
+                `do_rescale=False`).
+            segmentation_maps (`ImageInput`, *optional*): One map of classes for each image, of its size: PIL images
+                (also palette ones), numpy arrays or torch tensors of shape `(height, width)`, of integers.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"`, or `None` for lists.
+            kwargs: Any field of the processor, for this call. `scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75]` with
+                `do_flip=True` is the multi-scale + flip protocol of the papers.
+
+        Returns:
+            `BatchFeature` with
+
+            - `pixel_values` (`torch.FloatTensor` of shape `(num_windows, num_channels, height, width)`): All windows of
+              all scales and flips of all images, row by row.
+            - `window_offsets` (`torch.LongTensor` of shape `(num_windows, 11)`): What each window is: see
+              [`~sliding_window.Window`]. Passes through the model to `post_process_semantic_segmentation`.
+            - `labels` (`torch.LongTensor` of shape `(num_windows, height, width)`), when label maps are given: The same
+              windows of the label maps, resized with nearest.
+
+        Raises:
+            ValueError: If an argument, an image or a label map is not as described.
+        """
+        kwargs["return_tensors"] = return_tensors
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def _validate_preprocess_kwargs(self, **kwargs) -> None:
+        super()._validate_preprocess_kwargs(**kwargs)
+        size, window_size, stride = kwargs["size"], kwargs["window_size"], kwargs["window_stride"]
+        patch_size, scales = kwargs["patch_size"], kwargs["scales"]
+        if kwargs["do_resize"] and not (size.shortest_edge or 0) > 0:
+            raise ValueError(
+                f'`size` must have a positive "shortest_edge" and may have a "longest_edge", in pixels; got {dict(size)}.'
+            )
+        if size is not None and size.longest_edge is not None and size.longest_edge < 1:
+            raise ValueError(f'"longest_edge" of `size` must be positive, got {size.longest_edge}.')
+        if patch_size < 1 or window_size < 1 or window_size % patch_size:
+            raise ValueError(
+                f"`window_size` must be a positive multiple of the model's `patch_size`, got {window_size} and {patch_size}."
+            )
+        if not 1 <= stride <= window_size:
+            raise ValueError(
+                f"`window_stride` must be from 1 to `window_size` ({window_size}), or pixels are left out; got {stride}."
+            )
+        if len(scales) == 0 or not all(0 < scale <= 16 for scale in scales):
+            raise ValueError(f"`scales` must be one or more factors above 0 and up to 16, got {scales}.")
+        if kwargs["resample"] not in INTERPOLATION:
+            names = [method.name for method in INTERPOLATION]
+            raise ValueError(f"`resample` must be one of {names}, got {kwargs['resample']!r}.")
+
+    def fetch_images(self, image_url_or_urls: ImageInput) -> ImageInput:
+        """Read paths and URLs; images pass through."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return read_image(image_url_or_urls)
+        return image_url_or_urls
+
+    def process_image(
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: "str | torch.device | None" = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Bring one image to (channels, height, width), uint8 or float32."""
+        if isinstance(image, PIL.Image.Image):
+            image, input_data_format = pil_to_array(image, bool(do_convert_rgb)), ChannelDimension.LAST
+        array = image.cpu().numpy() if is_torch_tensor(image) else np.asarray(image)
+        if array.ndim == 2:
+            array, input_data_format = array[None], ChannelDimension.FIRST
+        if array.ndim != 3 or 0 in array.shape:
+            raise ValueError(f"An image must have two or three dimensions, none of them empty; got {array.shape}.")
+        if input_data_format is None:
+            channels = len(self.image_mean) if isinstance(self.image_mean, Sequence) else 3
+            input_data_format = infer_channel_dimension_format(array, num_channels=(channels, 1, 3, 4))
+        if input_data_format == ChannelDimension.LAST:
+            array = np.moveaxis(array, -1, 0)
+        if np.issubdtype(array.dtype, np.floating):
+            array = array.astype(np.float32)
+            if not np.isfinite(array).all():
+                raise ValueError("The image holds NaN or infinite values: replace them before processing.")
+        else:
+            array = to_uint8(array)
+        if do_convert_rgb and len(array) == 1:
+            array = np.repeat(array, 3, axis=0)
+        elif do_convert_rgb and len(array) == 4:
+            array = array[:3]
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device or "cpu")
+
+    def process_segmentation_map(self, segmentation_map: ImageInput, do_reduce_labels: bool) -> torch.Tensor:
+        """Bring one label map to (height, width), int64."""
+        labels = torch.as_tensor(np.array(segmentation_map))
+        if labels.ndim == 3 and 1 in (labels.shape[0], labels.shape[-1]):
+            labels = labels.squeeze(0 if labels.shape[0] == 1 else -1)
+        if labels.ndim != 2:
+            raise ValueError(
+                f"A segmentation map must have the shape (height, width), got {tuple(labels.shape)}. Convert colour-coded "
+                "masks to class ids first."
+            )
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"A segmentation map must hold integers, got {labels.dtype}.")
+        labels = labels.long()
+        if do_reduce_labels:
+            labels = torch.where((labels == 0) | (labels == 255), 255, labels - 1)
+        return labels
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None,
+        do_convert_rgb: bool,
+        do_reduce_labels: bool,
+        input_data_format: ChannelDimension | None,
+        return_tensors: str | TensorType | None,
+        device: "str | torch.device | None" = None,
+        **kwargs,
+    ) -> BatchFeature:
+        images = self._prepare_image_like_inputs(
+            images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, device=device
+        )
+        maps = [None] * len(images)
+        if segmentation_maps is not None:
+            maps = self._prepare_images_structure(segmentation_maps, expected_ndims=2)
+            maps = [self.process_segmentation_map(labels, do_reduce_labels).to(device or "cpu") for labels in maps]
+            sizes = [tuple(image.shape[-2:]) for image in images]
+            if sizes != [tuple(labels.shape) for labels in maps]:
+                raise ValueError(
+                    "Each image needs one segmentation map of its (height, width); got images of "
+                    f"{sizes} and maps of {[tuple(labels.shape) for labels in maps]}."
+                )
+        data = {"pixel_values": [], "window_offsets": [], "labels": []}
+        for index, (image, labels) in enumerate(zip(images, maps)):
+            windows, offsets, label_windows = self._preprocess(image, labels, index, **kwargs)
+            data["pixel_values"] += windows
+            data["window_offsets"] += offsets
+            data["labels"] += label_windows
+        if segmentation_maps is None:
+            del data["labels"]
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def _preprocess(
+        self,
+        image: torch.Tensor,
+        labels: torch.Tensor | None,
+        image_index: int,
+        *,
+        do_split_windows: bool,
+        window_size: int,
+        window_stride: int,
+        scales: Sequence[float],
+        do_flip: bool,
+        **kwargs,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """Windows, their descriptions and their labels of all views of one image."""
+        smallest_side = window_size if do_split_windows else 1
+        windows, offsets, label_windows = [], [], []
+        for scale_index, scale in enumerate(scales):
+            pixels, scaled_labels = self._resize_and_normalize(image, labels, scale, smallest_side, **kwargs)
+            view_size = pixels.shape[-2:]
+            for flip in range(1 + do_flip):
+                view = torch.flip(pixels, (-1,)) if flip else pixels
+                cut, starts = (
+                    split_windows(view, window_size, window_stride) if do_split_windows else ([view], [(0, 0)])
+                )
+                for window, start in zip(cut, starts):
+                    view_index = scale_index * (1 + do_flip) + flip
+                    row = (image_index, view_index, flip, *start, *window.shape[-2:], *view_size, *image.shape[-2:])
+                    offsets.append(torch.tensor(Window(*row)))
+                windows += cut
+                if labels is not None:
+                    view = torch.flip(scaled_labels, (-1,)) if flip else scaled_labels
+                    label_windows += split_windows(view, window_size, window_stride)[0] if do_split_windows else [view]
+        return windows, offsets, label_windows
+
+    def _resize_and_normalize(
+        self,
+        image: torch.Tensor,
+        labels: torch.Tensor | None,
+        scale: float,
+        smallest_side: int,
+        *,
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | Sequence[float],
+        image_std: float | Sequence[float],
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """An image (channels, height, width) and its labels (height, width) at one scale, at least `smallest_side`."""
+        if do_rescale and image.is_floating_point() and 0 < image.max() <= 1:
+            raise ValueError(
+                "The image holds floats up to 1, but `do_rescale=True` expects 0 to 255: pass `do_rescale=False`."
+            )
+        height, width = image.shape[-2:]
+        if do_resize:
+            longest_edge = None if size.longest_edge is None else int(size.longest_edge * scale)
+            height, width = resized_size(height, width, int(size.shortest_edge * scale), longest_edge)
+        else:
+            height, width = resized_size(height, width, min(height, width) * scale)
+        pixels = resize_image(image, (height, width), INTERPOLATION[resample])
+        pixels = self.rescale_and_normalize(pixels, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+        labels = None if labels is None else resize_labels(labels, (height, width))
+        if min(height, width) < smallest_side:
+            # The protocol enlarges after normalisation, and cuts the longer side to whole pixels instead of rounding.
+            if height < width:
+                height, width = smallest_side, int(width / height * smallest_side)
+            else:
+                height, width = int(height / width * smallest_side), smallest_side
+            pixels = resize_image(pixels, (height, width))
+            labels = None if labels is None else resize_labels(labels, (height, width))
+        return pixels, labels
+
+    def rescale_and_normalize(
+        self,
+        image: torch.Tensor,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | Sequence[float],
+        image_std: float | Sequence[float],
+    ) -> torch.Tensor:
+        """(image * rescale_factor - mean) / std of (channels, height, width), in float32."""
+        image = image.to(torch.float32, copy=True)
+        if do_rescale:
+            image.mul_(rescale_factor)
+        if do_normalize:
+            mean, std = (
+                torch.as_tensor(v, device=image.device).float().reshape(-1, 1, 1) for v in (image_mean, image_std)
+            )
+            if len(mean) not in (1, len(image)) or len(std) not in (1, len(image)):
+                raise ValueError(
+                    f"`image_mean` and `image_std` must have one value for each of the {len(image)} channels of the "
+                    f"image, got {image_mean} and {image_std}."
+                )
+            image.sub_(mean).div_(std)
+        return image
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs: ModelOutput,
+        target_sizes: Sequence[tuple[int, int]] | None = None,
+        return_segmentation_scores: bool = False,
+    ) -> "list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]":
+        r"""Merge the model's outputs into maps of the original sizes.
+
+        Args:
+            outputs ([`SegmenterSemanticSegmenterOutput`] or [`SetrSemanticSegmenterOutput`]): Outputs of the model with
+                `logits` and the `window_offsets` that came with its inputs. Without `window_offsets` each row of the
+                logits is one whole image, and its size is that of the logits.
+            target_sizes (`Sequence[tuple[int, int]]`, *optional*): (height, width) in pixels of each image; the
+                original sizes by default.
+            return_segmentation_scores (`bool`, defaults to `False`): Whether to return class probabilities too.
+
+        Returns:
+            `list[torch.LongTensor]`: A class map (height, width) for each image; or, with scores, a list of
+            `SemanticSegmentationPostProcessorOutput` with `segmentation` and `segmentation_scores`
+            (`torch.FloatTensor` of shape `(num_labels, height, width)`): softmax, averaged over scales and flips.
+
+        Raises:
+            ValueError: If windows are missing, or the number of target sizes is not that of the images.
+        """
+        logits, patch_size = outputs.logits, self.patch_size
+        window_offsets = getattr(outputs, "window_offsets", None)
+        if window_offsets is None:
+            patch_size, sizes = 1, logits.shape[-2:] * 3
+            window_offsets = torch.tensor([(image, 0, 0, 0, 0, *sizes) for image in range(len(logits))])
+        merged = merge_windows(logits, window_offsets, patch_size, target_sizes, return_segmentation_scores)
+        if not return_segmentation_scores:
+            return [segmentation for segmentation, _ in merged]
+        return [
+            SemanticSegmentationPostProcessorOutput(data={"segmentation": segmentation, "segmentation_scores": scores})
+            for segmentation, scores in merged
+        ]
+
+    def to_dict(self) -> dict:
+        """Fields of the processor; as remote code it names the classes of both backends."""
+        fields = super().to_dict()
+        if "auto_map" in fields:
+            name = f"{type(self).__module__.split('.')[-1]}.SegmenterImageProcessor"
+            fields["auto_map"] = {"AutoImageProcessor": {"torchvision": name, "pil": f"{name}Pil"}}
+        return fields
+
+
+class SegmenterImageProcessor(_SegmenterImageProcessing, TorchvisionBackend):
+    r"""Image processor of Segmenter and SETR, the default where torchvision is installed.
+
+    It carries out the protocol of the published results: resize with the aspect ratio kept and without antialiasing,
+    overlapping windows, normalisation; and after the model the exact merge to maps of the original sizes.
+
+    Args:
+        size (`dict[str, int]`, defaults to `{"shortest_edge": 512, "longest_edge": 2048}`): The image is resized to the
+            largest size that exceeds neither edge, in pixels. "longest_edge" may be left out.
+        window_size (`int`, defaults to 512): Side of the windows in pixels. Images shorter than that are enlarged.
+        window_stride (`int`, defaults to 512): Distance of two windows in pixels.
+        patch_size (`int`, defaults to 16): Side of the model's patches in pixels; divides `window_size`.
+        do_split_windows (`bool`, defaults to `True`): Whether to cut windows. Off for training crops, which must then
+            be of one size.
+        image_mean (`float` or `list[float]`, defaults to 0.5): Mean of each channel.
+        image_std (`float` or `list[float]`, defaults to 0.5): Standard deviation of each channel.
+        do_reduce_labels (`bool`, defaults to `False`): Whether stored label 0 is ignored and the others shift down.
+        scales (`list[float]`, defaults to `[1.0]`): Factors of the size that are averaged over.
+        do_flip (`bool`, defaults to `False`): Whether each scale is also seen mirrored.
+
+    Raises:
+        ValueError: If the arguments contradict each other.
+    """
+
+
+class SegmenterImageProcessorPil(_SegmenterImageProcessing, PilBackend):
+    r"""[`SegmenterImageProcessor`] without torchvision: the same arguments, and the same results to the bit."""
+
+
+for _processor in (SegmenterImageProcessor, SegmenterImageProcessorPil):
+    _processor.register_for_auto_class("AutoImageProcessor")
+
+__all__ = ["SegmenterImageProcessor", "SegmenterImageProcessorPil"]
