@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import interpolate
 
 
-TILE_HEIGHT, TILE_WIDTH = 32, 64
+TILE_HEIGHT, TILE_WIDTH = 16, 64
 
 
 class Window(NamedTuple):
@@ -137,6 +137,7 @@ def merge_tiles(
     side: int,
     flip: bool,
     tile_size: int,
+    device: torch.device,
 ) -> tuple[Tile, ...]:
     """[`merge_matrix`] in float32, mirrored for a flipped view, cut into tiles without their zero columns."""
     matrix = merge_matrix(starts, window, padded_window, patches, view_side, side)
@@ -146,12 +147,13 @@ def merge_tiles(
     for start in range(0, side, tile_size):
         rows = matrix[start : start + tile_size]
         columns = rows.count_nonzero(0).nonzero()[:, 0]
-        tiles.append(Tile(start, start + len(rows), columns, rows[:, columns].float().contiguous()))
+        weights = rows[:, columns].float().contiguous()
+        tiles.append(Tile(start, start + len(rows), columns.to(device), weights.to(device)))
     return tuple(tiles)
 
 
 class _View(NamedTuple):
-    """Patch logits (patch rows, patch columns, labels) of a view, and the tiles of both axes."""
+    """Patch logits (patch columns, patch rows, labels) of a view, and the tiles of both axes."""
 
     logits: torch.Tensor
     rows: tuple[Tile, ...]
@@ -191,44 +193,53 @@ def _arrange_view(
             )
         flip = bool(view.flip) and axis == 1
         tile_size = (TILE_HEIGHT, TILE_WIDTH)[axis]
-        tiles.append(merge_tiles(tuple(starts), window, padded_window, patches, view_side, side, flip, tile_size))
+        geometry = (tuple(starts), window, padded_window, patches, view_side, side, flip)
+        tiles.append(merge_tiles(*geometry, tile_size, logits.device))
         grid.append(len(starts))
     if len(windows) != grid[0] * grid[1]:
         raise _missing_windows(view, len(windows))
 
     indices = torch.tensor([index for index, _ in windows], device=logits.device)
     patches = logits[indices].float().unflatten(0, grid)  # (rows, columns, labels, height, width)
-    patches = patches.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).contiguous()
-    return _View(patches, *tiles)
+    return _View(patches.permute(1, 4, 0, 3, 2).flatten(2, 3).flatten(0, 1).contiguous(), *tiles)
 
 
 def _merge_image(
     views: list[_View], size: tuple[int, int], return_scores: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Class map (height, width) and, on request, mean softmax (labels, height, width) over the views."""
-    device, num_labels = views[0].logits.device, views[0].logits.shape[-1]
-    segmentation = torch.empty(size, dtype=torch.long, device=device)
-    scores = torch.empty(num_labels, *size, device=device) if return_scores else None
-    needs_softmax = return_scores or len(views) > 1
-    for row_index in range(len(views[0].rows)):
+    num_labels = views[0].logits.shape[-1]
+    new_empty = views[0].logits.new_empty
+    segmentation = new_empty(size, dtype=torch.long)
+    scores = new_empty(num_labels, *size) if return_scores else None
+    # Tiles are computed in place: fresh memory for each would cost more than the arithmetic.
+    tile_pixels = min(TILE_HEIGHT, size[0]) * min(TILE_WIDTH, size[1])
+    values, probabilities, total = (new_empty(tile_pixels * num_labels) for _ in range(3))
+    for columns in zip(*(view.columns for view in views)):
+        left, right = columns[0].start, columns[0].stop
         bands = []
-        for view in views:
-            tile = view.rows[row_index]
-            band = view.logits[tile.patches.to(device)].flatten(1)
-            bands.append((tile.weights.to(device) @ band).unflatten(1, (-1, num_labels)))  # (height, patches, labels)
-        top, bottom = tile.start, tile.stop
-        for column_index in range(len(views[0].columns)):
-            total = None
-            for view, band in zip(views, bands):
-                tile = view.columns[column_index]
-                values = tile.weights.to(device) @ band[:, tile.patches.to(device)]  # (height, width, labels)
-                if needs_softmax:
-                    values = values.softmax(-1)
-                total = values if total is None else total.add_(values)
-            left, right = tile.start, tile.stop
-            segmentation[top:bottom, left:right] = total.max(-1).indices
+        for view, tile in zip(views, columns):
+            band = tile.weights @ view.logits[tile.patches].flatten(1)  # (width, patch rows * labels)
+            bands.append(band.unflatten(1, (-1, num_labels)).transpose(0, 1).flatten(1))
+        for rows in zip(*(view.rows for view in views)):
+            top, bottom = rows[0].start, rows[0].stop
+            shape = (bottom - top, (right - left) * num_labels)
+            merged, softmax, logits = (
+                buffer[: shape[0] * shape[1]].view(shape) for buffer in (total, probabilities, values)
+            )
+            for index, (band, tile) in enumerate(zip(bands, rows)):
+                torch.mm(tile.weights, band[tile.patches], out=logits)
+                if len(views) == 1 and not return_scores:
+                    merged = logits
+                    continue
+                target = merged if index == 0 else softmax
+                torch.softmax(logits.view(-1, num_labels), -1, out=target.view(-1, num_labels))
+                if index > 0:
+                    merged.add_(softmax)
+            merged = merged.view(bottom - top, right - left, num_labels)
+            segmentation[top:bottom, left:right] = merged.max(-1).indices
             if return_scores:
-                scores[:, top:bottom, left:right] = total.permute(2, 0, 1) / len(views)
+                torch.div(merged.permute(2, 0, 1), len(views), out=scores[:, top:bottom, left:right])
     return segmentation, scores
 
 
@@ -273,7 +284,7 @@ def merge_windows(
         raise ValueError(
             f"`target_sizes` must have one (height, width) for each of the {len(images)} images, got {len(target_sizes)}."
         )
-    merged = []
+    logits, merged = logits.detach(), []
     for position, image in enumerate(sorted(images)):
         first = next(iter(images[image].values()))[0][1]
         size = (first.image_height, first.image_width) if target_sizes is None else target_sizes[position]

@@ -1,0 +1,249 @@
+"""Label sets: class names, colours, the ignore index and the map from stored ids to classes."""
+
+import colorsys
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+_FOLDER = Path(__file__).parent / "label_sets"
+_FILE_KEYS = {
+    "name",
+    "title",
+    "note",
+    "num_labels",
+    "ignore_index",
+    "reduce_labels",
+    "label_id_to_train_id",
+    "labels",
+}
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The classes of a dataset, and how its masks store them.
+
+    Args:
+        name (`str`):
+            Short name, as in `load_label_set(name)`.
+        title (`str`):
+            Name for people.
+        labels (`tuple[str, ...]`):
+            Class names, all different; the position is the class id.
+        colors (`tuple[tuple[int, int, int], ...]`):
+            One RGB colour in `[0, 255]` per class. Published palettes may give two classes one colour.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Label of pixels that belong to no class.
+        reduce_labels (`bool`, *optional*, defaults to `False`):
+            Whether stored label 0 means "no class" and the classes are stored from 1 on.
+        label_id_to_train_id (`dict[int, int]`, *optional*):
+            Class id of each stored id, for `map_labels`; a stored id that is not in it becomes `ignore_index`. `None`:
+            masks store the class ids. Excludes `reduce_labels`, which is a map of its own.
+
+    Raises:
+        `ValueError`: If the fields do not fit together.
+    """
+
+    name: str
+    title: str
+    labels: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+    ignore_index: int = 255
+    reduce_labels: bool = False
+    label_id_to_train_id: dict[int, int] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        where = f"label set {self.name!r}"
+        if not self.labels or not all(isinstance(label, str) for label in self.labels):
+            raise ValueError(f"{where}: expected at least one label and only strings, got {self.labels}.")
+        repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
+        if repeated:
+            raise ValueError(f"{where}: label names must be different, got {repeated} more than once. Rename them.")
+        if len(self.colors) != self.num_labels:
+            raise ValueError(f"{where}: expected {self.num_labels} colors, one per label, got {len(self.colors)}.")
+        for label, color in zip(self.labels, self.colors):
+            if len(color) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in color):
+                raise ValueError(f"{where}: the color of {label!r} must be 3 integers in [0, 255], got {color}.")
+        if 0 <= self.ignore_index < self.num_labels:
+            raise ValueError(
+                f"{where}: ignore_index {self.ignore_index} is also the id of {self.labels[self.ignore_index]!r}. "
+                f"Choose one outside of [0, {self.num_labels})."
+            )
+        if self.label_id_to_train_id is not None:
+            if self.reduce_labels:
+                raise ValueError(f"{where}: give either reduce_labels or label_id_to_train_id, got both.")
+            wrong = set(self.label_id_to_train_id.values()) - set(range(self.num_labels)) - {self.ignore_index}
+            if wrong:
+                raise ValueError(
+                    f"{where}: label_id_to_train_id must map to [0, {self.num_labels}) or to the ignore_index "
+                    f"{self.ignore_index}, got {sorted(wrong)}."
+                )
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes."""
+        return len(self.labels)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class name of each class id, as in a transformers configuration."""
+        return dict(enumerate(self.labels))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Class id of each class name, as in a transformers configuration."""
+        return {label: i for i, label in enumerate(self.labels)}
+
+    @property
+    def palette(self) -> np.ndarray:
+        """Colours as an `np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`, RGB."""
+        return np.array(self.colors, dtype=np.uint8)
+
+
+def list_label_sets() -> list[str]:
+    """Returns the names of the label sets that come with the package, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.json"))
+
+
+def load_label_set(name_or_path: str | Path) -> LabelSet:
+    """Loads a label set of the package by name, or any other from a JSON file.
+
+    The file holds either a list of names, which get the colours of `default_palette`, or an object like those in the
+    `label_sets` folder of the package: `{"labels": [{"id": 0, "name": "sky", "color": [112, 172, 226]}, ...]}` with,
+    optionally, the other fields of `LabelSet`, `num_labels` and a `note`.
+
+    Args:
+        name_or_path (`str` or `Path`):
+            One of `list_label_sets()`, or the path of a JSON file.
+
+    Returns:
+        `LabelSet`: The label set.
+
+    Raises:
+        `FileNotFoundError`: If it is neither a known name nor a file.
+        `ValueError`: If the file is not of the form above.
+    """
+    path = _FOLDER / f"{name_or_path}.json" if str(name_or_path) in list_label_sets() else Path(name_or_path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a label set, one of {list_label_sets()}, or the path of a JSON file, got {str(name_or_path)!r}."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got a file that is not: {error}") from error
+    if isinstance(content, list):
+        return label_set_from_names(content, name=path.stem)
+    return _from_json_object(content, path)
+
+
+def label_set_from_names(names: Sequence[str], name: str = "custom", ignore_index: int = 255) -> LabelSet:
+    """Makes a label set of class names, with the colours of `default_palette`.
+
+    Args:
+        names (sequence of `str`):
+            Class names, all different, in the order of the class ids.
+        name (`str`, *optional*, defaults to `"custom"`):
+            Name and title of the label set.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Label of pixels that belong to no class.
+
+    Returns:
+        `LabelSet`: The label set.
+
+    Raises:
+        `ValueError`: If a name is not a string, names repeat, or `ignore_index` is a class id.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"names must be a list of strings, got the string {names!r}.")
+    colors = tuple(tuple(color) for color in default_palette(len(names)).tolist())
+    return LabelSet(name=name, title=name, labels=tuple(names), colors=colors, ignore_index=ignore_index)
+
+
+def default_palette(num_labels: int) -> np.ndarray:
+    """Returns distinct, bright colours; the colour of a class does not depend on `num_labels`.
+
+    The hue walks in steps of the golden ratio, which keeps any number of hues apart; saturation and value walk in steps
+    that share no period with it (the powers of the inverse plastic number), so that a hue that comes close to an earlier
+    one differs in those.
+
+    Args:
+        num_labels (`int`):
+            Number of colours; all are different up to at least 4000.
+
+    Returns:
+        `np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`: RGB colours.
+    """
+    hue_step, saturation_step, value_step = 0.6180339887, 0.7548776662, 0.5698402910
+    colors = [
+        colorsys.hsv_to_rgb(
+            (0.58 + i * hue_step) % 1, 0.85 - 0.5 * (i * saturation_step % 1), 0.95 - 0.45 * (i * value_step % 1)
+        )
+        for i in range(num_labels)
+    ]
+    return np.rint(255 * np.array(colors).reshape(num_labels, 3)).astype(np.uint8)
+
+
+def map_labels(mask: np.ndarray, label_map: dict[int, int], ignore_index: int = 255) -> np.ndarray:
+    """Maps stored ids to class ids through a table.
+
+    Args:
+        mask (integer `np.ndarray` of any shape, or a PIL image of mode "L", "P" or "I"):
+            Stored ids.
+        label_map (`dict[int, int]`):
+            New id of each stored id, as `LabelSet.label_id_to_train_id`.
+        ignore_index (`int`, *optional*, defaults to 255):
+            New id of every stored id that is not in `label_map`.
+
+    Returns:
+        `np.ndarray` of the shape of `mask`: new ids, `uint8` if all of `label_map` and `ignore_index` fit, otherwise a
+        wider integer dtype.
+
+    Raises:
+        `ValueError`: If `label_map` is empty or `mask` has no integer dtype.
+    """
+    mask = np.asarray(mask)
+    if not np.issubdtype(mask.dtype, np.integer):
+        raise ValueError(f"mask must have an integer dtype, got {mask.dtype}.")
+    if not label_map:
+        raise ValueError("label_map must not be empty: every pixel would become the ignore index.")
+    new_ids = [*label_map.values(), ignore_index]
+    dtype = np.result_type(np.min_scalar_type(min(new_ids)), np.min_scalar_type(max(new_ids)))
+    first, last = min(label_map), max(label_map)
+    table = np.full(last - first + 3, ignore_index, dtype=dtype)  # both ends stand for all ids beyond them
+    for stored_id, new_id in label_map.items():
+        table[stored_id - first + 1] = new_id
+    return table[np.clip(mask.astype(np.int64), first - 1, last + 1) - (first - 1)]
+
+
+def _from_json_object(content: Any, path: Path) -> LabelSet:
+    if not isinstance(content, dict) or not isinstance(content.get("labels"), list):
+        raise ValueError(f"{path}: expected a list of names or an object with a list of `labels`.")
+    unknown = sorted(set(content) - _FILE_KEYS)
+    if unknown:
+        raise ValueError(f"{path}: expected only the keys {sorted(_FILE_KEYS)}, got also {unknown}.")
+    labels = content["labels"]
+    for i, label in enumerate(labels):
+        if not isinstance(label, dict) or set(label) != {"id", "name", "color"} or label["id"] != i:
+            raise ValueError(
+                f'{path}: expected {{"id": {i}, "name": ..., "color": [r, g, b]}} as label {i}, got {label}.'
+            )
+    if content.get("num_labels", len(labels)) != len(labels):
+        raise ValueError(f"{path}: num_labels is {content['num_labels']}, but there are {len(labels)} labels.")
+    name = content.get("name", path.stem)
+    label_map = content.get("label_id_to_train_id")
+    return LabelSet(
+        name=name,
+        title=content.get("title", name),
+        labels=tuple(label["name"] for label in labels),
+        colors=tuple(tuple(label["color"]) for label in labels),
+        ignore_index=content.get("ignore_index", 255),
+        reduce_labels=content.get("reduce_labels", False),
+        label_id_to_train_id=None
+        if label_map is None
+        else {int(stored): train for stored, train in label_map.items()},
+    )

@@ -1,0 +1,266 @@
+"""Mean intersection over union from streamed integer counts, as a metric of the `evaluate` library."""
+
+import os
+from collections.abc import Sequence
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+
+LabelMap = np.ndarray | torch.Tensor
+
+_DESCRIPTION = """\
+Mean intersection over union (mIoU), mean accuracy and overall (pixel) accuracy of semantic segmentation, from the totals
+over all maps. Only the `(num_labels, num_labels)` matrix of pixel counts is kept, in memory.
+"""
+
+_INPUTS_DESCRIPTION = """
+Inputs of the metric:
+    predictions: integer label maps, values in `[0, num_labels)`; the maps may differ in size.
+    references: integer label maps of the same sizes, values in `[0, num_labels)` or `ignore_index`.
+"""
+
+_CITATION = """\
+@inproceedings{long2015fully,
+  title={Fully Convolutional Networks for Semantic Segmentation},
+  author={Long, Jonathan and Shelhamer, Evan and Darrell, Trevor},
+  booktitle={IEEE Conference on Computer Vision and Pattern Recognition},
+  pages={3431--3440},
+  year={2015}
+}
+"""
+
+
+def confusion_matrix(
+    predictions: LabelMap, references: LabelMap, num_labels: int, ignore_index: int = 255
+) -> np.ndarray:
+    """Counts the pixels of one label map by reference class and predicted class.
+
+    Args:
+        predictions (`np.ndarray` or `torch.Tensor` of any integer dtype and shape, usually `(height, width)`):
+            Predicted classes in `[0, num_labels)`, also where the reference is ignored.
+        references (`np.ndarray` or `torch.Tensor` of any integer dtype, of the shape of `predictions`):
+            True classes in `[0, num_labels)`, or `ignore_index`.
+        num_labels (`int`):
+            Number of classes.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Pixels with this reference are not counted. A value in `[0, num_labels)` leaves that class out.
+
+    Returns:
+        `np.ndarray` of shape `(num_labels, num_labels)` and dtype `int64`: rows are references, columns predictions.
+
+    Raises:
+        `ValueError`: If the shapes differ, a dtype is not an integer, or a value is none of the above.
+    """
+    predictions = _integer_array(predictions, "predictions")
+    references = _integer_array(references, "references")
+    if predictions.shape != references.shape:
+        raise ValueError(
+            f"predictions and references must have one shape, got {predictions.shape} and {references.shape}. "
+            "Resize the scores, not the classes, to the size of the reference before the argmax."
+        )
+    if predictions.size == 0:
+        return np.zeros((num_labels, num_labels), dtype=np.int64)
+    if predictions.min() < 0 or predictions.max() >= num_labels:
+        wrong = predictions[(predictions < 0) | (predictions >= num_labels)]
+        raise ValueError(f"predictions must lie in [0, {num_labels}), got {_distinct(wrong)}.")
+
+    # bincount works on intp: anything narrower is converted inside it, which costs as much as doing it here
+    ignored = references == ignore_index
+    rows = references.astype(np.intp)
+    np.copyto(rows, num_labels, where=ignored)
+    if rows.min() < 0 or rows.max() > num_labels or np.any((references == num_labels) & ~ignored):
+        wrong = references[~ignored & ((references < 0) | (references >= num_labels))]
+        raise ValueError(
+            f"references must lie in [0, {num_labels}) or be the ignore_index {ignore_index}, got {_distinct(wrong)}. "
+            "Check num_labels, ignore_index and whether the masks need `reduce_labels` or a label map."
+        )
+    rows *= num_labels
+    rows += predictions.astype(np.intp, copy=False)
+    counts = np.bincount(rows.ravel(), minlength=(num_labels + 1) * num_labels)
+    return counts[: num_labels * num_labels].reshape(num_labels, num_labels)
+
+
+def scores_from_confusion_matrix(matrix: np.ndarray) -> dict[str, float | list[float]]:
+    """Computes mean IoU, mean accuracy and pixel accuracy from pixel counts (Long et al., CVPR 2015, section 5).
+
+    Absent classes: the IoU of a class that is neither in the references nor in the predictions is `nan`, and so is the
+    accuracy of a class that is not in the references; the means skip them. A class that is predicted but never in the
+    references has an IoU of 0, which counts. Without any counted pixel all scores are `nan`.
+
+    The counts are exact. Ratios and means are rounded to single precision, as mmsegmentation does: the published numbers
+    come out to the last bit.
+
+    Args:
+        matrix (`np.ndarray` of shape `(num_labels, num_labels)`):
+            Pixel counts, rows are references, columns predictions.
+
+    Returns:
+        `dict` with the floats `mean_iou`, `mean_accuracy` and `overall_accuracy`, and the lists of `num_labels` floats
+        `per_category_iou` and `per_category_accuracy`; all are fractions in `[0, 1]` or `nan`.
+
+    Raises:
+        `ValueError`: If the matrix is not square.
+    """
+    matrix = np.asarray(matrix)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"matrix must have shape (num_labels, num_labels), got {matrix.shape}.")
+    correct = np.diag(matrix).astype(np.float64)
+    labelled = matrix.sum(axis=1)
+    union = labelled + matrix.sum(axis=0) - correct
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the nan of an absent class
+        iou = (correct / union).astype(np.float32)
+        accuracy = (correct / labelled).astype(np.float32)
+        overall_accuracy = np.float32(correct.sum() / labelled.sum())
+    return {
+        "mean_iou": _mean_of_present(iou),
+        "mean_accuracy": _mean_of_present(accuracy),
+        "overall_accuracy": float(overall_accuracy),
+        "per_category_iou": iou.tolist(),
+        "per_category_accuracy": accuracy.tolist(),
+    }
+
+
+class MeanIoU(evaluate.Metric):
+    """Streaming mean intersection over union: offline, without files, memory independent of the number of maps.
+
+    ```python
+    metric = MeanIoU(num_labels=150)
+    for prediction, reference in maps:  # of any sizes
+        metric.add(prediction=prediction, reference=reference)
+    metric.compute()["mean_iou"]
+    ```
+
+    Args:
+        num_labels (`int`):
+            Number of classes.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Pixels with this reference are not counted.
+
+    Raises:
+        `ValueError`: If `num_labels` is less than 1.
+    """
+
+    def __init__(self, num_labels: int, ignore_index: int = 255) -> None:
+        if num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1, got {num_labels}.")
+        super().__init__()
+        self.info.module_name = "mean_iou"  # not "mean_io_u", which the base class makes of the class name
+        self.num_labels = num_labels
+        self.ignore_index = ignore_index
+        self._matrix: np.ndarray | None = None
+
+    def _info(self) -> evaluate.MetricInfo:
+        label_map = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS_DESCRIPTION,
+            features=datasets.Features({"predictions": label_map, "references": label_map}),
+        )
+
+    def _build_data_dir(self) -> str:
+        # the base class creates this folder; nothing here is ever written to it
+        return os.path.join(self._data_dir_root, self.name, self.config_name)
+
+    def add(self, *, prediction: LabelMap, reference: LabelMap) -> None:
+        """Adds one map.
+
+        Args:
+            prediction (integer array or tensor of shape `(height, width)`):
+                Predicted classes in `[0, num_labels)`.
+            reference (integer array or tensor of shape `(height, width)`):
+                True classes in `[0, num_labels)`, or `ignore_index`.
+
+        Raises:
+            `ValueError`: As `confusion_matrix`; the counts are then unchanged.
+        """
+        self.add_batch(predictions=[prediction], references=[reference])
+
+    def add_batch(self, *, predictions: Sequence[LabelMap], references: Sequence[LabelMap]) -> None:
+        """Adds several maps, of one or of different sizes.
+
+        Args:
+            predictions (list of arrays or tensors of shape `(height, width)`, or one of `(batch_size, height, width)`):
+                Predicted classes in `[0, num_labels)`.
+            references (list of arrays or tensors of shape `(height, width)`, or one of `(batch_size, height, width)`):
+                True classes in `[0, num_labels)`, or `ignore_index`.
+
+        Raises:
+            `ValueError`: If the numbers of maps differ, and as `confusion_matrix`; the counts are then unchanged.
+        """
+        if len(predictions) != len(references):
+            raise ValueError(
+                f"predictions and references must be as many maps, got {len(predictions)} and {len(references)}."
+            )
+        total = np.zeros((self.num_labels, self.num_labels), dtype=np.int64)
+        for prediction, reference in zip(predictions, references):
+            total += confusion_matrix(prediction, reference, self.num_labels, self.ignore_index)
+        if len(predictions):
+            self.add_confusion_matrix(total)
+
+    def add_confusion_matrix(self, matrix: np.ndarray | torch.Tensor) -> None:
+        """Adds counts made elsewhere, for instance by another process.
+
+        Args:
+            matrix (integer array or tensor of shape `(num_labels, num_labels)`):
+                Pixel counts, rows are references, columns predictions.
+
+        Raises:
+            `ValueError`: If the shape or the dtype is another, or a count is negative.
+        """
+        matrix = _integer_array(matrix, "matrix")
+        if matrix.shape != (self.num_labels, self.num_labels) or matrix.min() < 0:
+            raise ValueError(
+                f"matrix must hold counts >= 0 of shape {(self.num_labels, self.num_labels)}, "
+                f"got shape {matrix.shape} and values {_distinct(matrix)}."
+            )
+        self._matrix = matrix.astype(np.int64) if self._matrix is None else self._matrix + matrix.astype(np.int64)
+
+    def compute(
+        self, *, predictions: Sequence[LabelMap] | None = None, references: Sequence[LabelMap] | None = None
+    ) -> dict[str, float | list[float]]:
+        """Computes the scores of everything added since the last call, and starts again from zero.
+
+        Args:
+            predictions (as in `add_batch`, *optional*):
+                Last maps to add.
+            references (as in `add_batch`, *optional*):
+                Last maps to add; given if and only if `predictions` is.
+
+        Returns:
+            `dict`: See `scores_from_confusion_matrix`, which also says what absent classes do.
+
+        Raises:
+            `ValueError`: If nothing was added, one argument is given without the other, and as `add_batch`.
+        """
+        if (predictions is None) != (references is None):
+            raise ValueError("compute() needs both predictions and references, or neither; got one of them.")
+        if predictions is not None:
+            self.add_batch(predictions=predictions, references=references)
+        if self._matrix is None:
+            raise ValueError("There is nothing to compute: call `add`, `add_batch` or `add_confusion_matrix` first.")
+        matrix, self._matrix = self._matrix, None
+        return scores_from_confusion_matrix(matrix)
+
+
+def _integer_array(values: LabelMap, name: str) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values  # NumPy does not know it
+    array = np.asarray(values)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must have an integer dtype, got {array.dtype}. Take the argmax of scores first.")
+    return array
+
+
+def _distinct(values: np.ndarray, limit: int = 10) -> str:
+    distinct = np.unique(values).tolist()
+    return ", ".join(map(str, distinct[:limit])) + (", ..." if len(distinct) > limit else "")
+
+
+def _mean_of_present(values: np.ndarray) -> float:
+    present = values[~np.isnan(values)]
+    return float(present.mean()) if present.size else float("nan")
