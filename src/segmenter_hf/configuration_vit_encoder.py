@@ -99,7 +99,7 @@ class VitEncoderConfig(PreTrainedConfig):
         for prefix in ("", "decoder_"):
             width = getattr(self, f"{prefix}hidden_size", None)
             heads = getattr(self, f"{prefix}num_attention_heads", None)
-            if width is not None and heads is not None and width % heads:
+            if width and heads and width % heads:
                 raise ValueError(
                     f"`{prefix}hidden_size` must be a multiple of `{prefix}num_attention_heads`, got {width} and {heads}."
                 )

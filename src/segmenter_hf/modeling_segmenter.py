@@ -26,7 +26,7 @@ class SegmenterSemanticSegmenterOutput(ModelOutput):
         hidden_states (`tuple[torch.FloatTensor]`, on request): Embeddings and the output of each encoder layer.
         attentions (`tuple[torch.FloatTensor]`, on request): Attention probabilities of each encoder layer.
         decoder_hidden_states (`tuple[torch.FloatTensor]`, on request): Input and output of each decoder layer, of
-            shape `(batch_size, patches + num_labels, decoder_hidden_size)`; empty for the linear decoder.
+            shape `(batch_size, patches + num_labels, decoder_hidden_size)`; none for the linear decoder.
         decoder_attentions (`tuple[torch.FloatTensor]`, on request): Attention probabilities of each decoder layer.
         window_offsets (`torch.LongTensor` of shape `(batch_size, 11)`, when given): Passed on for the image processor.
     """
@@ -47,11 +47,9 @@ class SegmenterLinearDecoder(nn.Module):
         super().__init__()
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(
-        self, patches: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, tuple[()], tuple[()]]:
+    def forward(self, patches: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple[torch.Tensor, None, None]:
         """Patch tokens (batch, patches, hidden) to masks (batch, patches, labels); no states, no attentions."""
-        return self.classifier(patches), (), ()
+        return self.classifier(patches), None, None
 
 
 class SegmenterMaskTransformerDecoder(nn.Module):
