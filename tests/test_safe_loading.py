@@ -63,7 +63,7 @@ ATTACKS = list(attacks(Path()))
 )
 def test_a_hostile_pth_is_refused_by_name_and_runs_nothing(save, attack, tmp_path) -> None:
     path, marker = tmp_path / "checkpoint.pth", tmp_path / "marker"
-    save({"model": {"encoder.cls_token": torch.ones(2)}, "epoch": attacks(marker)[attack]}, path)
+    save({"epoch": attacks(marker)[attack], "model": {"encoder.cls_token": torch.ones(2)}}, path)
     with pytest.raises(ValueError, match=rf"checkpoint\.pth: refused, .*{attack}"):
         read_checkpoint(path)
     assert not marker.exists()
@@ -115,7 +115,8 @@ def test_an_npz_with_pickled_objects_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "tag", ["python/object/apply:os.system", "python/object/new:os.system", "python/name:os.system", "python/module:os"]
+    "tag",
+    ["python/object/apply:os.system", "python/object/new:os.system", "python/name:os.system", "python/module:os"],
 )
 def test_a_hostile_variant_is_refused_by_its_tag_and_runs_nothing(tag, tmp_path) -> None:
     path, marker = tmp_path / "variant.yml", tmp_path / "marker"
@@ -131,11 +132,15 @@ def test_a_hostile_configuration_of_mmsegmentation_is_refused_and_runs_nothing(t
     command = f"__import__('os').system('touch {marker}')"
     with pytest.raises(ValueError, match=r"checkpoint\.pth: .*Line 2 asks for __import__\('os'\)\.system"):
         read_python_config(f"gpus = 1\nmodel = dict(a=[{command}])", ["model"], "checkpoint.pth")
-    assert read_python_config(f"gpus = {command}\nmodel = dict(a=(-1, 2.5))", ["model"], "") == {"model": {"a": (-1, 2.5)}}
+    assert read_python_config(f"gpus = {command}\nmodel = dict(a=(-1, 2.5))", ["model"], "") == {
+        "model": {"a": (-1, 2.5)}
+    }
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("source", ["model = dict(**other)", "model = {**other}", "model = dict(1)", "model = {[]: 1}"])
+@pytest.mark.parametrize(
+    "source", ["model = dict(**other)", "model = {**other}", "model = dict(1)", "model = {[]: 1}"]
+)
 def test_a_configuration_that_is_not_of_literals_is_refused(source) -> None:
     with pytest.raises(ValueError, match="literals"):
         read_python_config(source, ["model"], "checkpoint.pth")
@@ -261,7 +266,9 @@ def test_configurations_that_are_too_large_or_grow_are_refused(tmp_path) -> None
     (tmp_path / "variant.yml").write_text("a: " + "x" * (1 << 20))
     with pytest.raises(ValueError, match=r"variant\.yml: expected at most 1048576 bytes"):
         read_yaml(tmp_path / "variant.yml")
-    bomb = "a0: &a0 {k: v}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 20))
+    bomb = "a0: &a0 {k: v}\n" + "".join(
+        f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 20)
+    )
     (tmp_path / "variant.yml").write_text(bomb)
     with pytest.raises(ValueError, match=r"variant\.yml: .*merge keys"):
         read_yaml(tmp_path / "variant.yml")

@@ -6,6 +6,7 @@ Importing the package registers its classes with transformers' Auto classes.
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 
 from .configuration_segmenter import SegmenterConfig
+from .conversion import convert_checkpoint
 from .image_processing_segmenter import SegmenterImageProcessor, SegmenterImageProcessorPil
 from .modeling_segmenter import SegmenterForSemanticSegmentation, SegmenterModel
 
@@ -24,4 +25,5 @@ __all__ = [
     "SegmenterImageProcessor",
     "SegmenterImageProcessorPil",
     "SegmenterModel",
+    "convert_checkpoint",
 ]

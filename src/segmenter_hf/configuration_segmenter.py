@@ -20,7 +20,8 @@ class SegmenterConfig(VitEncoderConfig):
         decoder_layer_norm_eps (`float`, defaults to 1e-5): Epsilon of its LayerNorms.
         decoder_hidden_dropout_prob (`float`, defaults to 0.1): Dropout after its attention and MLP layers.
         decoder_attention_probs_dropout_prob (`float`, defaults to 0.1): Dropout of its attention probabilities.
-        decoder_drop_path_rate (`float`, defaults to 0.0): Stochastic depth of its layers, the same for each.
+        decoder_drop_path_rate (`float`, defaults to 0.0): Stochastic depth of its last layer; rises linearly
+            from 0.
 
     The other arguments are those of the shared encoder: see [`VitEncoderConfig`].
 

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils import cached_file
+
+from .files import write_json
 
 
+LABEL_SET_FILE = "label_set.json"  # beside a model: the label set it was trained with
 _FOLDER = Path(__file__).parent / "label_sets"
 _FILE_KEYS = {
     "name",
@@ -103,6 +107,21 @@ class LabelSet:
         """Colours as an `np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`, RGB."""
         return np.array(self.colors, dtype=np.uint8)
 
+    def save(self, path: str | Path) -> None:
+        """Writes the label set as a JSON file that `load_label_set` reads."""
+        colors = [list(color) for color in self.colors]
+        content = {
+            "name": self.name,
+            "title": self.title,
+            "num_labels": self.num_labels,
+            "ignore_index": self.ignore_index,
+            "reduce_labels": self.reduce_labels,
+            "labels": [{"id": i, "name": self.labels[i], "color": colors[i]} for i in range(self.num_labels)],
+        }
+        if self.label_id_to_train_id is not None:
+            content["label_id_to_train_id"] = {str(key): value for key, value in self.label_id_to_train_id.items()}
+        write_json(path, content)
+
 
 def list_label_sets() -> list[str]:
     """Returns the names of the label sets that come with the package, sorted."""
@@ -139,6 +158,27 @@ def load_label_set(name_or_path: str | Path) -> LabelSet:
     if isinstance(content, list):
         return label_set_from_names(content, name=path.stem)
     return _from_json_object(content, path)
+
+
+def label_set_of_model(name_or_path: str | Path, id2label: dict[int, str]) -> LabelSet:
+    """Finds the label set that a model was trained with.
+
+    Args:
+        name_or_path (`str` or `Path`):
+            Directory or Hub name of the model.
+        id2label (`dict[int, str]`):
+            Names of its classes, as in its configuration.
+
+    Returns:
+        `LabelSet`: The one saved beside the model; else the packaged one with the same names; else one made of the
+        names.
+    """
+    saved = cached_file(str(name_or_path), LABEL_SET_FILE, _raise_exceptions_for_missing_entries=False)
+    if saved is not None:
+        return load_label_set(saved)
+    names = tuple(id2label[index] for index in range(len(id2label)))
+    packaged = (load_label_set(name) for name in list_label_sets())
+    return next((candidate for candidate in packaged if candidate.labels == names), label_set_from_names(names))
 
 
 def label_set_from_names(names: Sequence[str], name: str = "custom", ignore_index: int = 255) -> LabelSet:

@@ -57,7 +57,7 @@ class SegmenterMaskTransformerDecoder(nn.Module):
 
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()
-        width = config.decoder_hidden_size
+        width, last = config.decoder_hidden_size, max(config.decoder_num_hidden_layers - 1, 1)
         self.projection = nn.Linear(config.hidden_size, width)
         self.class_embeddings = nn.Parameter(torch.zeros(1, config.num_labels, width))
         self.layers = nn.ModuleList(
@@ -68,10 +68,10 @@ class SegmenterMaskTransformerDecoder(nn.Module):
                 intermediate_size=config.decoder_intermediate_size,
                 hidden_dropout_prob=config.decoder_hidden_dropout_prob,
                 attention_probs_dropout_prob=config.decoder_attention_probs_dropout_prob,
-                drop_path_rate=config.decoder_drop_path_rate,
+                drop_path_rate=config.decoder_drop_path_rate * index / last,
                 layer_norm_eps=config.decoder_layer_norm_eps,
             )
-            for _ in range(config.decoder_num_hidden_layers)
+            for index in range(config.decoder_num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(width, eps=config.decoder_layer_norm_eps)
         self.patch_projection = nn.Linear(width, width, bias=False)

@@ -1,0 +1,78 @@
+"""Evaluate a model with the published protocol.
+
+    python scripts/evaluate.py --model_name_or_path outputs/scenes --dataset_name scenes --output_dir outputs/scenes_eval
+
+`--multi_scale_flip` averages over six scales, each also mirrored, as the tables of the papers do.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
+
+import segmenter_hf  # noqa: F401 (registers the models)
+from segmenter_hf.data import load_segmentation_datasets
+from segmenter_hf.evaluation import as_percent, evaluate_segmentation, per_class_table, save_results
+from segmenter_hf.label_sets import label_set_of_model, load_label_set
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str = field(metadata={"help": "Directory or Hub name of the model."})
+    output_dir: str = field(metadata={"help": "Directory for results.json and the table of classes."})
+    dataset_name: str = field(default="scenes", metadata={"help": "Hub name or folder."})
+    split: str = field(default="validation", metadata={"help": "Split to evaluate."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="annotation", metadata={"help": "Column of the label maps."})
+    label_set: str | None = field(
+        default=None, metadata={"help": "Name or JSON file; says how stored labels map to the model's classes."}
+    )
+    max_samples: int | None = field(default=None, metadata={"help": "Evaluate the first so many images only."})
+    multi_scale_flip: bool = field(default=False, metadata={"help": "Average over six scales, each also mirrored."})
+    window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network."})
+    device: str = field(default="cpu", metadata={"help": "Device of the model, such as cuda."})
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path).to(args.device)
+    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    label_set = (
+        load_label_set(args.label_set)
+        if args.label_set
+        else label_set_of_model(args.model_name_or_path, model.config.id2label)
+    )
+    dataset = load_segmentation_datasets(
+        args.dataset_name,
+        splits=[args.split],
+        dataset_config=args.dataset_config,
+        revision=args.dataset_revision,
+        image_column=args.image_column,
+        label_column=args.label_column,
+    )[args.split]
+    dataset = dataset.select(range(min(args.max_samples or len(dataset), len(dataset))))
+    results = evaluate_segmentation(
+        model,
+        processor,
+        dataset,
+        label_set,
+        multi_scale_flip=args.multi_scale_flip,
+        window_batch_size=args.window_batch_size,
+    )
+    results = {**results, "dataset": args.dataset_name, "split": args.split, "model": args.model_name_or_path}
+    save_results(args.output_dir, results, label_set.labels)
+    print(per_class_table(results, label_set.labels))
+    print(
+        f"Mean IoU {as_percent(results['mean_iou'])}, {results['protocol']['name']}, {results['num_images']} images."
+    )
+    print(f"Written to {Path(args.output_dir) / 'results.json'}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Fine-tune a Segmenter with Trainer, on the embedded street scenes or on your own images.
+
+    python scripts/train.py --output_dir outputs/scenes --model_size tiny --crop_size 128 --image_size 192
+
+On a folder with `images/train`, `masks/train`, `images/validation` and `masks/validation`:
+
+    python scripts/train.py --dataset_name my_photos --label_set my_labels.json --output_dir outputs/my_model \
+        --model_name_or_path org/segmenter-vit-b-mask
+
+Every argument of `TrainingArguments` works too; `--help` lists them all.
+"""
+
+import sys
+
+
+sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+
+from transformers import HfArgumentParser
+
+from segmenter_hf.evaluation import as_percent
+from segmenter_hf.training import DataArguments, ModelArguments, SegmentationTrainingArguments, train_segmenter
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, SegmentationTrainingArguments))
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    results = train_segmenter(model_args, data_args, training_args)
+    print(f"Mean IoU {as_percent(results['mean_iou'])} on {results['num_images']} images, single scale.")
+    print(f"Model, card and pictures are in {training_args.output_dir}. Next:")
+    print(
+        f"  python scripts/predict.py --model_name_or_path {training_args.output_dir} --images PICTURE --output_dir OUT"
+    )
+
+
+if __name__ == "__main__":
+    main()

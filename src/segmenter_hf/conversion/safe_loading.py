@@ -1,0 +1,454 @@
+"""Read checkpoints and their configuration files without running anything that they contain.
+
+Pickles name functions and have them called, YAML tags name classes to build, and configurations are Python source.
+Here a file can only produce tensors, numbers, strings and containers of these; anything else that it names is refused.
+Every way in which a file can be wrong ends in a `ValueError` that names the file.
+"""
+
+import ast
+import hashlib
+import json
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+MAX_TEXT_BYTES = 1 << 20  # a configuration
+MAX_JSON_BYTES = 1 << 24  # a configuration with the names of 21,000 classes
+MAX_ARCHIVE_BYTES = 64 << 30  # all arrays of an .npz, unpacked
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Args:
+        path (`Path`): The file of the weights.
+        state_dict (`dict[str, Any]`): Its weights under their own names; values may turn out not to be tensors.
+        wrapper (`str`, *optional*): Key of the file under which the weights lie, where there is one.
+        meta (`dict[str, Any]`): mmsegmentation's notes: the configuration as text, class names.
+        config (`dict[str, Any]`, *optional*): `config.json` of a directory.
+    """
+
+    path: Path
+    state_dict: dict[str, Any]
+    wrapper: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a file of weights, or a directory with a `config.json` beside one.
+
+    Args:
+        path (`Path`): A `.pth`, `.pt`, `.bin`, `.safetensors`, `.npz` or `.pdparams` file, or a directory that holds
+            `model.safetensors`, `pytorch_model.bin` or `checkpoint.pth`.
+
+    Returns:
+        `Checkpoint`: Its contents.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, is not what its name says, or asks for anything but weights.
+    """
+    config = None
+    if path.is_dir():
+        names = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
+        files = [path / name for name in names if (path / name).is_file()]
+        if not files:
+            raise FileNotFoundError(
+                f"{path}: expected a directory with one of {', '.join(names)}; it has none of them."
+            )
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else None
+        path = files[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Give the path of a checkpoint.")
+    readers = {".npz": _read_npz, ".pdparams": _read_pdparams, ".safetensors": _read_safetensors}
+    readers |= dict.fromkeys((".pth", ".pt", ".bin"), _read_torch)
+    if path.suffix not in readers:
+        raise ValueError(
+            f"{path}: expected a file that ends in {', '.join(readers)}, got {path.suffix or 'no ending'!r}."
+        )
+    content = readers[path.suffix](path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dictionary of weights, got {type(content).__name__}.")
+    wrapper = next((key for key in ("model", "state_dict") if isinstance(content.get(key), dict)), None)
+    state_dict = content[wrapper] if wrapper else content
+    if not state_dict or not all(isinstance(key, str) for key in state_dict):
+        raise ValueError(f"{path}: expected weights under their names, got the keys {list(state_dict)[:5]}.")
+    meta = content.get("meta") if wrapper else None
+    return Checkpoint(path, state_dict, wrapper, meta if isinstance(meta, dict) else {}, config)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- PyTorch ----
+
+
+class Inert:
+    """Stands for an object of a checkpoint that no conversion reads, such as a log; it keeps nothing."""
+
+    def __init__(self, *args) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What training software stores beside the weights: mmengine's log of numbers, DeiT's arguments, numpy scalars.
+INERT_GLOBALS = [
+    "argparse.Namespace",
+    "builtins.getattr",  # a method of the log; it is not looked up either
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+]
+
+
+def _read_torch(path: Path) -> Any:
+    head = _head(path)
+    is_archive = head.startswith(b"PK")
+    if is_archive:
+        members = _archive_members(path)
+        if not any(Path(member.filename).name == "data.pkl" for member in members):
+            raise ValueError(f"{path}: expected a PyTorch checkpoint, got {_describe(path)}.")
+        # torch.save stores its members as they are, so their sizes must fit into the file
+        size = sum(member.file_size for member in members)
+        if size > path.stat().st_size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError(
+                f"{path}: expected the uncompressed archive that torch.save writes, got one that unpacks to {size} bytes. "
+                "Download it again, or write it again with torch.save."
+            )
+    elif not head.startswith(b"\x80"):
+        raise ValueError(f"{path}: expected a PyTorch checkpoint, got {_describe(path)}.")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(Inert, name) for name in INERT_GLOBALS]):
+            warnings.simplefilter("ignore")  # about pickle protocols; what is not supported raises
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except Exception as error:  # a damaged pickle can fail in any way
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named or "Unsupported operand" in str(error):
+            raise _refusal(path, [named[1]] if named else _globals_of(path)) from error
+        raise _damaged(path, error) from error
+
+
+def _globals_of(path: Path) -> list[str]:
+    """Names that the pickle of a PyTorch checkpoint asks for, as far as it can be read, without loading it."""
+    names, strings = [], []
+    try:
+        for opcode, argument, _ in pickletools.genops(_pickle_of(path)):
+            if opcode.name in ("GLOBAL", "INST"):
+                names.append(argument.replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                names.append(".".join(strings[-2:]))
+            elif isinstance(argument, str):
+                strings.append(argument)
+    except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError):  # as far as it can be read
+        pass
+    return sorted(set(names)) or ["instructions that weights do not need"]
+
+
+def _pickle_of(path: Path) -> bytes:
+    if not zipfile.is_zipfile(path):
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(next(name for name in archive.namelist() if Path(name).name == "data.pkl"))
+
+
+# ---- Paddle ----
+
+
+class PickledDtype:
+    """A numpy dtype of plain numbers, read from a pickle."""
+
+    def __init__(self, spec: str, *args) -> None:
+        if not re.fullmatch(r"[fiub][1248]", spec):
+            raise pickle.UnpicklingError(f"arrays of dtype {spec!r} are not weights")
+        self.dtype = np.dtype(spec)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class PickledArray:
+    """A numpy array, read from a pickle."""
+
+    def __init__(self, *args) -> None:
+        self.array = np.zeros(0, np.float32)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, pickled, is_fortran, data = state
+        array = np.frombuffer(data, pickled.dtype).reshape(shape, order="F" if is_fortran else "C")
+        self.array = array.astype(pickled.dtype.newbyteorder("="), order="C")
+
+
+class PickledBytes(bytes):
+    """Bytes of pickle protocol 2, which writes them as text."""
+
+    def __new__(cls, text: str, encoding: str) -> "PickledBytes":
+        return super().__new__(cls, text, "latin1")
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("bytes have no state")
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Knows numpy arrays and plain containers, and nothing else that a pickle may name."""
+
+    # Classes alone, each with its own __setstate__: a pickle can set no attribute of any of them.
+    known = {
+        "_codecs.encode": PickledBytes,
+        "collections.OrderedDict": dict,
+        "numpy.core.multiarray._reconstruct": PickledArray,
+        "numpy._core.multiarray._reconstruct": PickledArray,
+        "numpy.ndarray": PickledArray,
+        "numpy.dtype": PickledDtype,
+    }
+
+    def find_class(self, module: str, name: str) -> type:
+        if f"{module}.{name}" not in self.known:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return self.known[f"{module}.{name}"]
+
+
+def _read_pdparams(path: Path) -> Any:
+    if not _head(path).startswith(b"\x80"):
+        raise ValueError(f"{path}: expected a file of paddle.save, got {_describe(path)}.")
+    try:
+        with path.open("rb") as file:
+            content = ArrayUnpickler(file).load()
+    except Exception as error:  # a damaged pickle can fail in any way
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise (_refusal(path, [named[1]]) if named else _damaged(path, error)) from error
+    if not isinstance(content, dict):
+        return content
+    return {key: torch.from_numpy(v.array) if isinstance(v, PickledArray) else v for key, v in content.items()}
+
+
+# ---- NumPy and safetensors ----
+
+
+def _read_npz(path: Path) -> dict[str, torch.Tensor]:
+    if not _head(path).startswith(b"PK"):
+        raise ValueError(f"{path}: expected a NumPy archive, got {_describe(path)}.")
+    members = _archive_members(path)
+    if not all(member.filename.endswith(".npy") for member in members):
+        raise ValueError(f"{path}: expected a NumPy archive, got {_describe(path)}.")
+    size = sum(member.file_size for member in members)
+    if size > MAX_ARCHIVE_BYTES:
+        raise ValueError(f"{path}: its arrays unpack to {size} bytes, expected at most {MAX_ARCHIVE_BYTES}.")
+    tensors, name = {}, ""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for name in archive.files:
+                tensors[name] = torch.from_numpy(archive[name])
+    except Exception as error:  # a damaged archive can fail in any way
+        if "allow_pickle" in str(error):
+            raise _refusal(path, [f"pickled Python objects in the array {name!r}"]) from error
+        raise _damaged(path, error) from error
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    _head(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected safetensors, got {_describe(path)} ({error}).") from error
+
+
+# ---- configurations ----
+
+
+class VariantLoader(yaml.SafeLoader):
+    """YAML of plain values, plus the tuples that yaml.dump writes."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse merge keys: a short text of them unpacks to a gigantic one."""
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not supported", node.start_mark)
+
+
+VariantLoader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node))
+)
+
+
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Read a text file that is not suspiciously large."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    if path.stat().st_size > max_bytes:
+        raise ValueError(
+            f"{path}: expected at most {max_bytes} bytes, got {path.stat().st_size}. Is it the right file?"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got {_describe(path)}.") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of plain values and `!!python/tuple`, such as the `variant.yml` of rstrudel/segmenter."""
+    text = read_text(path)
+    try:
+        content = yaml.load(text, Loader=VariantLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected YAML of plain values and tuples. {error}") from error
+    return _mapping(content, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object."""
+    try:
+        content = json.loads(read_text(path, MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON. {error}") from error
+    return _mapping(content, path)
+
+
+def read_python_config(text: str, names: Iterable[str], where: str) -> dict[str, Any]:
+    """Read some variables of a configuration of mmsegmentation, which is Python source, without running it.
+
+    Args:
+        text (`str`): The source, with literals and `dict(...)` only, as mmcv writes it into checkpoints.
+        names (`Iterable[str]`): The variables to read; the others may hold anything.
+        where (`str`): What to call the source in errors.
+
+    Returns:
+        `dict[str, Any]`: Values of those variables that the source assigns.
+
+    Raises:
+        ValueError: If it is not Python, or one of the variables is not made of literals.
+    """
+    wanted, values = set(names), {}
+    if len(text) > MAX_TEXT_BYTES:
+        raise ValueError(f"{where}: expected at most {MAX_TEXT_BYTES} characters, got {len(text)}.")
+    try:
+        for statement in ast.parse(text).body:
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                name = statement.targets[0].id
+                if name in wanted:
+                    values[name] = _literal(statement.value)
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{where}: expected Python source of literals and dict(...) only. {error}") from error
+    return values
+
+
+def _literal(node: ast.expr) -> Any:
+    calls_dict = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict"
+    if calls_dict and not node.args and all(keyword.arg for keyword in node.keywords):
+        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict) and all(node.keys):
+        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values)}
+    if isinstance(node, ast.List):
+        return [_literal(element) for element in node.elts]
+    if isinstance(node, ast.Tuple):
+        return tuple(_literal(element) for element in node.elts)
+    if isinstance(node, (ast.Constant, ast.UnaryOp)):
+        return ast.literal_eval(node)
+    raise ValueError(f"Line {node.lineno} asks for {ast.unparse(node)[:100]}.")
+
+
+def lookup(
+    config: dict[str, Any], name: str, kind: type | tuple[type, ...], where: Path | str | None, default: Any = None
+) -> Any:
+    """Get a value from nested dictionaries.
+
+    Args:
+        config (`dict[str, Any]`): The outermost dictionary.
+        name (`str`): Keys joined by dots.
+        kind (`type` or `tuple[type, ...]`): What the value must be; whole numbers are floats too.
+        where (`Path` or `str`): Where the dictionary is from, for the error.
+        default (*optional*): What to return where there is no value.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If there is neither a value nor a default, or the value is of another kind.
+    """
+    value: Any = config
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if value is None and default is not None:
+        return default
+    kinds = kind if isinstance(kind, tuple) else (float, int) if kind is float else (kind,)
+    if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        got = "nothing" if value is None else repr(value)[:100]
+        raise ValueError(f"{where}: expected `{name}` of type {expected}, got {got}.")
+    return value
+
+
+# ---- what is wrong with a file ----
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise ValueError(f"{path}: the file is empty. Download it again.")
+    return head
+
+
+def _describe(path: Path) -> str:
+    """What a file is instead, and what to do about it."""
+    head = _head(path)
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page: the download led to a page, not to the file. Download the file itself"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: run `git lfs pull`, or download the file itself"
+    if head.startswith(b"PK"):
+        return "another zip archive. Give it its right ending (.npz for arrays, .pth for torch.save)"
+    if head[8:9] == b"{":
+        return "what looks like safetensors. Give it its right ending, .safetensors"
+    if head.startswith(b"\x80"):
+        return "a pickle. Give it its right ending (.pth for torch.save, .pdparams for paddle.save)"
+    return f"a file that starts with {head[:8]!r}. Download it again, and check its name"
+
+
+def _archive_members(path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except Exception as error:  # a damaged archive can fail in any way
+        raise _damaged(path, error) from error
+
+
+def _refusal(path: Path, names: list[str]) -> ValueError:
+    return ValueError(
+        f"{path}: refused, because it asks for {', '.join(names)}, which weights do not need. Nothing was run. If you "
+        "trust its author, load it with the software that wrote it and save the state_dict alone."
+    )
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: the file is damaged or cut short, download it again. {type(error).__name__}: {error}")
+
+
+def _mapping(content: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected named values, got {_describe(path)}.")
+    return content

@@ -1,0 +1,601 @@
+"""Datasets of images and masks: loading from anywhere, decoding in one place, checking the masks before training.
+
+A dataset comes from the Hub, from parquet files, from a folder of images and masks, or is drawn by `scenes.py`. Whatever
+the source, it has the columns `image` and `annotation`, which hold the encoded files: `decode_example` turns a row
+into arrays.
+"""
+
+import io
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from tqdm.auto import tqdm
+
+from .label_sets import LabelSet, map_labels
+from .scenes import embedded_scenes
+
+
+logger = logging.getLogger(__name__)
+
+AnyDataset = datasets.Dataset | datasets.IterableDataset
+
+_SPLIT_ALIASES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+_MASK_FOLDERS = ("masks", "annotations", "labels")
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+_NUM_SHOWN = 5
+
+
+def load_segmentation_datasets(
+    dataset_name: str | None = None,
+    *,
+    splits: Sequence[str] = ("train", "validation"),
+    dataset_config: str | None = None,
+    revision: str | None = None,
+    image_column: str = "image",
+    label_column: str = "annotation",
+    validation_fraction: float | None = None,
+    scenes_size: tuple[int, int] = (192, 256),
+    scenes_train: int = 500,
+    scenes_validation: int = 100,
+    seed: int = 0,
+    streaming: bool = False,
+) -> dict[str, AnyDataset]:
+    """Loads the splits of a semantic segmentation dataset, with columns `image`, `annotation` and, where given, `id`.
+
+    A local folder holds one of these, where a split may also be spelt `training`, `val`, `valid`, `dev`, `testing`:
+
+    - parquet files `train-*.parquet`, `validation-*.parquet`, also under `data/`
+    - `train/metadata.jsonl` or, for a single split "train", `metadata.jsonl`; each line names `image_file_name` (or
+      `file_name`) and `mask_file_name` (or `annotation_file_name`, `label_file_name`), relative to it
+    - `images/train` and `masks/train`, or `train/images` and `train/masks`, or, for a single split "train", `images`
+      and `masks`; `annotations` and `labels` serve as `masks`. An image and its mask have the same name up to the suffix
+
+    Args:
+        dataset_name (`str`, *optional*):
+            "scenes" (the default): the embedded street scenes; or a local folder; or a dataset of the Hub.
+        splits (sequence of `str`, *optional*, defaults to `("train", "validation")`):
+            Splits to load.
+        dataset_config (`str`, *optional*):
+            Configuration of a Hub dataset.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub dataset.
+        image_column (`str`, *optional*, defaults to `"image"`):
+            Column of the images, for parquet files and the Hub.
+        label_column (`str`, *optional*, defaults to `"annotation"`):
+            Column of the masks, for parquet files and the Hub.
+        validation_fraction (`float`, *optional*):
+            Where there is no validation split, this share of the train split becomes one. Without it, that is an error.
+        scenes_size (`tuple[int, int]`, *optional*, defaults to `(192, 256)`):
+            Height and width of the embedded scenes, in pixels.
+        scenes_train (`int`, *optional*, defaults to 500):
+            Number of embedded scenes in the train split.
+        scenes_validation (`int`, *optional*, defaults to 100):
+            Number of embedded scenes in the validation split. No scene is in both.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the embedded scenes and of the split by `validation_fraction`.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to return iterable datasets, and read Hub and parquet files as they are needed.
+
+    Returns:
+        `dict[str, datasets.Dataset]` (of `datasets.IterableDataset` if `streaming`): the splits by name. The columns hold
+        encoded images, `{"bytes", "path"}`: read rows with `decode_example`.
+
+    Raises:
+        `ValueError`: If a split or a column is missing, or images and masks do not pair up.
+        `FileNotFoundError`: If `dataset_name` is a path that is no folder.
+        `OSError`: If the Hub dataset cannot be reached.
+    """
+    if dataset_name in (None, "scenes"):
+        sizes = {"train": scenes_train, "validation": scenes_validation}
+        found = {
+            split: embedded_scenes(num_images, scenes_size, seed=2 * seed + (split == "validation"))
+            for split, num_images in sizes.items()
+            if split in splits
+        }
+    elif Path(dataset_name).is_dir():
+        found = _load_folder(Path(dataset_name), image_column, label_column, streaming)
+    elif Path(dataset_name).is_absolute() or dataset_name.startswith(("./", "../", "~")):
+        raise FileNotFoundError(f"{dataset_name}: no such folder. Expected a folder, a Hub dataset or 'scenes'.")
+    else:
+        found = _load_from_hub(dataset_name, dataset_config, revision, streaming)
+
+    if "validation" in splits and "validation" not in found and "train" in found and validation_fraction is not None:
+        if isinstance(found["train"], datasets.IterableDataset):
+            raise ValueError("validation_fraction needs a dataset of known length: load it without streaming.")
+        found["train"], found["validation"] = split_train_validation(found["train"], validation_fraction, seed)
+    missing = [split for split in splits if split not in found]
+    if missing:
+        advice = " Give a validation_fraction to split off a part of train." if missing == ["validation"] else ""
+        raise ValueError(f"{dataset_name or 'scenes'} has no split {missing}, only {sorted(found)}.{advice}")
+    return {split: _normalise(found[split], image_column, label_column, streaming) for split in splits}
+
+
+def split_train_validation(
+    dataset: datasets.Dataset, fraction: float = 0.1, seed: int = 0
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Splits a dataset at random into a train and a validation part, and logs the sizes.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Of two examples at least.
+        fraction (`float`, *optional*, defaults to 0.1):
+            Share of the validation part, which has one example at least.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the permutation.
+
+    Returns:
+        `tuple[datasets.Dataset, datasets.Dataset]`: train and validation.
+
+    Raises:
+        `ValueError`: If `fraction` is not in (0, 1) or the dataset has fewer than two examples.
+    """
+    if not 0 < fraction < 1 or len(dataset) < 2:
+        raise ValueError(
+            f"Expected a fraction in (0, 1) and at least 2 examples to split, got {fraction} and {len(dataset)}."
+        )
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    num_validation = min(max(round(fraction * len(dataset)), 1), len(dataset) - 1)
+    logger.warning(
+        "No validation split: %d of the %d train examples, drawn with seed %d, are kept for validation.",
+        num_validation,
+        len(dataset),
+        seed,
+    )
+    return dataset.select(np.sort(order[num_validation:])), dataset.select(np.sort(order[:num_validation]))
+
+
+# Sources
+
+
+def _load_folder(root: Path, image_column: str, label_column: str, streaming: bool) -> dict[str, AnyDataset]:
+    """Loads every split of a local folder; see `load_segmentation_datasets` for what the folder may hold."""
+    found = {}
+    for split, aliases in _SPLIT_ALIASES.items():
+        files = [str(file) for alias in aliases for file in _parquet_files(root, alias)]
+        if files:
+            found[split] = datasets.load_dataset(
+                "parquet", data_files={split: files}, split=split, streaming=streaming
+            )
+            continue
+        pairs = _first_non_empty(_folder_pairs(root, alias) for alias in aliases)
+        if pairs:
+            found[split] = _dataset_of_pairs(pairs, image_column, label_column)
+    if not found:
+        pairs = _metadata_pairs(root) or _matched_pairs(root / "images", [root / name for name in _MASK_FOLDERS])
+        if not pairs:
+            raise ValueError(
+                f"{root}: expected train-*.parquet, metadata.jsonl, or images/ beside masks/, annotations/ or labels/ "
+                f"(each of them or a folder around them per split), got {sorted(p.name for p in root.iterdir())[:20]}."
+            )
+        found["train"] = _dataset_of_pairs(pairs, image_column, label_column)
+    return found
+
+
+def _parquet_files(root: Path, split: str) -> list[Path]:
+    patterns = (f"{split}-*.parquet", f"{split}.parquet")
+    return sorted(file for folder in (root, root / "data") for pattern in patterns for file in folder.glob(pattern))
+
+
+def _folder_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
+    return (
+        _metadata_pairs(root / split)
+        or _matched_pairs(root / split / "images", [root / split / name for name in _MASK_FOLDERS])
+        or _matched_pairs(root / "images" / split, [root / name / split for name in _MASK_FOLDERS])
+    )
+
+
+def _first_non_empty(candidates: Iterable[list]) -> list:
+    return next((candidate for candidate in candidates if candidate), [])
+
+
+def _matched_pairs(image_folder: Path, mask_folders: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Pairs the files of two folders by their name without suffix; returns nothing where one of them is missing."""
+    mask_folder = next((folder for folder in mask_folders if folder.is_dir()), None)
+    if not image_folder.is_dir() or mask_folder is None:
+        return []
+    images, masks = _files_by_stem(image_folder), _files_by_stem(mask_folder)
+    for lonely, files, other in (
+        (sorted(images.keys() - masks.keys()), images, mask_folder),
+        (sorted(masks.keys() - images.keys()), masks, image_folder),
+    ):
+        if lonely:
+            names = ", ".join(str(files[stem]) for stem in lonely[:_NUM_SHOWN])
+            raise ValueError(f"{len(lonely)} files have no partner of the same name in {other}: {names}.")
+    return [(images[stem], masks[stem]) for stem in sorted(images)]
+
+
+def _files_by_stem(folder: Path) -> dict[str, Path]:
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith("."):
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            if stem in files:
+                raise ValueError(f"{folder}: two files have one name, {files[stem].name} and {path.name}. Keep one.")
+            files[stem] = path
+    return files
+
+
+def _metadata_pairs(folder: Path) -> list[tuple[Path, Path]]:
+    """Reads `metadata.jsonl`; returns nothing where there is none."""
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        return []
+    pairs = []
+    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        row = json.loads(line)
+        image = row.get("image_file_name") or row.get("file_name")
+        mask = next(
+            (row[key] for key in ("mask_file_name", "annotation_file_name", "label_file_name") if key in row), None
+        )
+        if not image or not mask:
+            raise ValueError(f"{metadata}:{number}: expected image_file_name and mask_file_name, got {sorted(row)}.")
+        pairs.append((folder / image, folder / mask))
+    missing = [str(path) for pair in pairs for path in pair if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{metadata} names {len(missing)} files that do not exist: {', '.join(missing[:_NUM_SHOWN])}."
+        )
+    return pairs
+
+
+def _dataset_of_pairs(pairs: Sequence[tuple[Path, Path]], image_column: str, label_column: str) -> datasets.Dataset:
+    columns = {
+        image_column: [str(image) for image, _ in pairs],
+        label_column: [str(mask) for _, mask in pairs],
+        "id": [image.stem for image, _ in pairs],
+    }
+    features = {image_column: datasets.Image(), label_column: datasets.Image(), "id": datasets.Value("string")}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _load_from_hub(name: str, config: str | None, revision: str | None, streaming: bool) -> dict[str, AnyDataset]:
+    try:
+        return dict(datasets.load_dataset(name, config, revision=revision, streaming=streaming))
+    except OSError as error:  # no connection, offline mode, no such dataset: all are OSErrors
+        raise OSError(
+            f"Dataset {name!r} is no local folder, and could not be loaded from the Hub: {error}\n"
+            "Check the name and the connection, or, where there is one, run "
+            f"`hf download {name} --repo-type dataset --local-dir FOLDER` and give that folder instead."
+        ) from error
+
+
+def _normalise(dataset: AnyDataset, image_column: str, label_column: str, streaming: bool) -> AnyDataset:
+    """Keeps the two columns, renamed to `image` and `annotation`, and `id` where there is one.
+
+    Decoding is left to `decode_example`, as `datasets.Image` would turn a mask by an EXIF tag that its image lacks.
+    """
+    present = dataset.column_names or list(next(iter(dataset)))
+    missing = [column for column in (image_column, label_column) if column not in present]
+    if missing:
+        raise ValueError(
+            f"The dataset has no column {' or '.join(map(repr, missing))}, only {present}. "
+            "Name them with --image_column and --label_column."
+        )
+    dataset = dataset.select_columns([image_column, label_column] + (["id"] if "id" in present else []))
+    renamed = {image_column: "image", label_column: "annotation"}
+    dataset = dataset.rename_columns({old: new for old, new in renamed.items() if old != new})
+    if streaming and isinstance(dataset, datasets.Dataset):
+        dataset = dataset.to_iterable_dataset()
+    for column in ("image", "annotation"):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+# Decoding
+
+
+def decode_example(
+    example: dict[str, Any],
+    label_set: LabelSet | None = None,
+    *,
+    ignore_index: int = 255,
+    reduce_labels: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes a row into an image and its mask of class ids.
+
+    An EXIF orientation of the image is applied. The mask is drawn over the image as it is seen, so its own EXIF
+    orientation is applied only if the image has one.
+
+    Args:
+        example (`dict`):
+            A row with `image` and `annotation`, each encoded (`{"bytes", "path"}`) or a PIL image. Masks may be grey in 1,
+            8, 16 or 32 bits, palette images (the index counts), or RGB with three equal channels.
+        label_set (`LabelSet`, *optional*):
+            Gives the map from stored ids to class ids and the ignore index; excludes the next two.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Label of pixels without a class.
+        reduce_labels (`bool`, *optional*, defaults to `False`):
+            Whether stored 0 means "no class" and becomes `ignore_index`, and the other ids shift down by one.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: the image, uint8 of shape `(height, width, 3)`, and the mask of shape `(height,
+        width)`: uint8 if all ids fit, else int32.
+
+    Raises:
+        `ValueError`: If a file cannot be decoded, is of an unexpected kind, or the sizes of image and mask differ.
+    """
+    image, mask = _open_pair(example)
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{_name_of(example)}: expected an image of 8 bits per channel, got mode {image.mode}.")
+    stored = _stored_ids(mask, _name_of(example, "annotation"))
+    with _naming_damaged_files(_name_of(example, "image")):
+        pixels = np.asarray(image.convert("RGB"))
+    return pixels, _class_ids(stored, label_set, ignore_index, reduce_labels)
+
+
+def _open_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
+    """Opens image and mask, both upright, without decoding more than needed."""
+    image, mask = _open_image(example, "image"), _open_image(example, "annotation")
+    with _naming_damaged_files(_name_of(example, "image")):
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        image = ImageOps.exif_transpose(image) if turned else image
+    with _naming_damaged_files(_name_of(example, "annotation")):
+        mask = ImageOps.exif_transpose(mask) if turned else mask
+    if image.size != mask.size:
+        raise ValueError(
+            f"{_name_of(example)}: expected a mask of the size of the image, got (width, height) {mask.size} "
+            f"for an image of {image.size}."
+        )
+    return image, mask
+
+
+def _open_image(example: dict[str, Any], column: str) -> Image.Image:
+    value = example[column]
+    if isinstance(value, Image.Image):
+        return value
+    with _naming_damaged_files(_name_of(example, column)):
+        content = value["bytes"]
+        if content is None:
+            with fsspec.open(value["path"], "rb") as file:
+                content = file.read()
+        return Image.open(io.BytesIO(content))
+
+
+@contextmanager
+def _naming_damaged_files(name: str) -> Iterator[None]:
+    """Turns PIL's errors, which do not say which file they are about, into a `ValueError` that does."""
+    try:
+        yield
+    except (Image.DecompressionBombError, OSError, SyntaxError) as error:
+        raise ValueError(f"{name}: cannot be read as an image: {error}") from error
+
+
+def _name_of(example: dict[str, Any], column: str = "annotation") -> str:
+    """Returns what to call a row, or the file in one of its columns, in a message."""
+    value = example.get(column)
+    path = value.get("path") if isinstance(value, dict) else None
+    names = [str(name) for name in (example.get("id"), path) if name is not None]
+    return f"{names[0]} ({names[1]})" if len(names) == 2 else names[0] if names else f"an {column} without a name"
+
+
+def _stored_ids(mask: Image.Image, name: str) -> np.ndarray:
+    """Returns the ids as stored, of shape (height, width) and some integer dtype."""
+    with _naming_damaged_files(name):
+        ids = np.asarray(mask)
+    if mask.mode in ("RGB", "RGBA", "LA"):
+        colors = ids[..., :3] if mask.mode != "LA" else ids[..., :1]
+        if (colors != colors[..., :1]).any():
+            raise ValueError(
+                f"{name}: expected a mask of class ids, got an RGB picture with colours. Convert it with the palette "
+                "that it was made with: one id per colour, saved as an 8-bit grey PNG."
+            )
+        ids = colors[..., 0]
+    if ids.dtype == bool:
+        ids = ids.astype(np.uint8)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{name}: expected a mask of class ids in grey or palette mode, got mode {mask.mode}.")
+    return ids
+
+
+def _class_ids(stored: np.ndarray, label_set: LabelSet | None, ignore_index: int, reduce_labels: bool) -> np.ndarray:
+    """Maps stored ids to class ids: uint8 if they fit, else int32."""
+    if label_set is not None:
+        ignore_index, reduce_labels = label_set.ignore_index, label_set.reduce_labels
+        if label_set.label_id_to_train_id is not None:
+            stored = map_labels(stored, label_set.label_id_to_train_id, ignore_index)
+    if reduce_labels:
+        ignored = (stored == 0) | (stored == ignore_index)
+        stored = np.where(ignored, ignore_index, stored.astype(np.int32) - 1)
+    fits = stored.dtype == np.uint8 or (stored.min(initial=0) >= 0 and stored.max(initial=0) <= 255)
+    return stored.astype(np.uint8 if fits else np.int32, copy=False)
+
+
+# Checks
+
+
+@dataclass
+class MaskReport:
+    """What the masks of a dataset hold.
+
+    Args:
+        num_labels (`int`):
+            Number of classes expected.
+        ignore_index (`int`):
+            Label of pixels without a class.
+        pixels_per_class (`np.ndarray` of shape `(num_labels,)` and dtype `int64`):
+            Pixels of each class.
+        images_per_class (`np.ndarray` of shape `(num_labels,)` and dtype `int64`):
+            Masks that each class occurs in.
+        num_images (`int`):
+            Masks seen.
+        num_ignored_pixels (`int`):
+            Pixels with the label `ignore_index`.
+        problems (`list[str]`):
+            One line per example that cannot be trained on, with its position and name.
+        wrong_ids (`dict[int, int]`):
+            Ids that are neither a class nor `ignore_index`, and the number of their pixels.
+    """
+
+    num_labels: int
+    ignore_index: int
+    pixels_per_class: np.ndarray
+    images_per_class: np.ndarray
+    num_images: int = 0
+    num_ignored_pixels: int = 0
+    problems: list[str] = field(default_factory=list)
+    wrong_ids: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def ignored_fraction(self) -> float:
+        """Share of the pixels that belong to no class; those with wrong ids count as pixels."""
+        num_pixels = int(self.pixels_per_class.sum()) + self.num_ignored_pixels + sum(self.wrong_ids.values())
+        return self.num_ignored_pixels / max(num_pixels, 1)
+
+    def raise_if_impossible(self) -> None:
+        """Raises a `ValueError`, which says what to do, if a model cannot be trained on these masks."""
+        if self.problems:
+            shown = "\n  ".join(self.problems[:_NUM_SHOWN])
+            more = f"\n  and {len(self.problems) - _NUM_SHOWN} more" if len(self.problems) > _NUM_SHOWN else ""
+            raise ValueError(f"{len(self.problems)} masks cannot be used:\n  {shown}{more}\n{self._remedy()}".rstrip())
+        if self.num_images == 0 or not self.pixels_per_class.any():
+            raise ValueError(
+                f"No pixel of {self.num_images} masks belongs to a class: all are {self.ignore_index}. "
+                "Check the label map and reduce_labels."
+            )
+        if np.count_nonzero(self.pixels_per_class) == 1 and self.num_ignored_pixels and self.num_labels > 1:
+            raise ValueError(
+                f"The masks hold only class {int(self.pixels_per_class.argmax())} and {self.ignore_index}, which is "
+                f"ignored. If they are black and white (0 and {self.ignore_index}), pass a label map "
+                f"(label_id_to_train_id) {{0: 0, {self.ignore_index}: 1}} with another ignore_index."
+            )
+
+    def _remedy(self) -> str:
+        if not self.wrong_ids:
+            return ""
+        wrong = sorted(self.wrong_ids)
+        found = f"Ids out of range: {wrong[:20]}; expected 0 to {self.num_labels - 1} and {self.ignore_index}."
+        if wrong == [255] and self.num_labels == 2:
+            return f"{found} Black and white masks: pass a label map (label_id_to_train_id) {{0: 0, 255: 1}}."
+        if wrong == [255]:
+            return f"{found} 255 mostly means no class: set ignore_index=255."
+        if wrong == [self.num_labels]:
+            return (
+                f"{found} If 0 is background or 'other' and the classes start at 1, set do_reduce_labels; if 0 is a "
+                f"class too, num_labels is {self.num_labels + 1}."
+            )
+        if wrong[0] < 0 or wrong[-1] > 255:
+            return f"{found} Map the stored ids to class ids with a label map (label_id_to_train_id)."
+        return (
+            f"{found} Either num_labels is too small (at least {wrong[-1] + 1}) or the stored ids need a label map "
+            "(label_id_to_train_id)."
+        )
+
+
+def check_masks(
+    dataset: AnyDataset,
+    num_labels: int,
+    label_set: LabelSet | None = None,
+    *,
+    ignore_index: int = 255,
+    reduce_labels: bool = False,
+    max_images: int | None = None,
+    show_progress: bool = True,
+) -> MaskReport:
+    """Reads the masks of a dataset and counts what is in them.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            As from `load_segmentation_datasets`.
+        num_labels (`int`):
+            Number of classes of the model.
+        label_set (`LabelSet`, *optional*):
+            As for `decode_example`, like the next two.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Label of pixels without a class.
+        reduce_labels (`bool`, *optional*, defaults to `False`):
+            Whether stored 0 means "no class".
+        max_images (`int`, *optional*):
+            Read only so many masks from the beginning.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+
+    Returns:
+        `MaskReport`: the counts and the problems; call its `raise_if_impossible` before training.
+    """
+    if label_set is not None:
+        ignore_index = label_set.ignore_index
+    counts = np.zeros((2, num_labels), dtype=np.int64)
+    report = MaskReport(num_labels, ignore_index, pixels_per_class=counts[0], images_per_class=counts[1])
+    for i, (name, ids, problem) in enumerate(
+        _class_counts(dataset, label_set, ignore_index, reduce_labels, max_images, show_progress)
+    ):
+        report.num_images += 1
+        wrong = {}
+        for class_id, num_pixels in ids.items():
+            if class_id == ignore_index:
+                report.num_ignored_pixels += num_pixels
+            elif 0 <= class_id < num_labels:
+                counts[:, class_id] += num_pixels, 1
+            else:
+                wrong[class_id] = num_pixels
+                report.wrong_ids[class_id] = report.wrong_ids.get(class_id, 0) + num_pixels
+        if wrong:
+            problem = f"{name}: ids {sorted(wrong)[:20]} in {sum(wrong.values())} pixels"
+        if problem:
+            report.problems.append(f"example {i}, {problem}")
+    return report
+
+
+def infer_num_labels(
+    dataset: AnyDataset,
+    *,
+    ignore_index: int = 255,
+    reduce_labels: bool = False,
+    max_images: int | None = None,
+    show_progress: bool = True,
+) -> int:
+    """Returns the largest class id of a dataset's masks plus one. Arguments as for `check_masks`.
+
+    Raises:
+        `ValueError`: If a mask cannot be decoded, or no pixel belongs to a class.
+    """
+    largest = -1
+    for _, ids, problem in _class_counts(dataset, None, ignore_index, reduce_labels, max_images, show_progress):
+        if problem:
+            raise ValueError(problem)
+        largest = max(largest, *(class_id for class_id in ids if class_id != ignore_index), -1)
+    if largest < 0:
+        raise ValueError(
+            f"No pixel belongs to a class: every label is {ignore_index}. Check the masks and reduce_labels."
+        )
+    return largest + 1
+
+
+def _class_counts(
+    dataset: AnyDataset,
+    label_set: LabelSet | None,
+    ignore_index: int,
+    reduce_labels: bool,
+    max_images: int | None,
+    show_progress: bool,
+) -> Iterator[tuple[str, dict[int, int], str]]:
+    """Yields per example its name, the number of pixels of each id, and what is wrong with it ("" if nothing)."""
+    length = len(dataset) if isinstance(dataset, datasets.Dataset) else None
+    total = max_images if length is None else min(length, max_images or length)
+    rows = itertools.islice(dataset, max_images)
+    for example in tqdm(rows, desc="Checking masks", total=total, disable=not show_progress, unit="image"):
+        name = _name_of(example)
+        try:
+            stored = _stored_ids(_open_pair(example)[1], name)
+        except ValueError as error:
+            yield name, {}, str(error)
+            continue
+        ids = _class_ids(stored, label_set, ignore_index, reduce_labels)
+        values, counts = np.unique(ids, return_counts=True)
+        yield name, dict(zip(values.tolist(), counts.tolist())), ""
