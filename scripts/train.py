@@ -7,7 +7,9 @@ On a folder with `images/train`, `masks/train`, `images/validation` and `masks/v
     python scripts/train.py --dataset_name my_photos --label_set my_labels.json --output_dir outputs/my_model \
         --model_name_or_path org/segmenter-vit-b-mask
 
-Every argument of `TrainingArguments` works too; `--help` lists them all.
+Every argument of `TrainingArguments` works too; `--help` lists them all. A JSON file of arguments works instead:
+
+    python scripts/train.py scripts/configs/demo.json
 """
 
 import sys
@@ -23,7 +25,10 @@ from segmenter_hf.training import DataArguments, ModelArguments, SegmentationTra
 
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, SegmentationTrainingArguments))
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    from_file = len(sys.argv) == 2 and sys.argv[1].endswith(".json")
+    model_args, data_args, training_args = (
+        parser.parse_json_file(sys.argv[1]) if from_file else parser.parse_args_into_dataclasses()
+    )
     results = train_segmenter(model_args, data_args, training_args)
     print(f"Mean IoU {as_percent(results['mean_iou'])} on {results['num_images']} images, single scale.")
     print(f"Model, card and pictures are in {training_args.output_dir}. Next:")

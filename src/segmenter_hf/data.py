@@ -48,7 +48,7 @@ def load_segmentation_datasets(
     image_column: str = "image",
     label_column: str = "annotation",
     validation_fraction: float | None = None,
-    scenes_size: tuple[int, int] = (192, 256),
+    scenes_size: tuple[int, int] = (128, 160),
     scenes_train: int = 500,
     scenes_validation: int = 100,
     seed: int = 0,
@@ -79,7 +79,7 @@ def load_segmentation_datasets(
             Column of the masks, for parquet files and the Hub.
         validation_fraction (`float`, *optional*):
             Where there is no validation split, this share of the train split becomes one. Without it, that is an error.
-        scenes_size (`tuple[int, int]`, *optional*, defaults to `(192, 256)`):
+        scenes_size (`tuple[int, int]`, *optional*, defaults to `(128, 160)`):
             Height and width of the embedded scenes, in pixels.
         scenes_train (`int`, *optional*, defaults to 500):
             Number of embedded scenes in the train split.

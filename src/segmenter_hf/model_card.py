@@ -1,5 +1,6 @@
 """The model card: what a model is, how to use it, and the mIoU that was measured, with its protocol."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from .files import write_text
 
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+PUBLISHED_MODELS = Path(__file__).parent / "published_models.json"
 
 
 def write_model_card(
@@ -88,4 +90,19 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
         scores = [as_percent(result[key]) for key in ("mean_iou", "mean_accuracy", "overall_accuracy")]
         cells = [Path(result["dataset"]).name, result["split"], str(result["num_images"]), result["protocol"]["name"]]
         lines.append(f"| {' | '.join([*cells, *scores])} |")
+    return "\n".join(lines)
+
+
+def published_models_table() -> str:
+    """Markdown table of the published models with the numbers that their sources report, in percent."""
+    lines = [
+        "| model | source | backbone | decoder | dataset | crop | ss | ms+flip |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model in json.loads(PUBLISHED_MODELS.read_text(encoding="utf-8"))["models"]:
+        name = f"[{model['name']}]({model['checkpoint_url']})" if model.get("checkpoint_url") else model["name"]
+        scores = [model.get(key) for key in ("miou_single_scale", "miou_multi_scale_flip")]
+        cells = [model[key] for key in ("source", "backbone", "decoder", "dataset", "crop_size")]
+        cells += ["-" if score is None else f"{score:.2f}" for score in scores]
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -13,11 +13,15 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
+
+from .files import replaced_file
 
 
 SKY, BUILDING, ROAD, PAVEMENT, TREE, CAR, PERSON, SIGN = range(8)
@@ -51,7 +55,8 @@ _PAVING = [(166, 160, 152), (186, 172, 150), (150, 150, 154), (168, 124, 106), (
 _SKIN = [(236, 196, 168), (205, 155, 120), (150, 105, 78), (95, 65, 50)]
 _PLATES = [(200, 40, 40), (40, 80, 180), (235, 200, 50), (40, 120, 80), (235, 235, 235), (225, 120, 40)]
 _METAL = [(130, 130, 135), (90, 90, 95), (200, 200, 200)]
-_PAINT = _WALLS + _FOLIAGE + _ASPHALT + _PLATES  # cars, shops and clothes come in any colour
+_PAINT = _WALLS + _FOLIAGE + _ASPHALT + _PLATES  # cars, shops and bags come in any colour
+_CLOTHES = [*_PLATES, (52, 58, 96), (140, 66, 112), (92, 60, 48), (222, 205, 172), (70, 110, 50), (78, 78, 82)]
 _WHITE = (240.0, 240.0, 236.0)
 _YELLOW = (225.0, 190.0, 80.0)
 _DARK = (34.0, 34.0, 38.0)
@@ -123,6 +128,21 @@ def embedded_scenes(num_images: int, size: tuple[int, int] = (192, 256), seed: i
         "id": datasets.Value("string"),
     }
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def save_scenes(output_dir: str | Path, num_images: int, size: tuple[int, int] = (192, 256), seed: int = 0) -> None:
+    """Writes scenes as PNG files into `images/` and `masks/` of a folder, which `load_segmentation_datasets` reads.
+
+    Args:
+        output_dir (`str` or `Path`):
+            The folder.
+        num_images (`int`), size (`tuple[int, int]`), seed (`int`):
+            As for `embedded_scenes`.
+    """
+    for row in embedded_scenes(num_images, size, seed):
+        for folder, column in (("images", "image"), ("masks", "annotation")):
+            with replaced_file(Path(output_dir) / folder / f"{row['id']}.png") as temporary:
+                row[column].save(temporary)
 
 
 def _png(array: np.ndarray) -> bytes:
@@ -224,7 +244,7 @@ def _corners(u: Range, v: Range) -> list[Point]:
 def _new_painter(rng: Generator, size: tuple[int, int]) -> _Painter:
     """Sets up the camera and the sky."""
     height, width = size[0] * _OVERSAMPLING, size[1] * _OVERSAMPLING
-    night = rng.random() < 0.1
+    night = rng.random() < 0.05
     skies = _NIGHT_SKIES if night else _DAY_SKIES
     zenith, horizon_color = np.array(skies[rng.integers(len(skies))]) + rng.normal(0, 10) + rng.normal(0, 3, (2, 3))
     horizon = rng.uniform(0.4, 0.5)
@@ -270,11 +290,11 @@ class _Street:
 
 
 def _new_street(rng: Generator) -> _Street:
-    half_road, end, crossing = rng.uniform(2.6, 4.2), rng.uniform(22, 90), rng.uniform(8, 14)
+    half_road, end, crossing = rng.uniform(2.6, 4.2), rng.uniform(20, 55), rng.uniform(8, 14)
     return _Street(
         center=rng.uniform(-1, 1) * (half_road + 0.5),
         half_road=half_road,
-        pavement=rng.uniform(2.4, 4.0),
+        pavement=rng.uniform(2.8, 4.4),
         end=end,
         crossing=(crossing, crossing + rng.uniform(4, 7)) if rng.random() < 0.3 else (end, end),
         built_sides=(-1, 1) if rng.random() < 0.7 else (int(rng.choice([-1, 1])),),
@@ -399,7 +419,7 @@ def _draw_backdrop(painter: _Painter, street: _Street) -> None:
     if rng.random() < 0.3:
         foliage = painter.pick(_FOLIAGE)
         for x in np.arange(-half, half, 3.0):
-            _draw_crown(_Figure(painter, x, street.end, TREE), 2.0, rng.uniform(1.8, 2.8), foliage)
+            _draw_crown(_Figure(painter, x, street.end, TREE), 2.4, rng.uniform(2.4, 3.4), foliage)
         return
     tallest, x = street.end * rng.uniform(0.1, 0.35) + 3, -half
     while x < half:
@@ -480,13 +500,18 @@ def _furnish(painter: _Painter, street: _Street) -> list[_Thing]:
     def covered(candidate: _Thing) -> float:
         """Share of the candidate's width that is in front of or behind other things, or out of the picture."""
         left, right = span(candidate.x, candidate.z, candidate.half_width)
-        others = [span(thing.x, thing.z, thing.half_width) for thing in things] + [(-9.0, 0.0), (1.0, 9.0)]
+        others = [span(thing.x, thing.z, thing.half_width) for thing in things]
+        others += 4 * [(-9.0, 0.0), (1.0, 9.0)]  # better behind a few others than out of the picture
         return sum(max(min(right, end) - max(left, start), 0) for start, end in others) / (right - left)
 
     def add(draw: Callable, zone: Callable[[int], float], z: float, half_width: float, height: float) -> None:
         depths = [z * factor for factor in (1.0, 1.25, 1.5, 1.8)]
-        spots = [_Thing(draw, zone(side), depth, half_width, height) for depth in depths for side in (-1, 1)]
-        things.append(min(rng.permutation(np.array(spots, dtype=object)), key=lambda spot: max(covered(spot), 0.25)))
+        spots = [
+            _Thing(draw, zone(side), depth, half_width, height)
+            for depth in depths
+            for side in rng.permutation((-1, 1))
+        ]
+        things.append(min(spots, key=lambda spot: max(covered(spot), 0.25) + 0.05 * spot.z / z))
 
     def depth_of(metres: float, share: Range) -> float:
         """Depth at which so many metres take a share of the picture's height that is drawn from the range."""
@@ -496,18 +521,19 @@ def _furnish(painter: _Painter, street: _Street) -> list[_Thing]:
         return lambda side: street.kerb(side) + side * margin
 
     for _ in range(rng.integers(1, 3)):
-        add(_draw_sign, beside(rng.uniform(0.4, 0.9)), depth_of(1.1, (0.15, 0.24)), 0.65, 2.4)
+        add(_draw_sign, beside(rng.uniform(0.4, 0.9)), depth_of(1.1, (0.18, 0.28)), 0.65, 2.4)
     for _ in range(rng.integers(1, 4)):
         margin = rng.uniform(0.5, street.pavement - 0.4) if rng.random() < 0.75 else -rng.uniform(0.5, 2.5)
-        add(_draw_person, beside(margin), depth_of(1.7, (0.26, 0.5)), 0.4, 1.7)
+        add(_draw_person, beside(margin), depth_of(1.7, (0.32, 0.54)), 0.4, 1.7)
     for _ in range(rng.integers(1, 4)):
         if rng.random() < 0.7:  # parked, or in a lane
             inside = rng.choice([1.1, street.half_road * rng.uniform(0.4, 0.7)])
-            add(_draw_car_along, beside(-inside), rng.uniform(4, 11), 0.9, 1.4)
+            add(_draw_car, beside(-inside), rng.uniform(4, 9), 0.9, 1.4)
         else:
-            add(_draw_car_across, beside(-rng.uniform(0, street.half_road)), rng.uniform(6, 11), 2.0, 1.4)
+            across = partial(_draw_car, across=True)
+            add(across, beside(-rng.uniform(0, street.half_road)), rng.uniform(5.5, 9.5), 2.0, 1.4)
     for _ in range(rng.integers(1, 4)):
-        add(_draw_tree, beside(rng.uniform(0.7, 1.5)), rng.uniform(7, 16), 1.9, 5)
+        add(_draw_tree, beside(rng.uniform(0.7, 1.5)), rng.uniform(7, 14), 2.2, 5)
     if len(street.built_sides) == 1:  # a park
         park = -street.built_sides[0]
         for z in np.arange(9, min(street.end, 30), rng.uniform(3, 6)):
@@ -522,7 +548,7 @@ def _draw_tree(painter: _Painter, x: float, z: float) -> None:
     tree.polygon([(-trunk * 1.2, 0), (trunk * 1.2, 0), (trunk * 0.8, height), (-trunk * 0.8, height)], bark)
     tree.polygon([(trunk * 0.2, 0), (trunk * 1.2, 0), (trunk * 0.8, height), (0, height)], _shade(bark, 0.75))
     if rng.random() < 0.8:
-        _draw_crown(tree, height, rng.uniform(1.6, 2.3), foliage)
+        _draw_crown(tree, height, rng.uniform(1.9, 2.6), foliage)
         return
     for bottom, half in ((0.9, 1.8), (2.0, 1.5), (3.0, 1.15), (4.0, 0.8)):  # a conifer
         tree.polygon([(-half, bottom), (half, bottom), (0, bottom + 2.2)], _shade(foliage, rng.uniform(0.65, 1.0)))
@@ -549,7 +575,7 @@ def _draw_crown(tree: _Figure, height: float, radius: float, foliage: Color) -> 
 
 def _draw_person(painter: _Painter, x: float, z: float) -> None:
     rng, person = painter.rng, _Figure(painter, x, z, PERSON)
-    skin, hair, top, trousers = (painter.pick(palette) for palette in (_SKIN, _BARK + _SKIN, _PAINT, _PAINT))
+    skin, hair, top, trousers = (painter.pick(palette) for palette in (_SKIN, _BARK + _SKIN, _CLOTHES, _CLOTHES))
     h = rng.uniform(1.6, 1.9) if rng.random() < 0.85 else rng.uniform(1.3, 1.4)
     stride, swing, lean = rng.uniform(0.02, 0.12), rng.uniform(0.0, 0.05), rng.uniform(-0.02, 0.02)
 
@@ -564,17 +590,8 @@ def _draw_person(painter: _Painter, x: float, z: float) -> None:
     for side in (-1, 1):
         elbow = side * (0.22 + swing)
         part([(side * 0.12, 0.82), (side * 0.19, 0.78), (elbow, 0.45), (elbow - side * 0.08, 0.45)], _shade(top, 0.8))
-    part(
-        [
-            (-0.14, 0.46),
-            (0.14, 0.46),
-            (lean + 0.18, 0.78),
-            (lean + 0.1, 0.85),
-            (lean - 0.1, 0.85),
-            (lean - 0.18, 0.78),
-        ],
-        top,
-    )
+    shoulders = [(lean + 0.18, 0.78), (lean + 0.1, 0.85), (lean - 0.1, 0.85), (lean - 0.18, 0.78)]
+    part([(-0.14, 0.46), (0.14, 0.46), *shoulders], top)
     part([(0.03, 0.46), (0.14, 0.46), (lean + 0.18, 0.78), (lean + 0.06, 0.85)], _shade(top, 0.85))
     if rng.random() < 0.25:
         part(_corners((-0.28, -0.15), (0.4, 0.58)), painter.pick(_PAINT))  # a bag
@@ -610,20 +627,11 @@ def _draw_sign(painter: _Painter, x: float, z: float) -> None:
         sign.box((-0.3, 0.3), (height - 0.1, height + 0.1), color)
 
 
-def _draw_car_along(painter: _Painter, x: float, z: float) -> None:
-    """Draws a car that stands or drives along the street: its front or rear, and one flank."""
-    _draw_car(painter, (x - 0.9, x + 0.9), (z, z + painter.rng.uniform(3.6, 4.6)), across=False)
-
-
-def _draw_car_across(painter: _Painter, x: float, z: float) -> None:
-    """Draws a car that crosses the picture."""
-    half = painter.rng.uniform(1.9, 2.3)
-    _draw_car(painter, (x - half, x + half), (z, z + 1.8), across=True)
-
-
-def _draw_car(painter: _Painter, x: Range, z: Range, across: bool) -> None:
-    """Draws a car as two boxes, body and cabin, each with the sides that face the camera."""
-    rng, length = painter.rng, x[1] - x[0] if across else z[1] - z[0]
+def _draw_car(painter: _Painter, x: float, z: float, across: bool = False) -> None:
+    """Draws a car, along the street or across it, as two boxes, body and cabin, of the sides that face the camera."""
+    rng, width = painter.rng, 1.8
+    length = rng.uniform(3.7, 4.6)
+    left = x - (length if across else width) / 2
     paint, glass = painter.pick(_PAINT), _mix(_GLASS, _DARK, rng.uniform(0, 0.7))
     lamps, waist = painter.pick([(190, 30, 30), (250, 240, 200)]), rng.uniform(0.85, 1.0)
     top, hood, trunk, slope = rng.uniform(1.4, 1.6), rng.uniform(0.16, 0.28), rng.uniform(0.0, 0.2), 0.1
@@ -637,10 +645,8 @@ def _draw_car(painter: _Painter, x: Range, z: Range, across: bool) -> None:
 
         def ring(inset: float, taper: float, height: float) -> list[Point]:
             along = (start + inset) * length, (end - inset) * length
-            plan = _corners(along, (taper, 1.8 - taper))
-            return [
-                painter.project(x[0] + u, height, z[0] + w) for u, w in (plan if across else (p[::-1] for p in plan))
-            ]
+            plan = [corner if across else corner[::-1] for corner in _corners(along, (taper, width - taper))]
+            return [painter.project(left + u, height, z + w) for u, w in plan]
 
         low, high = ring(0, 0, y[0]), ring(slope, taper, y[1])
         sides = [("flank" if i % 2 else "end", [low[i], low[i - 1], high[i - 1], high[i]]) for i in range(4)]
@@ -652,7 +658,7 @@ def _draw_car(painter: _Painter, x: Range, z: Range, across: bool) -> None:
         """Fills the part of a side between shares of its width and height."""
         bottom_left, bottom_right, top_right, top_left = quad
         points = [_mix(_mix(bottom_left, bottom_right, s), _mix(top_left, top_right, s), t) for s, t in _corners(u, v)]
-        painter.polygon(points, color, z[0], CAR)
+        painter.polygon(points, color, z, CAR)
 
     brightness = {"top": 1.15, "flank": 0.9, "end": 0.75}
     body = box(0, 1, 0, 0, (0.2, waist))
@@ -672,13 +678,13 @@ def _draw_car(painter: _Painter, x: Range, z: Range, across: bool) -> None:
             fill(quad, (0.12, 0.42), (0.4, 0.85), _shade(glass, 1.25))
         if kind == "flank":
             fill(quad, (0.48, 0.53), (0, 1), _shade(paint, 0.9))
-    for kind, (left, right, *_) in body:  # wheels
+    for kind, quad in body:  # wheels
         for u in (0.18, 0.82) if kind == "flank" else ():
-            radii = 0.34 / length * abs(right[0] - left[0]), 0.34 * painter.focal / max(z[0], 1.0)
+            radii = 0.34 / length * abs(quad[1][0] - quad[0][0]), 0.34 * painter.focal / max(z, 1.0)
             for share, color in ((1.0, _DARK), (0.5, (150.0, 150.0, 150.0))):
-                painter.ellipse(_mix(left, right, u), _shade(radii, share), color, z[0], CAR)
+                painter.ellipse(_mix(quad[0], quad[1], u), _shade(radii, share), color, z, CAR)
         for u in (0.05, 0.77) if kind == "end" else ():
-            fill([left, right, right, left], (u, u + 0.18), (0, 0), _DARK)
+            fill(quad, (u, u + 0.18), (-0.25, 0.05), _DARK)
 
 
 def _signed_area(quad: Sequence[Point]) -> float:
@@ -691,12 +697,9 @@ def _signed_area(quad: Sequence[Point]) -> float:
 def _photograph(painter: _Painter, mask: np.ndarray) -> np.ndarray:
     """Adds what light and a camera add: texture, uneven light, colour cast, exposure, blur and noise."""
     rng, size = painter.rng, mask.shape
-    grain = (
-        rng.standard_normal(size, dtype=np.float32) * 0.6
-        + _smooth_noise(rng, size, (size[0] // 4, size[1] // 4))
-        - 0.5
-    )
-    amplitude = rng.uniform(0.01, 0.06, 8).astype(np.float32)
+    grain = _smooth_noise(rng, size, (size[0] // 4, size[1] // 4)) - 0.5
+    grain += rng.standard_normal(size, dtype=np.float32) * 0.6
+    amplitude = rng.uniform(0.01, 0.04, 8).astype(np.float32)
     amplitude[SKY] = 0
     light = 1 + rng.uniform(0.1, 0.5) * (_smooth_noise(rng, size, (3, 4)) - 0.5)
     gain = rng.uniform(0.94, 1.06, 3) * rng.uniform(0.8, 1.2)
@@ -706,7 +709,7 @@ def _photograph(painter: _Painter, mask: np.ndarray) -> np.ndarray:
     pixels *= (light * (1 + amplitude[mask] * grain))[..., None]
     pixels = 110 + (pixels - 110) * rng.uniform(0.8, 1.15) + rng.uniform(-10, 15)
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    if rng.random() < 0.7:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.9)))
-    noise = rng.standard_normal((*size, 3), dtype=np.float32) * rng.uniform(1, 6)
+    if rng.random() < 0.5:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7)))
+    noise = rng.standard_normal((*size, 3), dtype=np.float32) * rng.uniform(1, 4)
     return (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)

@@ -1,0 +1,34 @@
+# Each target is a line or two that can be copied; the first ones make a virtual environment by themselves.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+DEMO = outputs/demo
+
+.PHONY: demo test style format clean
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, evaluate, segment pictures
+	$(PY) scripts/train.py scripts/configs/demo.json
+	$(PY) scripts/evaluate.py --model_name_or_path $(DEMO)/model --dataset_name scenes --output_dir $(DEMO)/evaluation
+	$(PY) scripts/draw_scenes.py --num_images 6 --seed 1000 --output_dir $(DEMO)/pictures
+	$(PY) scripts/predict.py --model_name_or_path $(DEMO)/model --images $(DEMO)/pictures/images --output_dir $(DEMO)/predictions
+	@echo "Look at $(DEMO)/predictions and $(DEMO)/model/README.md."
+
+test: $(VENV)/installed  ## install and run all tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+style: $(VENV)/installed  ## check style
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/installed  ## mend style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) outputs .cache build *.egg-info src/*.egg-info

@@ -1,0 +1,33 @@
+"""Draw embedded street scenes as a folder of images and masks, which is also an example of a dataset folder.
+
+python scripts/draw_scenes.py --num_images 6 --output_dir outputs/pictures
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+
+sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+
+from transformers import HfArgumentParser
+
+from segmenter_hf.scenes import save_scenes
+
+
+@dataclass
+class Arguments:
+    output_dir: str = field(metadata={"help": "Folder for `images/` and `masks/`."})
+    num_images: int = field(default=6, metadata={"help": "Number of scenes."})
+    height: int = field(default=192, metadata={"help": "Height in pixels."})
+    width: int = field(default=256, metadata={"help": "Width in pixels."})
+    seed: int = field(default=0, metadata={"help": "Seed of the scenes."})
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    save_scenes(args.output_dir, args.num_images, (args.height, args.width), args.seed)
+    print(f"Wrote {args.num_images} scenes to {args.output_dir}/images and their masks to {args.output_dir}/masks.")
+
+
+if __name__ == "__main__":
+    main()

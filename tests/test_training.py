@@ -1,0 +1,201 @@
+"""Fine-tuning from arguments to a finished directory, on a few small scenes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
+
+from segmenter_hf.augmentation import SegmentationAugmentation
+from segmenter_hf.data import load_segmentation_datasets
+from segmenter_hf.evaluation import EvaluationExamples, evaluate_segmentation
+from segmenter_hf.image_processing_segmenter import SegmenterImageProcessor
+from segmenter_hf.label_sets import load_label_set
+from segmenter_hf.scenes import save_scenes
+from segmenter_hf.training import (
+    DataArguments,
+    ModelArguments,
+    SegmentationTrainer,
+    SegmentationTrainingArguments,
+    TrainingExamples,
+    parse_overrides,
+    train_segmenter,
+)
+
+
+TINY = (
+    "patch_size=8,hidden_size=32,num_attention_heads=2,intermediate_size=64,num_hidden_layers=2,"
+    "decoder_num_hidden_layers=1,drop_path_rate=0.1"
+)
+SMALL_SCENES = {"scenes_train": 6, "scenes_validation": 3, "image_size": 64, "crop_size": 48, "window_stride": 32}
+
+
+def run(output_dir: Path, **kwargs):
+    arguments = {
+        "output_dir": str(output_dir),
+        "config_overrides": TINY,
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **SMALL_SCENES,
+        **kwargs,
+    }
+    parser = HfArgumentParser((ModelArguments, DataArguments, SegmentationTrainingArguments))
+    return train_segmenter(*parser.parse_dict(arguments))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("trained") / "tiny-scenes"
+    run(output_dir)
+    return output_dir
+
+
+def test_a_run_ends_with_everything_needed_to_use_and_share_the_model(trained) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "label_set.json"} <= names
+    assert {"README.md", "results.json", "per_class.md", "predictions.png"} <= names
+    results = json.loads((trained / "results.json").read_text())
+    assert results["num_images"] == SMALL_SCENES["scenes_validation"]
+    assert results["protocol"]["name"] == "single scale"
+    assert len(results["per_category_iou"]) == len(results["labels"]) == 8
+    card = (trained / "README.md").read_text()
+    assert f"{100 * results['mean_iou']:.2f}" in card
+    assert "model-index" in card
+    assert "pipeline_tag: image-segmentation" in card
+
+
+def test_the_saved_model_gives_the_recorded_results(trained) -> None:
+    model = AutoModelForSemanticSegmentation.from_pretrained(trained)
+    processor = AutoImageProcessor.from_pretrained(trained)
+    assert (processor.window_size, processor.window_stride, processor.patch_size) == (48, 32, 8)
+    label_set = load_label_set("scenes")
+    assert model.config.id2label == label_set.id2label
+    (dataset,) = load_segmentation_datasets(splits=["validation"], scenes_validation=3).values()
+    results = evaluate_segmentation(model, processor, dataset, label_set, show_progress=False)
+    assert results["mean_iou"] == json.loads((trained / "results.json").read_text())["mean_iou"]
+
+
+def test_training_makes_a_model_better(tmp_path) -> None:
+    once = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    first, last = (run(tmp_path / str(steps), max_steps=steps, **once)["mean_iou"] for steps in (1, 60))
+    assert last > first + 0.05
+
+
+def test_the_poly_schedule_is_the_default(tmp_path) -> None:
+    arguments = SegmentationTrainingArguments(str(tmp_path), use_cpu=True)
+    assert arguments.lr_scheduler_type == "polynomial"
+    assert arguments.lr_scheduler_kwargs == {"power": 0.9, "lr_end": 1e-6}
+
+
+def examples(photometric_distortion: bool = True) -> TrainingExamples:
+    (dataset,) = load_segmentation_datasets(splits=["train"], scenes_size=(48, 64), scenes_train=3).values()
+    augmentation = SegmentationAugmentation(
+        crop_size=32, size=48, max_ratio=4, photometric_distortion=photometric_distortion
+    )
+    return TrainingExamples(dataset, load_label_set("scenes"), augmentation, SegmenterImageProcessor(), seed=3)
+
+
+def test_draws_depend_on_seed_epoch_and_row_alone() -> None:
+    first, second = examples(), examples()
+    np.random.default_rng().random()
+    for index in (2, 0):
+        assert torch.equal(first[index]["pixel_values"], second[index]["pixel_values"])
+        assert torch.equal(first[index]["labels"], second[index]["labels"])
+    second.set_epoch(1)
+    assert not torch.equal(first[0]["pixel_values"], second[0]["pixel_values"])
+
+
+def test_crops_are_normalised_and_of_one_size() -> None:
+    row = examples()[0]
+    assert row["pixel_values"].shape == (3, 32, 32)
+    assert row["labels"].shape == (32, 32)
+    assert row["labels"].dtype == torch.int64
+    assert row["pixel_values"].min() >= -1
+    assert row["pixel_values"].max() <= 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_evaluation_inside_trainer_equals_evaluation_outside(trained, tmp_path, batch_size) -> None:
+    model = AutoModelForSemanticSegmentation.from_pretrained(trained)
+    processor = AutoImageProcessor.from_pretrained(trained)
+    label_set = load_label_set("scenes")
+    (dataset,) = load_segmentation_datasets(splits=["validation"], scenes_validation=3).values()
+    trainer = SegmentationTrainer(
+        model=model,
+        args=SegmentationTrainingArguments(
+            str(tmp_path), use_cpu=True, per_device_eval_batch_size=batch_size, disable_tqdm=True
+        ),
+        eval_dataset=EvaluationExamples(dataset, label_set),
+        train_dataset=EvaluationExamples(dataset, label_set),
+        processing_class=processor,
+        label_set=label_set,
+    )
+    inside = trainer.evaluate()
+    outside = evaluate_segmentation(model, processor, dataset, label_set, show_progress=False)
+    for name in ("mean_iou", "mean_accuracy", "overall_accuracy"):
+        assert inside[f"eval_{name}"] == outside[name]
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path) -> None:
+    arguments = {
+        "num_train_epochs": 2,
+        "eval_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": None,
+        "load_best_model_at_end": False,
+    }
+    run(tmp_path / "whole", **arguments)
+    run(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"), **arguments)
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_model_with_other_classes_gets_a_new_head_and_keeps_its_encoder(trained, tmp_path) -> None:
+    save_scenes(tmp_path / "photos", 3, (48, 64))
+    names = tmp_path / "labels.json"
+    names.write_text(json.dumps([f"thing {index}" for index in range(9)]))
+    run(
+        tmp_path / "model",
+        model_name_or_path=str(trained),
+        dataset_name=str(tmp_path / "photos"),
+        label_set=str(names),
+        validation_fraction=0.34,
+        learning_rate=2e-6,
+        max_steps=1,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+    )
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "model")
+    assert model.config.id2label[8] == "thing 8"
+    before, after = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "model"))
+    key = "segmenter.layers.0.mlp.fc1.weight"
+    assert torch.allclose(before[key], after[key], atol=1e-4)
+
+
+def test_impossible_masks_stop_before_training(tmp_path) -> None:
+    save_scenes(tmp_path / "photos", 2, (48, 64))
+    names = tmp_path / "labels.json"
+    names.write_text('["one", "two"]')
+    with pytest.raises(ValueError, match="num_labels is too small"):
+        run(tmp_path / "model", dataset_name=str(tmp_path / "photos"), label_set=str(names), validation_fraction=0.5)
+    assert not (tmp_path / "model" / "config.json").exists()
+
+
+def test_overrides_have_the_types_of_the_configuration() -> None:
+    assert parse_overrides("patch_size=8, qkv_bias=false,drop_path_rate=0.2,decoder_type=linear") == {
+        "patch_size": 8,
+        "qkv_bias": False,
+        "drop_path_rate": 0.2,
+        "decoder_type": "linear",
+    }
+    for wrong in ("patch=8", "patch_size", "patch_size=big", "qkv_bias=maybe"):
+        with pytest.raises(ValueError, match="config_overrides"):
+            parse_overrides(wrong)
