@@ -19,6 +19,7 @@ from transformers.image_utils import (
     infer_channel_dimension_format,
     is_torch_tensor,
     load_image,
+    make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import ModelOutput, TensorType
@@ -215,6 +216,17 @@ class _SegmenterImageProcessing:
             return read_image(image_url_or_urls)
         return image_url_or_urls
 
+    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
+        """A flat list of images, in which grey arrays (height, width) have a channel too."""
+        images = self.fetch_images(images)
+        if expected_ndims == 3:
+            single = not isinstance(images, (list, tuple))
+            images = [
+                image[None] if getattr(image, "ndim", 0) == 2 else image for image in ([images] if single else images)
+            ]
+            images = images[0] if single else images
+        return make_flat_list_of_images(images, expected_ndims=expected_ndims)
+
     def process_image(
         self,
         image: ImageInput,
@@ -282,6 +294,11 @@ class _SegmenterImageProcessing:
         maps = [None] * len(images)
         if segmentation_maps is not None:
             maps = self._prepare_images_structure(segmentation_maps, expected_ndims=2)
+            if len(maps) != len(images):
+                raise ValueError(
+                    f"{len(images)} image(s) need as many segmentation maps of the shape (height, width), got {len(maps)}. "
+                    "Convert a colour-coded mask to class ids first."
+                )
             maps = [self.process_segmentation_map(labels, do_reduce_labels).to(device or "cpu") for labels in maps]
             sizes = [tuple(image.shape[-2:]) for image in images]
             if sizes != [tuple(labels.shape) for labels in maps]:

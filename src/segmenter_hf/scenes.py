@@ -51,7 +51,7 @@ _FOLIAGE = [(70, 110, 50), (95, 130, 60), (50, 82, 45), (110, 120, 70), (60, 95,
 _FOLIAGE += [(192, 115, 45), (188, 160, 62), (212, 160, 178)]
 _BARK = [(95, 75, 58), (120, 105, 90), (70, 60, 55), (150, 145, 138)]
 _ASPHALT = [(78, 78, 82), (100, 100, 104), (92, 87, 82), (96, 100, 112), (118, 114, 108)]
-_PAVING = [(166, 160, 152), (186, 172, 150), (150, 150, 154), (168, 124, 106), (120, 118, 118)]
+_PAVING = [(176, 168, 156), (192, 176, 150), (186, 184, 182), (172, 126, 108), (196, 160, 140)]
 _SKIN = [(236, 196, 168), (205, 155, 120), (150, 105, 78), (95, 65, 50)]
 _PLATES = [(200, 40, 40), (40, 80, 180), (235, 200, 50), (40, 120, 80), (235, 235, 235), (225, 120, 40)]
 _METAL = [(130, 130, 135), (90, 90, 95), (200, 200, 200)]
@@ -521,10 +521,10 @@ def _furnish(painter: _Painter, street: _Street) -> list[_Thing]:
         return lambda side: street.kerb(side) + side * margin
 
     for _ in range(rng.integers(1, 3)):
-        add(_draw_sign, beside(rng.uniform(0.4, 0.9)), depth_of(1.1, (0.18, 0.28)), 0.65, 2.4)
+        add(_draw_sign, beside(rng.uniform(0.4, 0.9)), depth_of(1.1, (0.2, 0.32)), 0.65, 2.4)
     for _ in range(rng.integers(1, 4)):
         margin = rng.uniform(0.5, street.pavement - 0.4) if rng.random() < 0.75 else -rng.uniform(0.5, 2.5)
-        add(_draw_person, beside(margin), depth_of(1.7, (0.32, 0.54)), 0.4, 1.7)
+        add(_draw_person, beside(margin), depth_of(1.7, (0.36, 0.58)), 0.4, 1.7)
     for _ in range(rng.integers(1, 4)):
         if rng.random() < 0.7:  # parked, or in a lane
             inside = rng.choice([1.1, street.half_road * rng.uniform(0.4, 0.7)])
@@ -709,7 +709,7 @@ def _photograph(painter: _Painter, mask: np.ndarray) -> np.ndarray:
     pixels *= (light * (1 + amplitude[mask] * grain))[..., None]
     pixels = 110 + (pixels - 110) * rng.uniform(0.8, 1.15) + rng.uniform(-10, 15)
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7)))
     noise = rng.standard_normal((*size, 3), dtype=np.float32) * rng.uniform(1, 4)
     return (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)

@@ -196,7 +196,7 @@ def _arrange_view(
         geometry = (tuple(starts), window, padded_window, patches, view_side, side, flip)
         tiles.append(merge_tiles(*geometry, tile_size, logits.device))
         grid.append(len(starts))
-    if len(windows) != grid[0] * grid[1]:
+    if not len(windows) == len({(w.top, w.left) for _, w in windows}) == grid[0] * grid[1]:
         raise _missing_windows(view, len(windows))
 
     indices = torch.tensor([index for index, _ in windows], device=logits.device)
