@@ -12,12 +12,11 @@ from pathlib import Path
 
 sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
+from transformers import HfArgumentParser
 
-import segmenter_hf  # noqa: F401 (registers the models)
 from segmenter_hf.data import load_segmentation_datasets
 from segmenter_hf.evaluation import as_percent, evaluate_segmentation, per_class_table, save_results
-from segmenter_hf.label_sets import label_set_of_model, load_label_set
+from segmenter_hf.prediction import load_model
 
 
 @dataclass
@@ -36,18 +35,12 @@ class Arguments:
     max_samples: int | None = field(default=None, metadata={"help": "Evaluate the first so many images only."})
     multi_scale_flip: bool = field(default=False, metadata={"help": "Average over six scales, each also mirrored."})
     window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network."})
-    device: str = field(default="cpu", metadata={"help": "Device of the model, such as cuda."})
+    device: str | None = field(default=None, metadata={"help": "Device of the model; a GPU where there is one."})
 
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path).to(args.device)
-    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    label_set = (
-        load_label_set(args.label_set)
-        if args.label_set
-        else label_set_of_model(args.model_name_or_path, model.config.id2label)
-    )
+    model, processor, label_set = load_model(args.model_name_or_path, args.label_set, args.device)
     dataset = load_segmentation_datasets(
         args.dataset_name,
         splits=[args.split],

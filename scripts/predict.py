@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 
 sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
+from transformers import HfArgumentParser
 
-import segmenter_hf  # noqa: F401 (registers the models)
-from segmenter_hf.label_sets import label_set_of_model, load_label_set
-from segmenter_hf.prediction import predict_files
+from segmenter_hf.prediction import load_model, predict_files
 
 
 @dataclass
@@ -26,18 +24,12 @@ class Arguments:
     )
     multi_scale_flip: bool = field(default=False, metadata={"help": "Average over six scales, each also mirrored."})
     window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network."})
-    device: str = field(default="cpu", metadata={"help": "Device of the model, such as cuda."})
+    device: str | None = field(default=None, metadata={"help": "Device of the model; a GPU where there is one."})
 
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    model = AutoModelForSemanticSegmentation.from_pretrained(args.model_name_or_path).to(args.device)
-    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    label_set = (
-        load_label_set(args.label_set)
-        if args.label_set
-        else label_set_of_model(args.model_name_or_path, model.config.id2label)
-    )
+    model, processor, label_set = load_model(args.model_name_or_path, args.label_set, args.device)
     written = predict_files(
         model,
         processor,

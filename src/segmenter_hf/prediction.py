@@ -8,11 +8,16 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    BaseImageProcessor,
+    PreTrainedModel,
+)
 
 from .files import replaced_file
 from .image_processing_segmenter import read_image
-from .label_sets import LabelSet
+from .label_sets import LabelSet, label_set_of_model, load_label_set
 from .visualization import label_map_image, overlay, with_legend
 
 
@@ -37,6 +42,27 @@ def describe_protocol(processor: BaseImageProcessor, multi_scale_flip: bool) -> 
         "resample": "bilinear without antialiasing",
         "resolution": "original size of each image",
     }
+
+
+def load_model(
+    name_or_path: str | Path, label_set: str | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:
+    """Load a model with its image processor and label set.
+
+    Args:
+        name_or_path (`str` or `Path`): Directory or Hub name of the model.
+        label_set (`str`, *optional*): Name or JSON file of a label set; by default the one that belongs to the model.
+        device (`str`, *optional*): Where the model goes; by default a GPU where there is one.
+
+    Returns:
+        `tuple[PreTrainedModel, BaseImageProcessor, LabelSet]`: The model in evaluation mode, and what belongs to it.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForSemanticSegmentation.from_pretrained(name_or_path).to(device).eval()
+    processor = AutoImageProcessor.from_pretrained(name_or_path)
+    if label_set is not None:
+        return model, processor, load_label_set(label_set)
+    return model, processor, label_set_of_model(name_or_path, model.config.id2label)
 
 
 @torch.no_grad()
