@@ -235,12 +235,12 @@ def test_autocast_stays_close() -> None:
 # Drop path
 
 
-def test_drop_path_rises_linearly_over_the_encoder_and_is_constant_in_the_decoder() -> None:
+def test_drop_path_rises_linearly_over_the_layers_of_encoder_and_decoder() -> None:
     model = SegmenterForSemanticSegmentation(
         tiny_config(num_hidden_layers=5, drop_path_rate=0.2, decoder_drop_path_rate=0.3)
     )
     assert [layer.drop_path.rate for layer in model.segmenter.layers] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
-    assert [layer.drop_path.rate for layer in model.decode_head.layers] == [0.3, 0.3]
+    assert [layer.drop_path.rate for layer in model.decode_head.layers] == [0, 0.3]
     assert SegmenterModel(tiny_config(num_hidden_layers=1, drop_path_rate=0.2)).layers[0].drop_path.rate == 0
 
 
