@@ -119,7 +119,6 @@ def test_the_pipelines_of_both_versions_become_the_image_processor(version, tmp_
 @pytest.mark.parametrize(
     ("replace", "message"),
     [
-        (("with_cls_token=True", "with_cls_token=False"), "class token"),
         (("bgr_to_rgb=True", "bgr_to_rgb=False"), "BGR"),
         (("stride=[\n        480,\n        480,\n    ]", "stride=(480, 320)"), "square windows"),
         (("num_heads=2", "num_heads=heads"), "Line .* asks for heads"),

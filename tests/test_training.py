@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
 
+from segmenter_hf import SegmenterConfig, SetrConfig
 from segmenter_hf.augmentation import SegmentationAugmentation
 from segmenter_hf.data import load_segmentation_datasets
 from segmenter_hf.evaluation import EvaluationExamples, evaluate_segmentation
@@ -21,6 +22,7 @@ from segmenter_hf.training import (
     SegmentationTrainer,
     SegmentationTrainingArguments,
     TrainingExamples,
+    override_config,
     parse_overrides,
     train_segmenter,
 )
@@ -190,12 +192,34 @@ def test_impossible_masks_stop_before_training(tmp_path) -> None:
 
 
 def test_overrides_have_the_types_of_the_configuration() -> None:
-    assert parse_overrides("patch_size=8, qkv_bias=false,drop_path_rate=0.2,decoder_type=linear") == {
+    text = "patch_size=8, qkv_bias=false,drop_path_rate=0.2,decoder_type=pup,out_indices=2/5/8/11"
+    assert parse_overrides(text, SetrConfig()) == {
         "patch_size": 8,
         "qkv_bias": False,
         "drop_path_rate": 0.2,
-        "decoder_type": "linear",
+        "decoder_type": "pup",
+        "out_indices": [2, 5, 8, 11],
     }
     for wrong in ("patch=8", "patch_size", "patch_size=big", "qkv_bias=maybe"):
         with pytest.raises(ValueError, match="config_overrides"):
-            parse_overrides(wrong)
+            parse_overrides(wrong, SegmenterConfig())
+
+
+@pytest.mark.parametrize("decoder_type", ["naive", "pup", "mla"])
+def test_setr_trains_on_scenes_and_improves(decoder_type, tmp_path) -> None:
+    overrides = TINY.replace("decoder_num_hidden_layers=1", f"decoder_type={decoder_type},decoder_hidden_size=16")
+    once = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    arguments = {"model_type": "setr", "config_overrides": overrides, **once}
+    first, last = (run(tmp_path / str(steps), max_steps=steps, **arguments)["mean_iou"] for steps in (1, 60))
+    assert last > first + 0.05
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "60")
+    assert type(model).__name__ == "SetrForSemanticSegmentation"
+
+
+def test_another_decoder_brings_its_own_fields(tmp_path) -> None:
+    run(tmp_path / "mask", max_steps=1, save_strategy="no", eval_strategy="no", load_best_model_at_end=False)
+    config = AutoConfig.from_pretrained(tmp_path / "mask")
+    assert override_config(config, "decoder_type=linear").decoder_type == "linear"
+    mla = override_config(SetrConfig(decoder_type="pup"), "decoder_type=mla,drop_path_rate=0.1")
+    assert (mla.out_indices, mla.use_class_token, mla.drop_path_rate) == ([5, 11, 17, 23], False, 0.1)
+    assert override_config(SetrConfig(out_indices=[1, 23]), "drop_path_rate=0.1").out_indices == [1, 23]

@@ -6,18 +6,23 @@ Importing the package registers its classes with transformers' Auto classes.
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 
 from .configuration_segmenter import SegmenterConfig
+from .configuration_setr import SetrConfig
 from .conversion import convert_checkpoint
 from .image_processing_segmenter import SegmenterImageProcessor, SegmenterImageProcessorPil
 from .modeling_segmenter import SegmenterForSemanticSegmentation, SegmenterModel
+from .modeling_setr import SetrForSemanticSegmentation, SetrModel
 
 
-AutoConfig.register("segmenter", SegmenterConfig)
-AutoModel.register(SegmenterConfig, SegmenterModel)
-AutoImageProcessor.register(
-    SegmenterConfig,
-    image_processor_classes={"torchvision": SegmenterImageProcessor, "pil": SegmenterImageProcessorPil},
-)
-AutoModelForSemanticSegmentation.register(SegmenterConfig, SegmenterForSemanticSegmentation)
+for _config, _model, _segmentation_model in (
+    (SegmenterConfig, SegmenterModel, SegmenterForSemanticSegmentation),
+    (SetrConfig, SetrModel, SetrForSemanticSegmentation),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoImageProcessor.register(
+        _config, image_processor_classes={"torchvision": SegmenterImageProcessor, "pil": SegmenterImageProcessorPil}
+    )
+    AutoModelForSemanticSegmentation.register(_config, _segmentation_model)
 
 __all__ = [
     "SegmenterConfig",
@@ -25,5 +30,8 @@ __all__ = [
     "SegmenterImageProcessor",
     "SegmenterImageProcessorPil",
     "SegmenterModel",
+    "SetrConfig",
+    "SetrForSemanticSegmentation",
+    "SetrModel",
     "convert_checkpoint",
 ]

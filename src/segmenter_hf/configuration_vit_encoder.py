@@ -45,10 +45,15 @@ class VitEncoderConfig(PreTrainedConfig):
         patch_size (`int`, defaults to 16): Side of a square patch in pixels; must divide `image_size`.
         num_channels (`int`, defaults to 3): Channels of the images.
         qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
+        use_class_token (`bool`, defaults to `True`): Whether the class token, and the distillation token where there is
+            one, go through the layers with the patches. The weights have them either way.
         use_distillation_token (`bool`, defaults to `False`): Whether DeiT's second token follows the class token.
+        use_final_layer_norm (`bool`, defaults to `True`): Whether a LayerNorm follows the last layer.
         position_embedding_interpolation (`"bilinear"` or `"bicubic"`, defaults to `"bilinear"`): How the position
             embeddings are resized (`align_corners=False`, no antialiasing).
         semantic_loss_ignore_index (`int`, defaults to 255): Label of pixels that the loss leaves out.
+        use_tiled_loss (`bool`, defaults to `True`): Whether the loss is computed tile by tile, without the upsampled
+            logits. `False` is the plain path, equal and slower.
 
     Raises:
         ValueError: If a value is out of its range or values contradict each other.
@@ -68,9 +73,12 @@ class VitEncoderConfig(PreTrainedConfig):
     patch_size: int = 16
     num_channels: int = 3
     qkv_bias: bool = True
+    use_class_token: bool = True
     use_distillation_token: bool = False
+    use_final_layer_norm: bool = True
     position_embedding_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     semantic_loss_ignore_index: int = 255
+    use_tiled_loss: bool = True
 
     @property
     def image_height_and_width(self) -> tuple[int, int]:

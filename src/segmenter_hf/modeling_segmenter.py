@@ -12,7 +12,6 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_segmenter import SegmenterConfig
 from .modeling_vit_encoder import VitEncoderLayer, VitEncoderModel, VitEncoderPreTrainedModel
-from .segmentation_loss import upsampled_cross_entropy
 
 
 @dataclass
@@ -163,7 +162,7 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
 
         loss = None
         if labels is not None:
-            loss = self.compute_loss(logits, labels, height, width)
+            loss = self.compute_loss(logits, labels, (height, width))
         return SegmenterSemanticSegmenterOutput(
             loss=loss,
             logits=logits,
@@ -173,18 +172,6 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
             decoder_attentions=None if outputs.attentions is None else decoder_attentions,
             window_offsets=window_offsets,
         )
-
-    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Cross-entropy at the padded input size; the padding is labelled as ignored."""
-        if labels.shape[-2:] != (height, width):
-            raise ValueError(
-                f"`labels` must have the height and width of `pixel_values`, ({height}, {width}), got "
-                f"{tuple(labels.shape[-2:])}. Resize masks with nearest, as the image processor does."
-            )
-        patch_size, ignore_index = self.config.patch_size, self.config.semantic_loss_ignore_index
-        padding = (0, -width % patch_size, 0, -height % patch_size)
-        labels = nn.functional.pad(labels, padding, value=ignore_index)
-        return upsampled_cross_entropy(logits, labels, ignore_index=ignore_index)
 
 
 # The image-segmentation pipeline looks the name of the class up here.

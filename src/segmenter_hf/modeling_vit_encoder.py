@@ -4,6 +4,7 @@ The layers follow the ViT of Dosovitskiy et al. (ICLR 2021), the distillation to
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,6 +19,23 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit_encoder import VitEncoderConfig
+from .segmentation_loss import plain_upsampled_cross_entropy, upsampled_cross_entropy
+
+
+@dataclass
+class VitEncoderOutput(BaseModelOutput):
+    """Output of the encoder.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, prefix + patches, hidden_size)`): The tokens after
+            the last layer and, where there is one, the final norm.
+        hidden_states (`tuple[torch.FloatTensor]`, on request): Embeddings and the output of each layer.
+        attentions (`tuple[torch.FloatTensor]`, on request): Attention probabilities of each layer.
+        feature_states (`tuple[torch.FloatTensor]`): The outputs of the layers `out_indices` of the configuration, before
+            the final norm, where it names any.
+    """
+
+    feature_states: tuple[torch.FloatTensor, ...] | None = None
 
 
 class VitEncoderPatchEmbeddings(nn.Module):
@@ -49,8 +67,9 @@ class VitEncoderEmbeddings(nn.Module):
         height, width = config.image_height_and_width
         self.grid = (height // config.patch_size, width // config.patch_size)
         self.interpolation = config.position_embedding_interpolation
-        self.num_prefix_tokens = 2 if config.use_distillation_token else 1
-        num_positions = self.num_prefix_tokens + self.grid[0] * self.grid[1]
+        self.num_special_tokens = 2 if config.use_distillation_token else 1
+        self.num_prefix_tokens = self.num_special_tokens if config.use_class_token else 0
+        num_positions = self.num_special_tokens + self.grid[0] * self.grid[1]
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.distillation_token = (
@@ -61,25 +80,27 @@ class VitEncoderEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def position_embeddings_for(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Position embeddings (1, prefix + grid height * grid width, hidden) of a grid of patches.
+        """Position embeddings (1, special tokens + grid height * grid width, hidden) of a grid of patches.
 
-        The embeddings of the patches are resized in float32 with `align_corners=False`, those of the prefix tokens
+        The embeddings of the patches are resized in float32 with `align_corners=False`, those of the special tokens
         kept. An export always resizes, so that the exported model serves every size.
         """
         if grid == self.grid and not torch.compiler.is_exporting():
             return self.position_embeddings
-        prefix, patches = self.position_embeddings.split([self.num_prefix_tokens, self.grid[0] * self.grid[1]], dim=1)
+        sizes = [self.num_special_tokens, self.grid[0] * self.grid[1]]
+        special, patches = self.position_embeddings.split(sizes, dim=1)
         patches = patches.unflatten(1, self.grid).permute(0, 3, 1, 2).float()  # (1, hidden, height, width)
         patches = nn.functional.interpolate(patches, size=grid, mode=self.interpolation, align_corners=False)
-        return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
+        return torch.cat([special, patches.flatten(2).transpose(1, 2).to(special.dtype)], dim=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (batch, channels, height, width) to tokens (batch, prefix + patches, hidden)."""
         patches = self.patch_embeddings(pixel_values)
         positions = self.position_embeddings_for((patches.shape[2], patches.shape[3]))
-        prefix = [token for token in (self.cls_token, self.distillation_token) if token is not None]
-        prefix = [token.expand(patches.shape[0], -1, -1) for token in prefix]
-        return self.dropout(torch.cat([*prefix, patches.flatten(2).transpose(1, 2)], dim=1) + positions)
+        special = [token for token in (self.cls_token, self.distillation_token) if token is not None]
+        special = [token.expand(patches.shape[0], -1, -1) for token in special]
+        tokens = torch.cat([*special, patches.flatten(2).transpose(1, 2)], dim=1) + positions
+        return self.dropout(tokens[:, self.num_special_tokens - self.num_prefix_tokens :])
 
 
 def eager_attention_forward(
@@ -240,9 +261,34 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
                 if token is not None:
                     init.trunc_normal_(token, std=std)
 
+    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Cross-entropy of logits upsampled to the padded input; the padding is labelled as ignored.
+
+        Args:
+            logits (`torch.FloatTensor` of shape `(batch_size, num_labels, logits_height, logits_width)`): The scores.
+            labels (`torch.LongTensor` of shape `(batch_size, height, width)`): The classes of the pixels.
+            size (`tuple[int, int]`): Height and width of `pixel_values`.
+
+        Returns:
+            `torch.FloatTensor` of shape `()`: The mean over the pixels that are not ignored.
+
+        Raises:
+            ValueError: If the labels are not of that size.
+        """
+        if tuple(labels.shape[-2:]) != tuple(size):
+            raise ValueError(
+                f"`labels` must have the height and width of `pixel_values`, {tuple(size)}, got "
+                f"{tuple(labels.shape[-2:])}. Resize masks with nearest, as the image processor does."
+            )
+        patch_size, ignore_index = self.config.patch_size, self.config.semantic_loss_ignore_index
+        padding = (0, -size[1] % patch_size, 0, -size[0] % patch_size)
+        labels = nn.functional.pad(labels, padding, value=ignore_index)
+        loss_function = upsampled_cross_entropy if self.config.use_tiled_loss else plain_upsampled_cross_entropy
+        return loss_function(logits, labels, ignore_index=ignore_index)
+
 
 class VitEncoderModel(VitEncoderPreTrainedModel):
-    """The encoder: embeddings, `num_hidden_layers` layers, a final LayerNorm."""
+    """The encoder: embeddings, `num_hidden_layers` layers, and a final LayerNorm unless the configuration has none."""
 
     def __init__(self, config: VitEncoderConfig) -> None:
         super().__init__(config)
@@ -261,12 +307,17 @@ class VitEncoderModel(VitEncoderPreTrainedModel):
             )
             for index in range(config.num_hidden_layers)
         )
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.use_final_layer_norm
+            else nn.Identity()
+        )
+        self.out_indices = tuple(getattr(config, "out_indices", ()))
         self.post_init()
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> VitEncoderOutput:
         r"""Encode images of any size.
 
         Args:
@@ -274,16 +325,22 @@ class VitEncoderModel(VitEncoderPreTrainedModel):
                 Sides that `patch_size` does not divide are padded with 0 to the right and at the bottom.
 
         Returns:
-            `BaseModelOutput`: `last_hidden_state` of shape `(batch_size, prefix + patches, hidden_size)` after the
-            final norm, where the prefix is the class token and, for DeiT, the distillation token, and the patches are
-            the rows of the (ceil(height / patch_size), ceil(width / patch_size)) grid; on request `hidden_states`
-            (the embeddings and each layer's output, before the final norm) and `attentions` (each layer's
-            probabilities of shape `(batch_size, num_attention_heads, tokens, tokens)`, with eager attention).
+            [`VitEncoderOutput`]: `last_hidden_state` has the prefix (the class token and, for DeiT, the distillation
+            token; nothing without `use_class_token`) and then the patches, the rows of the (ceil(height / patch_size),
+            ceil(width / patch_size)) grid. On request `hidden_states` (the embeddings and each layer's output, before
+            the final norm) and `attentions` (each layer's probabilities of shape `(batch_size, num_attention_heads,
+            tokens, tokens)`, with eager attention).
         """
         hidden_states = self.embeddings(pixel_values)
-        for layer in self.layers:
+        states = {}
+        for index, layer in enumerate(self.layers):
             hidden_states, _ = layer(hidden_states, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.layernorm(hidden_states))
+            if index in self.out_indices:
+                states[index] = hidden_states
+        return VitEncoderOutput(
+            last_hidden_state=self.layernorm(hidden_states),
+            feature_states=tuple(states[index] for index in self.out_indices) or None,
+        )
 
 
-__all__ = ["VitEncoderModel", "VitEncoderPreTrainedModel"]
+__all__ = ["VitEncoderModel", "VitEncoderOutput", "VitEncoderPreTrainedModel"]

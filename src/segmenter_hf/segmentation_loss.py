@@ -40,4 +40,6 @@ def upsampled_cross_entropy(
     return torch.where(valid, loss, upsampled.sum() * 0.0)
 
 
+plain_upsampled_cross_entropy = upsampled_cross_entropy
+
 __all__ = ["upsampled_cross_entropy"]

@@ -186,7 +186,7 @@ def _arrange_view(
         if starts[0] != 0 or starts[-1] + window != view_side or any(gaps):
             raise _missing_windows(view, len(windows))
         padded_window = -(-window // patch_size) * patch_size
-        if padded_window % patches:
+        if padded_window % patches and patches % padded_window:
             raise ValueError(
                 f"Logits of {patches} patches do not fit a window of {window} pixels and a patch size of {patch_size}: "
                 "set `patch_size` of the image processor to that of the model."

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForSemanticSegmentation,
     EvalPrediction,
@@ -22,6 +23,8 @@ from transformers import (
 
 from .augmentation import SegmentationAugmentation
 from .configuration_segmenter import SegmenterConfig
+from .configuration_setr import SetrConfig
+from .configuration_vit_encoder import VitEncoderConfig
 from .data import check_masks, decode_example, infer_num_labels, load_segmentation_datasets
 from .evaluation import (
     EvaluationExamples,
@@ -35,7 +38,6 @@ from .image_processing_segmenter import SegmenterImageProcessor
 from .label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, load_label_set
 from .metrics import MeanIoU
 from .model_card import write_model_card
-from .modeling_segmenter import SegmenterForSemanticSegmentation
 from .prediction import segment_images
 from .visualization import prediction_grid
 
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 # The sizes of the paper (Strudel et al., ICCV 2021, table 1): width, layers, heads.
 MODEL_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+CONFIGS = {"segmenter": SegmenterConfig, "setr": SetrConfig}
 
 
 @dataclass
@@ -53,9 +56,11 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Directory or Hub name to start from; without it a new model is made."}
     )
+    model_type: str = field(default="segmenter", metadata={"help": "Family of a new model.", "choices": list(CONFIGS)})
     model_size: str = field(default="tiny", metadata={"help": "Size of a new model.", "choices": list(MODEL_SIZES)})
     config_overrides: str = field(
-        default="", metadata={"help": 'Fields of its configuration, as in "patch_size=8,num_hidden_layers=4".'}
+        default="",
+        metadata={"help": 'Fields of the configuration, as in "decoder_type=linear,num_hidden_layers=4".'},
     )
     attn_implementation: str | None = field(
         default=None,
@@ -234,32 +239,48 @@ class SegmentationTrainer(Trainer):
         return {name: scores[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy")}
 
 
-def parse_overrides(text: str) -> dict[str, Any]:
-    """`"patch_size=8,qkv_bias=false"` to a dict, with the types of the fields of `SegmenterConfig`.
+def parse_overrides(text: str, config: VitEncoderConfig) -> dict[str, Any]:
+    """`"patch_size=8,out_indices=2/5/8/11"` to a dict, with the types that the fields have in a configuration.
 
     Raises:
         ValueError: If an item is not `name=value` or names no field.
     """
-    overrides, known = {}, SegmenterConfig().to_dict()
+    overrides, known = {}, config.to_dict()
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, separator, value = item.partition("=")
         if not separator or name not in known:
             raise ValueError(
-                f'Expected "field=value" with a field of SegmenterConfig in `config_overrides`, got {item!r}.'
+                f'Expected "field=value" with a field of {type(config).__name__} in `config_overrides`, got {item!r}.'
             )
         kind = type(known[name])
         try:
-            overrides[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+            if kind is bool:
+                overrides[name] = {"true": True, "false": False}[value.lower()]
+            else:
+                overrides[name] = [int(item) for item in value.split("/")] if kind is list else kind(value)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`{name}` in `config_overrides` must be a {kind.__name__}, got {value!r}.") from error
     return overrides
+
+
+def override_config(config: VitEncoderConfig, text: str) -> VitEncoderConfig:
+    """A configuration with some fields replaced. With another decoder, fields that follow from it do so again."""
+    overrides, fields = parse_overrides(text, config), config.to_dict()
+    if overrides.get("decoder_type", config.decoder_type) != config.decoder_type:
+        follow = ("decoder_", "auxiliary_", "out_indices", "use_class_token")
+        fields = {name: value for name, value in fields.items() if not name.startswith(follow)}
+    return type(config)(**fields | overrides)
 
 
 def build_model_and_processor(
     model_args: ModelArguments, data_args: DataArguments, label_set: LabelSet
 ) -> tuple[PreTrainedModel, SegmenterImageProcessor]:
     """Load a model to fine-tune, with a new head where the classes differ, or make a new one; and its processor."""
-    labels = {"id2label": label_set.id2label, "label2id": label_set.label2id}
+    labels = {
+        "id2label": label_set.id2label,
+        "label2id": label_set.label2id,
+        "semantic_loss_ignore_index": label_set.ignore_index,
+    }
     sizes = {
         "size": {
             "shortest_edge": data_args.image_size,
@@ -270,27 +291,27 @@ def build_model_and_processor(
         "do_reduce_labels": label_set.reduce_labels,
     }
     if model_args.model_name_or_path is not None:
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path, **labels)
         model = AutoModelForSemanticSegmentation.from_pretrained(
             model_args.model_name_or_path,
+            config=override_config(config, model_args.config_overrides),
             ignore_mismatched_sizes=True,
             attn_implementation=model_args.attn_implementation,
-            **labels,
         )
         processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path, **sizes)
         return model, processor
     width, layers, heads = MODEL_SIZES[model_args.model_size]
+    config_class = CONFIGS[model_args.model_type]
     fields = {
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "intermediate_size": 4 * width,
         "image_size": data_args.crop_size,
-        "semantic_loss_ignore_index": label_set.ignore_index,
-        "attn_implementation": model_args.attn_implementation,
-        **labels,
-        **parse_overrides(model_args.config_overrides),
+        **parse_overrides(model_args.config_overrides, config_class()),
     }
-    model = SegmenterForSemanticSegmentation(SegmenterConfig(**fields))
+    config = config_class(**fields, **labels)
+    model = AutoModelForSemanticSegmentation.from_config(config, attn_implementation=model_args.attn_implementation)
     return model, SegmenterImageProcessor(patch_size=model.config.patch_size, **sizes)
 
 

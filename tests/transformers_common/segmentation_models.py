@@ -80,7 +80,13 @@ class SegmentationModelTestMixin(ModelTesterMixin, TrainingTesterMixin):
         self.addCleanup(mapping.stop)
 
     def test_config(self) -> None:
-        arguments = {"hidden_size": 36, "image_size": [32, 48], "drop_path_rate": 0.2, **self.config_arguments}
+        arguments = {
+            "hidden_size": 36,
+            "num_attention_heads": 4,
+            "image_size": [32, 48],
+            "drop_path_rate": 0.2,
+            **self.config_arguments,
+        }
         ConfigTester(self, config_class=self.config_class, has_text_modality=False, **arguments).run_common_tests()
 
     def test_model_get_set_embeddings(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from ..files import replaced_directory
 from ..image_processing_segmenter import SegmenterImageProcessor
 from ..label_sets import LabelSet, load_label_set
-from . import mmsegmentation, paddlevit, rstrudel, vit_checkpoints
+from . import mmsegmentation, paddlevit, rstrudel, setr, vit_checkpoints
 from .safe_loading import Checkpoint, read_checkpoint, sha256_of
 from .state_dicts import Conversion, load_weights, rename_weights
 
@@ -18,6 +18,7 @@ CONVERSION_VERSION = "0.1.0"
 SOURCE_FORMATS = {
     "rstrudel": rstrudel,
     "mmsegmentation": mmsegmentation,
+    "setr": setr,
     "paddlevit": paddlevit,
     "vit": vit_checkpoints,
 }

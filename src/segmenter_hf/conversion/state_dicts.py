@@ -46,6 +46,7 @@ class Conversion:
         processor (`dict[str, Any]`): Arguments of the image processor.
         num_labels (`int`, *optional*): Number of classes; none for an encoder.
         class_names (`tuple[str, ...]`): Names of the classes, where the checkpoint has them.
+        palette (`tuple[tuple[int, ...], ...]`): Their colours, where the checkpoint has them.
         label_sets (`tuple[str, ...]`): Packaged label sets that the classes may be, by the name of the dataset.
     """
 
@@ -58,6 +59,7 @@ class Conversion:
     processor: dict[str, Any] = field(default_factory=dict)
     num_labels: int | None = None
     class_names: tuple[str, ...] = ()
+    palette: tuple[tuple[int, ...], ...] = ()
     label_sets: tuple[str, ...] = ()
 
 
@@ -172,7 +174,10 @@ def load_weights(model: PreTrainedModel, weights: dict[str, Weight], path: Path)
     Raises:
         ValueError: If weights are missing, have no place, have another shape, or hold NaN or infinity.
     """
-    expected = model.state_dict()
+    # Counters of batches are no weights: they start anew.
+    expected, counters = model.state_dict(), {}
+    for key in [key for key in expected if key.endswith(".num_batches_tracked")]:
+        counters[key] = torch.zeros_like(expected.pop(key), device="cpu")
     problems = []
     if missing := [key for key in expected if key not in weights]:
         problems.append(f"nothing for {listing(missing)}")
@@ -194,7 +199,7 @@ def load_weights(model: PreTrainedModel, weights: dict[str, Weight], path: Path)
         raise ValueError(
             f"{path}: NaN or infinite values in {listing(broken)}. The training diverged or the file is damaged."
         )
-    model.load_state_dict(tensors, strict=True, assign=True)
+    model.load_state_dict(tensors | counters, strict=True, assign=True)
 
 
 def is_plain(value: Any) -> bool:
