@@ -7,7 +7,8 @@ import sys
 from dataclasses import dataclass, field
 
 
-sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
 from transformers import HfArgumentParser
 

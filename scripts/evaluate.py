@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
-sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
 from transformers import HfArgumentParser
 

@@ -15,7 +15,8 @@ Every argument of `TrainingArguments` works too; `--help` lists them all. A JSON
 import sys
 
 
-sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
 from transformers import HfArgumentParser
 
