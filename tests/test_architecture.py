@@ -28,10 +28,12 @@ ALLOWED = {
     "data": {"scenes", "label_sets"},
     "prediction": MODEL_FILES | {"files", "label_sets", "visualization"},
     "evaluation": {"data", "files", "label_sets", "metrics", "prediction"},
-    "model_card": {"evaluation", "files"},
+    "published_models": set(),
+    "model_card": {"evaluation", "files", "label_sets", "published_models", "scenes"},
+    "publishing": {"data", "evaluation", "files", "label_sets", "model_card", "prediction", "visualization"},
     "training": MODEL_FILES
     | {"augmentation", "data", "evaluation", "files", "label_sets", "metrics", "model_card", "prediction"}
-    | {"visualization"},
+    | {"publishing", "visualization"},
     "__init__": MODEL_FILES | {"conversion"},
 }
 

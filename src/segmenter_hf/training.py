@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AutoConfig,
@@ -33,13 +34,11 @@ from .evaluation import (
     evaluate_segmentation,
     save_results,
 )
-from .files import replaced_file
 from .image_processing_segmenter import SegmenterImageProcessor
 from .label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, load_label_set
 from .metrics import MeanIoU
-from .model_card import write_model_card
-from .prediction import segment_images
-from .visualization import prediction_grid
+from .model_card import CardFacts, hub_name, recorded_result, write_model_card
+from .publishing import PREDICTIONS_PICTURE, publish_model, save_prediction_grid
 
 
 logger = logging.getLogger(__name__)
@@ -126,6 +125,7 @@ class SegmentationTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Whether to pin memory, for a GPU."}
     )
+    hub_strategy: str = field(default="end", metadata={"help": "When to push with push_to_hub; end: once, complete."})
     logging_steps: float = field(default=50, metadata={"help": "Steps from log line to log line."})
     report_to: None | str | list[str] = field(
         default="none", metadata={"help": "Where to report, such as tensorboard."}
@@ -237,6 +237,31 @@ class SegmentationTrainer(Trainer):
             return {}
         scores = self.metric.compute()
         return {name: scores[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy")}
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """Push the repository that `scripts/publish.py` makes of the output directory, in one commit."""
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return publish_model(
+            self.args.output_dir,
+            self.hub_model_id,
+            private=private if private is not None else self.args.hub_private_repo,
+            revision=revision or self.args.hub_revision,
+            token=token,
+            commit_message=commit_message,
+        )
 
 
 def parse_overrides(text: str, config: VitEncoderConfig) -> dict[str, Any]:
@@ -398,18 +423,23 @@ def train_segmenter(
 def save_trained_model(trainer: SegmentationTrainer, results: dict[str, Any], data_args: DataArguments) -> None:
     """Write the model, its processor, results, card and a picture into the output directory of a trainer."""
     output_dir = Path(trainer.args.output_dir)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed below, once everything is there
     trainer.label_set.save(output_dir / LABEL_SET_FILE)
     names = list(trainer.label_set.labels)
-    save_results(
-        output_dir, {**results, "dataset": data_args.dataset_name, "split": data_args.validation_split}, names
+    result = recorded_result(results, data_args.dataset_name, data_args.validation_split, trainer.label_set.name)
+    save_results(output_dir, result, names)
+    save_prediction_grid(
+        trainer.model,
+        trainer.processing_class,
+        trainer.eval_dataset,
+        trainer.label_set,
+        output_dir / PREDICTIONS_PICTURE,
+        window_batch_size=trainer.window_batch_size,
     )
-    save_prediction_grid(trainer, output_dir / "predictions.png")
-    write_model_card(
-        output_dir,
-        model=trainer.model,
-        results=[{**results, "dataset": data_args.dataset_name, "split": data_args.validation_split}],
+    facts = CardFacts(
+        results=(result,),
         training={
+            "data set": Path(data_args.dataset_name).name,
             "images": len(trainer.train_dataset),
             "epochs": trainer.args.num_train_epochs,
             "steps": trainer.state.global_step,
@@ -422,26 +452,13 @@ def save_trained_model(trainer: SegmentationTrainer, results: dict[str, Any], da
             "crop": data_args.crop_size,
             "seed": trainer.args.seed,
         },
-        picture="predictions.png",
+        datasets=tuple(filter(None, [hub_name(data_args.dataset_name)])),
+        base_model=hub_name(trainer.model.config.name_or_path),
+        picture=PREDICTIONS_PICTURE,
     )
-
-
-def save_prediction_grid(trainer: SegmentationTrainer, path: Path, num_images: int = 4) -> None:
-    """Draw the first images of the evaluation set with truth and prediction."""
-    examples = [trainer.eval_dataset[index] for index in range(min(num_images, len(trainer.eval_dataset)))]
-    predictions = segment_images(
-        trainer.model,
-        trainer.processing_class,
-        [example["image"] for example in examples],
-        window_batch_size=trainer.window_batch_size,
-    )
-    rows = [
-        (example["image"], example["labels"], prediction.cpu()) for example, prediction in zip(examples, predictions)
-    ]
-    label_set = trainer.label_set
-    grid = prediction_grid(rows, label_set.palette, label_set.id2label, ignore_index=label_set.ignore_index)
-    with replaced_file(path) as temporary:
-        grid.save(temporary)
+    write_model_card(output_dir, model=trainer.model, facts=facts)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
 
 
 __all__ = [
