@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,7 +45,7 @@ def test_windows_are_cut_row_by_row() -> None:
 def test_every_pixel_is_a_weighted_mean_of_patches() -> None:
     matrix = merge_matrix([0, 12, 20], window=16, padded_window=16, patches=4, view_side=36, side=50)
     assert matrix.shape == (50, 12)
-    torch.testing.assert_close(matrix.sum(1), torch.ones(50, dtype=torch.float64))
+    np.testing.assert_allclose(matrix.sum(1), 1)
     assert matrix.min() >= 0
 
 

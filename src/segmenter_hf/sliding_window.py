@@ -9,19 +9,31 @@ one array L of shape (patch rows, patch columns, labels) it is
 
 where A_rows has one row per pixel row of the original image. The matrices are built once per geometry in float64. They
 are applied tile by tile, with the few columns that are not zero in a tile, so that the upsampled logits of a whole
-image never exist.
+image never exist. Rows of the image are merged as soon as the windows over them are there, and logits that no later row
+needs are dropped: an image of any height needs the memory of about two rows of windows.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
+from threading import Barrier
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch.nn.functional import interpolate
 
 
-TILE_HEIGHT, TILE_WIDTH = 16, 64
+# Values of a tile. On the CPU it stays in cache, and below 32768 torch runs an operation on the calling thread alone:
+# to share out operations of some microseconds costs more than it gains, and very much more while the cores are busy.
+CPU_TILE_VALUES, GPU_TILE_VALUES = 2**15 - 1, 2**25
+CPU_TILE_HEIGHT = 8
+MAXT=1
+# Softmax is taken without a pass for its maximum where no class is further than this below the best one of its patch:
+# the sum of a pixel is then at least e^-60, far from the smallest float32.
+LARGEST_SPREAD = 60.0
 
 
 class Window(NamedTuple):
@@ -41,12 +53,22 @@ class Window(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Pixels `start` to `stop` of an axis as `weights` (stop - start, n) times the patches `patches` (n) of the axis."""
+    """Pixels `start` to `stop` of an axis as `weights` (stop - start, n) times n patches of the axis.
+
+    These lie from `first_patch` to `last_patch` (exclusive); `patches` (n) counts from the first and is `None` for all.
+    """
 
     start: int
     stop: int
-    patches: torch.Tensor
+    first_patch: int
+    last_patch: int
+    patches: torch.Tensor | None
     weights: torch.Tensor
+
+    def select(self, values: torch.Tensor, offset: int = 0) -> torch.Tensor:
+        """Its patches out of `values`, whose first row is the patch `offset`."""
+        values = values[self.first_patch - offset : self.last_patch - offset]
+        return values if self.patches is None else values.index_select(0, self.patches)
 
 
 def window_starts(side: int, window_size: int, window_stride: int) -> list[int]:
@@ -101,10 +123,38 @@ def split_windows(
     return [image[..., top : top + window_size, left : left + window_size] for top, left in offsets], offsets
 
 
+def linear_taps(old: int, new: int, first: int = 0, last: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where `interpolate(mode="linear", align_corners=False)` from `old` to `new` samples looks for `first` to `last`.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray, np.ndarray]`: Two old samples of each new one, and the weight of the second one.
+    """
+    positions = np.maximum((np.arange(first, new if last is None else last) + 0.5) * (old / new) - 0.5, 0)
+    lower = np.minimum(positions.astype(np.int64), old - 1)
+    return lower, np.minimum(lower + 1, old - 1), positions - lower
+
+
+@lru_cache(maxsize=16)
+def upsampling_matrix(patches: int, padded_window: int, window: int) -> np.ndarray:
+    """The matrix (window, patches) from the patches of a window to its pixels, in float64."""
+    lower, upper, share = linear_taps(patches, padded_window, 0, window)
+    matrix, pixels = np.zeros((window, patches)), np.arange(window)
+    matrix[pixels, lower] += 1 - share
+    matrix[pixels, upper] += share
+    return matrix
+
+
 def merge_matrix(
-    starts: Sequence[int], window: int, padded_window: int, patches: int, view_side: int, side: int
-) -> torch.Tensor:
-    """The matrix from the patch logits of the windows along an axis to the pixels of the original image.
+    starts: Sequence[int],
+    window: int,
+    padded_window: int,
+    patches: int,
+    view_side: int,
+    side: int,
+    first: int = 0,
+    last: int | None = None,
+) -> np.ndarray:
+    """The matrix from the patch logits of the windows along an axis to pixels of the original image.
 
     Args:
         starts (`Sequence[int]`): First pixel of each window.
@@ -113,18 +163,24 @@ def merge_matrix(
         patches (`int`): Patch logits of a window along this axis; they span `padded_window` pixels.
         view_side (`int`): Length in pixels of the side that the windows cover.
         side (`int`): Length in pixels of the side of the original image.
+        first (`int`, defaults to 0), last (`int`, *optional*): The pixels of the original image that are wanted.
 
     Returns:
-        `torch.DoubleTensor` of shape `(side, len(starts) * patches)`; each row sums to 1.
+        `np.ndarray` of shape `(last - first, len(starts) * patches)`, float64; each row sums to 1.
     """
-    basis = torch.eye(patches, dtype=torch.float64)[None]
-    upsample = interpolate(basis, size=padded_window, mode="linear", align_corners=False)[0, :, :window]
-    matrix = torch.zeros(len(starts) * patches, view_side, dtype=torch.float64)
-    count = torch.zeros(view_side, dtype=torch.float64)
+    lower, upper, share = linear_taps(view_side, side, first, last)
+    begin, end = lower[0], upper[-1] + 1
+    upsampling = upsampling_matrix(patches, padded_window, window)
+    matrix, count = np.zeros((end - begin, len(starts) * patches)), np.zeros((end - begin, 1))
     for index, start in enumerate(starts):
-        matrix[index * patches : (index + 1) * patches, start : start + window] += upsample
-        count[start : start + window] += 1
-    return interpolate((matrix / count)[None], size=side, mode="linear", align_corners=False)[0].T
+        low, high = max(begin, start), min(end, start + window)
+        if low < high:
+            matrix[low - begin : high - begin, index * patches : (index + 1) * patches] += upsampling[
+                low - start : high - start
+            ]
+            count[low - begin : high - begin] += 1
+    matrix /= count
+    return (1 - share[:, None]) * matrix[lower - begin] + share[:, None] * matrix[upper - begin]
 
 
 @lru_cache(maxsize=256)
@@ -140,24 +196,135 @@ def merge_tiles(
     device: torch.device,
 ) -> tuple[Tile, ...]:
     """[`merge_matrix`] in float32, mirrored for a flipped view, cut into tiles without their zero columns."""
-    matrix = merge_matrix(starts, window, padded_window, patches, view_side, side)
-    if flip:
-        matrix = matrix.flip(0)
     tiles = []
     for start in range(0, side, tile_size):
-        rows = matrix[start : start + tile_size]
-        columns = rows.count_nonzero(0).nonzero()[:, 0]
-        weights = rows[:, columns].float().contiguous()
-        tiles.append(Tile(start, start + len(rows), columns.to(device), weights.to(device)))
+        stop = min(start + tile_size, side)
+        pixels = (side - stop, side - start) if flip else (start, stop)
+        rows = merge_matrix(starts, window, padded_window, patches, view_side, side, *pixels)
+        used = rows.any(0).nonzero()[0]
+        weights = torch.from_numpy(np.ascontiguousarray(rows[::-1, used] if flip else rows[:, used], np.float32))
+        first_patch, last_patch = int(used[0]), int(used[-1]) + 1
+        gaps = len(used) < last_patch - first_patch
+        columns = torch.from_numpy(used - first_patch).to(device) if gaps else None
+        tiles.append(Tile(start, stop, first_patch, last_patch, columns, weights.to(device)))
     return tuple(tiles)
 
 
-class _View(NamedTuple):
-    """Patch logits (patch columns, patch rows, labels) of a view, and the tiles of both axes."""
+def tile_size(size: tuple[int, int], num_labels: int, device: torch.device) -> tuple[int, int]:
+    """(height, width) in pixels of the tiles of a map of that size: whole rows on a GPU, small on the CPU."""
+    if device.type == "cpu":
+        return CPU_TILE_HEIGHT, max(CPU_TILE_VALUES // (CPU_TILE_HEIGHT * num_labels), CPU_TILE_HEIGHT)
+    return max(GPU_TILE_VALUES // (size[1] * num_labels), 1), size[1]
 
-    logits: torch.Tensor
-    rows: tuple[Tile, ...]
-    columns: tuple[Tile, ...]
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Products of float32 in float32, not in TF32 or bfloat16, whatever is set outside."""
+    settings = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    previous = settings.fp32_precision
+    with torch.autocast(device.type, enabled=False):
+        if previous == "ieee":
+            yield
+            return
+        settings.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = previous
+
+
+def in_parallel(function: Callable[[range], None], work: range) -> None:
+    """Call a function on parts of a range in as many threads as torch may use.
+
+    Each torch operation in there stays on its thread: sharing operations of some microseconds out costs more than it
+    gains, and very much more while the cores are busy with something else.
+    """
+    n=torch.get_num_threads()
+    number=min(MAXT,n)
+    started = Barrier(number + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)  # of this thread, and of those that call torch for the first time hereafter
+        started.wait()
+
+    with ThreadPoolExecutor(number, initializer=start) as pool:
+        calls = [pool.submit(function, work[index::number]) for index in range(number)]
+        started.wait()
+        torch.set_num_threads(n)
+        for call in calls:
+            call.result()
+
+
+class _View:
+    """The windows of a view: where they lie, and the logits of their complete rows.
+
+    `logits` (patch rows, patch columns, labels) begins at the patch row `first_patch` of the view and holds what is
+    still needed.
+    """
+
+    def __init__(self, windows: Sequence[Window]) -> None:
+        self.window = windows[0]
+        self.tops = sorted({window.top for window in windows})
+        self.lefts = sorted({window.left for window in windows})
+        grid = {(window.top, window.left) for window in windows}
+        complete = len(windows) == len(grid) == len(self.tops) * len(self.lefts)
+        for starts, length, side in (
+            (self.tops, self.window.height, self.window.view_height),
+            (self.lefts, self.window.width, self.window.view_width),
+        ):
+            gaps = any(after - before > length for before, after in zip(starts, starts[1:]))
+            complete = complete and starts[0] == 0 and starts[-1] + length == side and not gaps
+        if not complete:
+            raise _missing_windows(self.window, len(windows))
+        self.waiting: dict[int, dict[int, torch.Tensor]] = defaultdict(dict)
+        self.complete_rows = 0
+        self.first_patch = 0
+        self.logits: torch.Tensor | None = None
+        self.is_wide = False
+
+    def make_tiles(self, patches: tuple[int, int], patch_size: int, size: tuple[int, int], tile: tuple[int, int], device):
+        """Look the tiles of both axes up for windows of `patches` (rows, columns) patch logits."""
+        window, self.patch_rows, tiles = self.window, patches[0], []
+        for axis, (starts, length, view_side) in enumerate(
+            ((self.tops, window.height, window.view_height), (self.lefts, window.width, window.view_width))
+        ):
+            padded = -(-length // patch_size) * patch_size
+            if padded % patches[axis] and patches[axis] % padded:
+                raise ValueError(
+                    f"Logits of {patches[axis]} patches do not fit a window of {length} pixels and a patch size of "
+                    f"{patch_size}: set `patch_size` of the image processor to that of the model."
+                )
+            flip = bool(window.flip) and axis == 1
+            geometry = (tuple(starts), length, padded, patches[axis], view_side, size[axis], flip)
+            tiles.append(merge_tiles(*geometry, tile[axis], device))
+        self.rows, self.columns = tiles
+
+    def add(self, top: int, left: int, logits: torch.Tensor) -> None:
+        """Keep the logits (labels, height, width) of a window."""
+        self.waiting[top][left] = logits.permute(1, 2, 0)
+
+    def take_complete_rows(self, for_softmax: bool) -> None:
+        """Put the windows of the next rows of windows side by side."""
+        parts = [] if self.logits is None else [self.logits]
+        while self.complete_rows < len(self.tops):
+            row = self.waiting[self.tops[self.complete_rows]]
+            if len(row) < len(self.lefts):
+                break
+            part = torch.cat([row[left] for left in self.lefts], 1).float()
+            if for_softmax:
+                # In units of log 2, because `exp2` is several times as fast as `exp`; at most 0, so that it cannot overflow.
+                part = (part - part.amax(-1, keepdim=True)) * math.log2(math.e)
+                self.is_wide |= not bool(part.amin() >= -LARGEST_SPREAD * math.log2(math.e))
+            parts.append(part)
+            del self.waiting[self.tops[self.complete_rows]]
+            self.complete_rows += 1
+        if parts:
+            self.logits = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+
+    def forget(self, first_patch: int) -> None:
+        """Drop the patch rows before this one."""
+        self.logits = self.logits[first_patch - self.first_patch :].clone()
+        self.first_patch = first_patch
 
 
 def _missing_windows(view: Window, number: int) -> ValueError:
@@ -168,79 +335,122 @@ def _missing_windows(view: Window, number: int) -> ValueError:
     )
 
 
-def _arrange_view(
-    logits: torch.Tensor, windows: list[tuple[int, Window]], patch_size: int, size: tuple[int, int]
-) -> _View:
-    """Put the patch logits of the windows of one view side by side and look its tiles up."""
-    windows = sorted(windows, key=lambda item: (item[1].top, item[1].left))
-    view = windows[0][1]
-    grid, tiles = [], []
-    for axis, (starts, window, patches, view_side, side) in enumerate(
-        (
-            ({w.top for _, w in windows}, view.height, logits.shape[2], view.view_height, size[0]),
-            ({w.left for _, w in windows}, view.width, logits.shape[3], view.view_width, size[1]),
-        )
-    ):
-        starts = sorted(starts)
-        gaps = [after - before > window for before, after in zip(starts, starts[1:])]
-        if starts[0] != 0 or starts[-1] + window != view_side or any(gaps):
-            raise _missing_windows(view, len(windows))
-        padded_window = -(-window // patch_size) * patch_size
-        if padded_window % patches and patches % padded_window:
-            raise ValueError(
-                f"Logits of {patches} patches do not fit a window of {window} pixels and a patch size of {patch_size}: "
-                "set `patch_size` of the image processor to that of the model."
-            )
-        flip = bool(view.flip) and axis == 1
-        tile_size = (TILE_HEIGHT, TILE_WIDTH)[axis]
-        geometry = (tuple(starts), window, padded_window, patches, view_side, side, flip)
-        tiles.append(merge_tiles(*geometry, tile_size, logits.device))
-        grid.append(len(starts))
-    if not len(windows) == len({(w.top, w.left) for _, w in windows}) == grid[0] * grid[1]:
-        raise _missing_windows(view, len(windows))
-
-    indices = torch.tensor([index for index, _ in windows], device=logits.device)
-    patches = logits[indices].float().unflatten(0, grid)  # (rows, columns, labels, height, width)
-    return _View(patches.permute(1, 4, 0, 3, 2).flatten(2, 3).flatten(0, 1).contiguous(), *tiles)
+def class_of_greatest(values: torch.Tensor) -> torch.Tensor:
+    """Argmax over the last axis; of equal ones the first."""
+    if values.device.type == "cpu":  # numpy's is vectorised, that of torch is not
+        return torch.from_numpy(values.numpy().argmax(-1))
+    return values.max(-1).indices
 
 
-def _merge_image(
-    views: list[_View], size: tuple[int, int], return_scores: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Class map (height, width) and, on request, mean softmax (labels, height, width) over the views."""
-    num_labels = views[0].logits.shape[-1]
-    new_empty = views[0].logits.new_empty
-    segmentation = new_empty(size, dtype=torch.long)
-    scores = new_empty(num_labels, *size) if return_scores else None
-    # Tiles are computed in place: fresh memory for each would cost more than the arithmetic.
-    tile_pixels = min(TILE_HEIGHT, size[0]) * min(TILE_WIDTH, size[1])
-    values, probabilities, total = (new_empty(tile_pixels * num_labels) for _ in range(3))
-    for columns in zip(*(view.columns for view in views)):
-        left, right = columns[0].start, columns[0].stop
-        bands = []
-        for view, tile in zip(views, columns):
-            band = tile.weights @ view.logits[tile.patches].flatten(1)  # (width, patch rows * labels)
-            bands.append(band.unflatten(1, (-1, num_labels)).transpose(0, 1).flatten(1))
-        for rows in zip(*(view.rows for view in views)):
-            top, bottom = rows[0].start, rows[0].stop
-            shape = (bottom - top, (right - left) * num_labels)
-            merged, softmax, logits = (
-                buffer[: shape[0] * shape[1]].view(shape) for buffer in (total, probabilities, values)
-            )
-            for index, (band, tile) in enumerate(zip(bands, rows)):
-                torch.mm(tile.weights, band[tile.patches], out=logits)
-                if len(views) == 1 and not return_scores:
-                    merged = logits
-                    continue
-                target = merged if index == 0 else softmax
-                torch.softmax(logits.view(-1, num_labels), -1, out=target.view(-1, num_labels))
-                if index > 0:
-                    merged.add_(softmax)
-            merged = merged.view(bottom - top, right - left, num_labels)
-            segmentation[top:bottom, left:right] = merged.max(-1).indices
-            if return_scores:
-                torch.div(merged.permute(2, 0, 1), len(views), out=scores[:, top:bottom, left:right])
-    return segmentation, scores
+class WindowMerger:
+    """Merges the patch logits of the windows of one image into its class map, as they come.
+
+    Args:
+        windows (`Sequence[Window]`): All windows of all views of the image.
+        patch_size (`int`): Side in pixels to whose multiple the model pads its input.
+        size (`tuple[int, int]`, *optional*): (height, width) in pixels of the map; the original size by default.
+        return_scores (`bool`, defaults to `False`): Whether class probabilities are wanted too.
+        dtype (`torch.dtype`, defaults to `torch.long`): Integer type of the class map.
+
+    Raises:
+        ValueError: If the windows do not cover the image.
+    """
+
+    def __init__(
+        self,
+        windows: Sequence[Window],
+        patch_size: int,
+        size: tuple[int, int] | None = None,
+        return_scores: bool = False,
+        dtype: torch.dtype = torch.long,
+    ) -> None:
+        views = defaultdict(list)
+        for window in windows:
+            views[window.view].append(window)
+        self._views = {view: _View(of_view) for view, of_view in views.items()}
+        self.size = (windows[0].image_height, windows[0].image_width) if size is None else (int(size[0]), int(size[1]))
+        self.patch_size, self.return_scores, self.dtype = patch_size, return_scores, dtype
+        self.segmentation: torch.Tensor | None = None
+        self.scores: torch.Tensor | None = None
+        self._merged_tiles = 0
+
+    def add(self, windows: Sequence[Window], logits: torch.Tensor) -> None:
+        """Take the logits of some windows, and merge the rows of the image that are then complete.
+
+        Args:
+            windows (`Sequence[Window]`): Some of the windows, each once in the life of the merger.
+            logits (`torch.FloatTensor` of shape `(len(windows), num_labels, patch_height, patch_width)`): Their logits.
+
+        Raises:
+            ValueError: If the logits do not fit the windows.
+        """
+        logits = logits.detach()
+        if self.segmentation is None:
+            self._prepare(logits)
+        for window, of_window in zip(windows, logits):
+            self._views[window.view].add(window.top, window.left, of_window)
+        views = list(self._views.values())
+        for view in views:
+            view.take_complete_rows(for_softmax=self.return_scores or len(views) > 1)
+        number = len(views[0].rows)
+        ready = self._merged_tiles
+        while ready < number and all(v.rows[ready].last_patch <= v.complete_rows * v.patch_rows for v in views):
+            ready += 1
+        if ready == self._merged_tiles:
+            return
+        with full_float32(logits.device):
+            if logits.device.type == "cpu":
+                in_parallel(lambda tiles: self._merge_rows(views, tiles), range(self._merged_tiles, ready))
+            else:
+                self._merge_rows(views, range(self._merged_tiles, ready))
+        self._merged_tiles = ready
+        for view in views:
+            view.forget(view.rows[ready].first_patch if ready < number else view.rows[-1].last_patch)
+
+    def _prepare(self, logits: torch.Tensor) -> None:
+        num_labels = logits.shape[1]
+        self._tile = tile_size(self.size, num_labels, logits.device)
+        for view in self._views.values():
+            view.make_tiles(tuple(logits.shape[2:]), self.patch_size, self.size, self._tile, logits.device)
+        self.segmentation = torch.empty(self.size, dtype=self.dtype, device=logits.device)
+        if self.return_scores:
+            self.scores = torch.empty(num_labels, *self.size, device=logits.device)
+
+    @torch.inference_mode()
+    def _merge_rows(self, views: list[_View], tiles: range) -> None:
+        """Merge the rows of the image in these tiles."""
+        num_labels = views[0].logits.shape[-1]
+        needs_softmax = self.return_scores or len(views) > 1
+        # Tiles are computed in place: fresh memory for each would cost more than the arithmetic.
+        pixels = min(self._tile[0], self.size[0]) * min(self._tile[1], self.size[1])
+        buffers = torch.empty(2, pixels * num_labels, device=self.segmentation.device)
+        for row in tiles:
+            bands = []
+            for view in views:
+                tile = view.rows[row]
+                top, bottom = tile.start, tile.stop
+                band = tile.weights @ tile.select(view.logits, view.first_patch).flatten(1)
+                band = band.view(bottom - top, -1, num_labels).transpose(0, 1)
+                bands.append(band.flatten(1))  # (patch columns, height * labels)
+            for column in range(len(views[0].columns)):
+                left, right = views[0].columns[column].start, views[0].columns[column].stop
+                shape = (right - left, (bottom - top) * num_labels)
+                values, total = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
+                by_pixel, merged = values.view(-1, num_labels), total.view(-1, num_labels)
+                if needs_softmax:
+                    merged.zero_()
+                for view, band in zip(views, bands):
+                    tile = view.columns[column]
+                    torch.mm(tile.weights, tile.select(band), out=values)
+                    if needs_softmax:
+                        if view.is_wide:
+                            by_pixel.sub_(by_pixel.amax(-1, keepdim=True))
+                        values.exp2_()
+                        merged.addcdiv_(by_pixel, by_pixel.sum(-1, keepdim=True))
+                merged = (merged if needs_softmax else values).view(right - left, bottom - top, num_labels)
+                self.segmentation[top:bottom, left:right] = class_of_greatest(merged).T
+                if self.return_scores:
+                    torch.div(merged.permute(2, 1, 0), len(views), out=self.scores[:, top:bottom, left:right])
 
 
 def merge_windows(
@@ -276,22 +486,23 @@ def merge_windows(
             f"`window_offsets` must have the shape ({len(logits)}, {len(Window._fields)}), a row for each window of the "
             f"logits, got {tuple(window_offsets.shape)}. Pass the image processor's outputs to the model unchanged."
         )
-    images: dict[int, dict[int, list]] = defaultdict(lambda: defaultdict(list))
-    for index, row in enumerate(window_offsets.tolist()):
-        window = Window(*row)
-        images[window.image][window.view].append((index, window))
+    images: dict[int, list[int]] = defaultdict(list)
+    windows = [Window(*row) for row in window_offsets.tolist()]
+    for index, window in enumerate(windows):
+        images[window.image].append(index)
     if target_sizes is not None and len(target_sizes) != len(images):
         raise ValueError(
             f"`target_sizes` must have one (height, width) for each of the {len(images)} images, got {len(target_sizes)}."
         )
-    logits, merged = logits.detach(), []
+    merged = []
     for position, image in enumerate(sorted(images)):
-        first = next(iter(images[image].values()))[0][1]
-        size = (first.image_height, first.image_width) if target_sizes is None else target_sizes[position]
-        size = (int(size[0]), int(size[1]))
-        views = [_arrange_view(logits, windows, patch_size, size) for windows in images[image].values()]
-        merged.append(_merge_image(views, size, return_scores))
+        indices = images[image]
+        of_image = [windows[index] for index in indices]
+        size = None if target_sizes is None else target_sizes[position]
+        merger = WindowMerger(of_image, patch_size, size, return_scores)
+        merger.add(of_image, logits[indices])
+        merged.append((merger.segmentation, merger.scores))
     return merged
 
 
-__all__ = ["Window", "merge_matrix", "merge_windows", "split_windows", "window_starts"]
+__all__ = ["Window", "WindowMerger", "merge_matrix", "merge_windows", "split_windows", "window_starts"]
