@@ -7,6 +7,9 @@ On a folder with `images/train`, `masks/train`, `images/validation` and `masks/v
     python scripts/train.py --dataset_name my_photos --label_set my_labels.json --output_dir outputs/my_model \
         --model_name_or_path org/segmenter-vit-b-mask
 
+`--model_name_or_path` is also any encoder to start from: a checkpoint file of timm, DeiT, AugReg or mmsegmentation, or a
+ViT on the Hub, as in `--model_name_or_path timm/vit_base_patch16_384.augreg_in21k_ft_in1k`. It is converted once.
+
 Every argument of `TrainingArguments` works too; `--help` lists them all. A JSON file of arguments works instead:
 
     python scripts/train.py scripts/configs/demo.json
@@ -20,6 +23,7 @@ if __name__ == "__main__":
 
 from transformers import HfArgumentParser
 
+from segmenter_hf.conversion.pretrained import resolve_model
 from segmenter_hf.evaluation import as_percent
 from segmenter_hf.training import DataArguments, ModelArguments, SegmentationTrainingArguments, train_segmenter
 
@@ -30,6 +34,11 @@ def main() -> None:
     model_args, data_args, training_args = (
         parser.parse_json_file(sys.argv[1]) if from_file else parser.parse_args_into_dataclasses()
     )
+    if model_args.model_name_or_path is not None:
+        try:
+            model_args.model_name_or_path = resolve_model(model_args.model_name_or_path, model_args.model_type)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"error: {error}") from error
     results = train_segmenter(model_args, data_args, training_args)
     print(f"Mean IoU {as_percent(results['mean_iou'])} on {results['num_images']} images, single scale.")
     print(f"Model, card and pictures are in {training_args.output_dir}. Next:")

@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import pickle
+import shutil
 import sys
 import types
 import zipfile
@@ -24,6 +25,9 @@ from segmenter_hf.conversion.safe_loading import (
     read_python_config,
     read_yaml,
 )
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 class Call:
@@ -355,3 +359,34 @@ def test_a_pdparams_with_an_array_of_objects_is_refused(tmp_path) -> None:
     path.write_bytes(pickle.dumps({"a": np.array([{}, {}], dtype=object)}))
     with pytest.raises(ValueError, match=r"model\.pdparams: .*dtype 'O8'"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xff" * 7 + b"\x7f" + b"{}",  # a header longer than any file
+        (2**40).to_bytes(8, "little") + b"{",
+        (8).to_bytes(8, "little") + b"not JSON",
+        (62).to_bytes(8, "little") + b'{"a": {"dtype": "F32", "shape": [1000000], "data_offsets": [0, 4000000]}}'[:62],
+        b'{"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 9999999]}}',
+        b'{"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": "PICKLE", "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_a_safetensors_file_with_a_false_header_is_refused(header, tmp_path) -> None:
+    if header.startswith(b"{"):
+        header = len(header).to_bytes(8, "little") + header
+    (tmp_path / "model.safetensors").write_bytes(header + b"\0" * 16)
+    with pytest.raises(ValueError, match="model.safetensors"):
+        read_checkpoint(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"model_type": ', '{"model_type": {"__reduce__": "os.system"}}', "null"]
+)
+def test_a_config_json_that_is_none_is_refused(content, tmp_path) -> None:
+    shutil.copy(FIXTURES / "backbones" / "hf_vit_s" / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json"):
+        convert_checkpoint(tmp_path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -18,6 +18,8 @@ class SegmenterConfig(VitEncoderConfig):
         decoder_hidden_size (`int`, *optional*): Width of its tokens; the encoder's by default.
         decoder_intermediate_size (`int`, *optional*): Width of its MLPs; the encoder's by default.
         decoder_layer_norm_eps (`float`, defaults to 1e-5): Epsilon of its LayerNorms.
+        decoder_mask_norm_eps (`float`, *optional*): Epsilon of the LayerNorm over the classes; that of the others by
+            default.
         decoder_hidden_dropout_prob (`float`, defaults to 0.1): Dropout after its attention and MLP layers.
         decoder_attention_probs_dropout_prob (`float`, defaults to 0.1): Dropout of its attention probabilities.
         decoder_drop_path_rate (`float`, defaults to 0.0): Stochastic depth of its last layer; rises linearly
@@ -46,6 +48,7 @@ class SegmenterConfig(VitEncoderConfig):
     decoder_hidden_size: int | None = None
     decoder_intermediate_size: int | None = None
     decoder_layer_norm_eps: float | int = 1e-5
+    decoder_mask_norm_eps: float | int | None = None
     decoder_hidden_dropout_prob: float | int = 0.1
     decoder_attention_probs_dropout_prob: float | int = 0.1
     decoder_drop_path_rate: float | int = 0.0
@@ -57,6 +60,8 @@ class SegmenterConfig(VitEncoderConfig):
             self.decoder_hidden_size = self.hidden_size
         if self.decoder_intermediate_size is None:
             self.decoder_intermediate_size = self.intermediate_size
+        if self.decoder_mask_norm_eps is None:
+            self.decoder_mask_norm_eps = self.decoder_layer_norm_eps
         super().__post_init__(**kwargs)
 
 

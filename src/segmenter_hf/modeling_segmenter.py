@@ -75,7 +75,7 @@ class SegmenterMaskTransformerDecoder(nn.Module):
         self.layernorm = nn.LayerNorm(width, eps=config.decoder_layer_norm_eps)
         self.patch_projection = nn.Linear(width, width, bias=False)
         self.class_projection = nn.Linear(width, width, bias=False)
-        self.mask_norm = nn.LayerNorm(config.num_labels, eps=config.decoder_layer_norm_eps)
+        self.mask_norm = nn.LayerNorm(config.num_labels, eps=config.decoder_mask_norm_eps)
 
     def forward(
         self, patches: torch.Tensor, **kwargs: Unpack[TransformersKwargs]

@@ -76,11 +76,18 @@ def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(map(str, names)) if isinstance(names, (tuple, list)) else ()
 
 
-def palette(checkpoint: Checkpoint) -> tuple[tuple[int, ...], ...]:
-    """Colours of the classes that mmsegmentation 0.x and 1.x note beside the weights."""
-    colours = note(checkpoint, "palette")
-    is_palette = isinstance(colours, (tuple, list)) and all(isinstance(colour, (tuple, list)) for colour in colours)
-    return tuple(tuple(map(int, colour)) for colour in colours) if is_palette else ()
+def palette(checkpoint: Checkpoint) -> tuple[tuple[int, int, int], ...]:
+    """Colours of the classes that mmsegmentation 0.x and 1.x note beside the weights; none if they are no colours."""
+    colors = note(checkpoint, "palette")
+    if not isinstance(colors, (tuple, list)) or not all(is_color(color) for color in colors):
+        return ()
+    return tuple(tuple(color) for color in colors)
+
+
+def is_color(color: Any) -> bool:
+    """Whether a value is red, green and blue from 0 to 255."""
+    is_triple = isinstance(color, (tuple, list)) and len(color) == 3
+    return is_triple and all(isinstance(value, int) and 0 <= value <= 255 for value in color)
 
 
 def encoder_config(backbone: dict[str, Any], state_dict: dict[str, Any], path: Path, where: str) -> dict[str, Any]:

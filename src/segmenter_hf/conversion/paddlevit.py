@@ -114,7 +114,8 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
         "decoder_type": "linear" if is_linear else "mask_transformer",
         "decoder_hidden_dropout_prob": 0.0,
         "decoder_attention_probs_dropout_prob": 0.0,
-        "decoder_layer_norm_eps": 1e-5,  # of decoder_norm and mask_norm, whose inputs are small; 1e-6 in the layers
+        "decoder_layer_norm_eps": 1e-6,  # 1e-5 in decoder_norm, which changes its output by about 5e-6
+        "decoder_mask_norm_eps": 1e-5,  # its inputs are small
     }
     if is_linear:
         num_labels = tensor_of(state_dict, "decoder.head.weight", 2, path).shape[0]

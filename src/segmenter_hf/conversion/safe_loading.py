@@ -65,14 +65,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     config = None
     if path.is_dir():
-        names = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
-        files = [path / name for name in names if (path / name).is_file()]
-        if not files:
-            raise FileNotFoundError(
-                f"{path}: expected a directory with one of {', '.join(names)}; it has none of them."
-            )
         config = read_json(path / "config.json") if (path / "config.json").is_file() else None
-        path = files[0]
+        path = weights_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Give the path of a checkpoint.")
     readers = {".npz": _read_npz, ".pdparams": _read_pdparams, ".safetensors": _read_safetensors}
@@ -90,6 +84,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: expected weights under their names, got the keys {list(state_dict)[:5]}.")
     meta = content.get("meta") if wrapper else None
     return Checkpoint(path, state_dict, wrapper, meta if isinstance(meta, dict) else {}, config)
+
+
+def weights_file(path: Path) -> Path:
+    """The file of the weights: `path` itself, or the one in it if it is a directory.
+
+    Raises:
+        FileNotFoundError: If there is none in the directory.
+    """
+    if not path.is_dir():
+        return path
+    names = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
+    files = [path / name for name in names if (path / name).is_file()]
+    if not files:
+        raise FileNotFoundError(f"{path}: expected a directory with one of {', '.join(names)}; it has none of them.")
+    return files[0]
 
 
 def sha256_of(path: Path) -> str:

@@ -1,4 +1,5 @@
-"""Pretrained encoders: AugReg's `.npz`, timm's and DeiT's `.pth`, and the Hub directories of timm and transformers."""
+"""Pretrained encoders: AugReg's `.npz`, timm's and DeiT's `.pth`, those that mmsegmentation converted from them, and the
+Hub directories of timm and transformers."""
 
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers.image_utils import (
 )
 
 from ..modeling_segmenter import SegmenterModel
+from .mmsegmentation_common import layer_renames
 from .safe_loading import Checkpoint, lookup, read_json
 from .state_dicts import Conversion, Rename, count_layers, heads_of, square_image_size, tensor_of, timm_layers
 
@@ -27,6 +29,14 @@ TIMM = [
     Rename(r"norm\.(weight|bias)", r"layernorm.\1"),
 ]
 TIMM_UNUSED = [r"(head|head_dist|pre_logits\.fc)\.(weight|bias)"]
+
+MMSEGMENTATION = [
+    Rename("cls_token", "embeddings.cls_token"),
+    Rename("pos_embed", "embeddings.position_embeddings"),
+    Rename(r"patch_embed\.projection\.(weight|bias)", r"embeddings.patch_embeddings.projection.\1"),
+    *layer_renames("layers", "layers"),
+    Rename(r"ln1\.(weight|bias)", r"layernorm.\1"),
+]
 
 BLOCK = r"Transformer/encoderblock_(\d+)/"
 ATTENTION = BLOCK + "MultiHeadDotProductAttention_1/"
@@ -92,8 +102,13 @@ TRANSFORMERS_UNUSED = [
 
 def matches(checkpoint: Checkpoint) -> bool:
     """Whether the keys are those of a ViT or DeiT."""
-    first_layer = rf"Transformer/encoderblock_0/.*|blocks\.0\.attn\.qkv\..*|{MODEL}encoder\.layer\.0\..*"
-    return any(re.fullmatch(first_layer, key) for key in checkpoint.state_dict)
+    first_layer = (
+        r"Transformer/encoderblock_0/.*",
+        r"blocks\.0\.attn\.qkv\..*",
+        r"layers\.0\.attn\.attn\.in_proj_.*",
+        rf"{MODEL}encoder\.layer\.0\..*",
+    )
+    return any(re.fullmatch("|".join(first_layer), key) for key in checkpoint.state_dict)
 
 
 def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
@@ -115,6 +130,10 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
         source, model = "google-research/vision_transformer", augreg_config(checkpoint)
         renames, unused = AUGREG, AUGREG_UNUSED
         mean, std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+    elif "patch_embed.projection.weight" in checkpoint.state_dict:
+        source, model = "open-mmlab/mmsegmentation", mmsegmentation_config(checkpoint)
+        renames, unused = MMSEGMENTATION, TIMM_UNUSED
+        mean, std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
     elif "pos_embed" in checkpoint.state_dict:
         source = "facebookresearch/deit" if is_deit(checkpoint) else "huggingface/pytorch-image-models"
         model, renames, unused = timm_config(checkpoint), TIMM, TIMM_UNUSED
@@ -128,7 +147,7 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
         source=source,
         model_class=SegmenterModel,
         config=model,
-        state_dict=checkpoint.state_dict,
+        state_dict=with_patch_bias(checkpoint.state_dict, model["hidden_size"]),
         renames=renames,
         unused=unused,
         processor={
@@ -139,6 +158,13 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
             "patch_size": model["patch_size"],
         },
     )
+
+
+def with_patch_bias(state_dict: dict[str, Any], hidden_size: int) -> dict[str, Any]:
+    """The weights with a zero bias of the patch embedding where mmsegmentation has none."""
+    if "patch_embed.projection.weight" not in state_dict:
+        return state_dict
+    return {"patch_embed.projection.bias": torch.zeros(hidden_size), **state_dict}
 
 
 def is_deit(checkpoint: Checkpoint) -> bool:
@@ -162,6 +188,24 @@ def augreg_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "num_hidden_layers": len(layers),
         "num_attention_heads": query.shape[1],
         "intermediate_size": tensor_of(state_dict, f"{block}MlpBlock_3/Dense_0/kernel", 2, path).shape[1],
+        "layer_norm_eps": EPS,
+    }
+
+
+def mmsegmentation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Arguments of the configuration, from the tensors of a ViT that mmsegmentation converted."""
+    state_dict, path = checkpoint.state_dict, checkpoint.path
+    patches = tensor_of(state_dict, "patch_embed.projection.weight", 4, path)
+    positions = tensor_of(state_dict, "pos_embed", 3, path)
+    return {
+        "hidden_size": patches.shape[0],
+        "num_channels": patches.shape[1],
+        "patch_size": patches.shape[-1],
+        "image_size": square_image_size(positions, 1, patches.shape[-1], path),
+        "num_hidden_layers": count_layers(state_dict, "layers"),
+        "num_attention_heads": heads_of(patches.shape[0]),
+        "intermediate_size": tensor_of(state_dict, "layers.0.ffn.layers.0.0.weight", 2, path).shape[0],
+        "qkv_bias": "layers.0.attn.attn.in_proj_bias" in state_dict,
         "layer_norm_eps": EPS,
     }
 
