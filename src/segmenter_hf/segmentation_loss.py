@@ -6,6 +6,7 @@ same matrices into a gradient of the size of the logits. That gradient is all th
 incoming scalar. Memory is that of the logits and a tile, not that of the pixels times the classes.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -15,9 +16,10 @@ from .sliding_window import full_float32, merge_tiles
 
 
 # Pixels of a tile: on the CPU its values stay in cache, on a GPU few launches matter more.
-CPU_TILE, GPU_TILE = (8, 64), (128, 512)
-# exp needs no pass for its maximum where no class is further than this below the best one of its position.
-LARGEST_SPREAD = 60.0
+CPU_TILE, GPU_TILE = (32, 64), (128, 512)
+# Scores are taken to the base 2, whose power is several times faster than that of e. It needs no pass for its maximum
+# where no class is further than this below the best one of its position.
+LARGEST_SPREAD = 86.0
 OPERATOR = "segmenter_hf::upsampled_cross_entropy"
 
 
@@ -166,10 +168,10 @@ def loss_and_gradient(
     )
     with full_float32(device):
         for image in range(len(logits)):
-            values = logits[image].permute(1, 2, 0).to(dtype, copy=True, memory_format=torch.contiguous_format)
+            values = logits[image].permute(1, 2, 0).contiguous().to(dtype) / math.log(2)
             greatest = values.amax(-1, keepdim=True)
             is_wide = bool((greatest - values.amin(-1, keepdim=True)).max() > LARGEST_SPREAD)
-            values -= greatest  # softmax does not change, and exp stays in range
+            values -= greatest  # softmax does not change, and the powers stay in range
             values_gradient = torch.zeros_like(values) if needs_gradient else None
             for row_pixels, of_row, row_weights in rows:
                 band = row_weights @ values[of_row].flatten(1)
@@ -193,9 +195,9 @@ def loss_and_gradient(
                         of_all = soft[pixels].T.reshape(-1, 1)
                         total -= (scores @ weights[:, None] * of_all).sum()
                         share = of_target + weight_sum * of_all
-                    scores.exp_()
+                    scores.exp2_()
                     sums = scores.sum(-1, keepdim=True)
-                    total += (sums.log() * share).sum()
+                    total += (sums.log2() * share).sum()
                     if not needs_gradient:
                         continue
                     scores *= share / sums
@@ -208,7 +210,7 @@ def loss_and_gradient(
                     values_gradient[of_row].flatten(1).addmm_(row_weights.T, band_gradient)
             if needs_gradient:
                 gradient[image] = values_gradient.permute(2, 0, 1)
-    return total.to(dtype), gradient
+    return (total * math.log(2)).to(dtype), gradient
 
 
 def _shapes(
