@@ -5,7 +5,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 DEMO = outputs/demo
 
-.PHONY: demo test style format clean
+.PHONY: demo test bench style format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, ev
 
 test: $(VENV)/installed  ## install and run all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+bench: $(VENV)/installed  ## measure speed and memory beside peers; keep the machine quiet
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[bench]"
+	$(PY) scripts/benchmark.py --task all --output_dir outputs/benchmark
 
 style: $(VENV)/installed  ## check style
 	$(VENV)/bin/ruff check .

@@ -405,7 +405,7 @@ def loss(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
         yield bench.compare(
             "loss",
             f"forward and backward, batch 4, 512x512, 150 classes, {name}",
-            "interpolate + cross_entropy",
+            "interpolate + cross_entropy, as in transformers' Segformer",
             partial(loss_gradient, upsampled_cross_entropy, logits, labels),
             partial(loss_gradient, plain_loss, logits, labels),
             max_difference,
