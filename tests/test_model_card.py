@@ -13,7 +13,6 @@ from segmenter_hf.label_sets import load_label_set
 from segmenter_hf.model_card import (
     CardFacts,
     hub_name,
-    published_models_table,
     read_card_facts,
     results_table,
     write_model_card,
@@ -199,8 +198,3 @@ def test_the_examples_of_a_published_card_run(published_cards, tmp_path, monkeyp
         if "result" in names:
             assert torch.equal(names["result"].segmentation_scores.argmax(0), names["result"].segmentation)
     assert Path("predictions/sample_overlay.png").exists()
-
-
-def test_the_table_in_the_readme_is_the_one_of_the_data() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"published_models_table -->\n{published_models_table()}\n<!-- end -->" in readme

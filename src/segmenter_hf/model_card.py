@@ -20,7 +20,6 @@ from .scenes import draw_scene
 
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-PUBLISHED_MODELS = Path(__file__).parent / "published_models.json"
 FACTS_FILE = "model_card.json"  # beside a model: what its card says and the model itself does not know
 SAMPLE_PICTURE = "sample.png"
 EVAL_RESULTS_FILE = ".eval_results/semantic_segmentation.yaml"
@@ -415,18 +414,3 @@ def _write_card(
     path = directory / "README.md"
     write_text(path, card.content)
     return path
-
-
-def published_models_table() -> str:
-    """Markdown table of the published models with the numbers that their sources report, in percent."""
-    lines = [
-        "| model | source | backbone | decoder | dataset | crop | ss | ms+flip |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for model in json.loads(PUBLISHED_MODELS.read_text(encoding="utf-8"))["models"]:
-        name = f"[{model['name']}]({model['checkpoint_url']})" if model.get("checkpoint_url") else model["name"]
-        scores = [model.get(key) for key in ("miou_single_scale", "miou_multi_scale_flip")]
-        cells = [model[key] for key in ("source", "backbone", "decoder", "dataset", "crop_size")]
-        cells += ["-" if score is None else f"{score:.2f}" for score in scores]
-        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)

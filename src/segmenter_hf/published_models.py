@@ -1,7 +1,8 @@
-"""The published models, with the numbers that their sources report."""
+"""The published models: where they are, and the numbers that their sources report."""
 
 import json
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,12 @@ PUBLISHED_MODELS = Path(__file__).parent / "published_models.json"
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A model of `published_models.json`. mIoU in percent; what its source does not report is `None`."""
+    """A model of `published_models.json`. mIoU in percent; what its source does not report is `None`.
+
+    Windows and their strides, in pixels, are those of the source's configuration for the evaluation. The weights are
+    at `checkpoint_url` (with a configuration at `config_url` to lie beside them), or behind `share_url`, which only a
+    browser opens, or not published at all.
+    """
 
     name: str
     family: str
@@ -24,9 +30,14 @@ class PublishedModel:
     miou_single_scale: float
     miou_multi_scale_flip: float | None = None
     miou_in_paper: float | None = None
+    report_url: str | None = None
+    window_size: int | None = None
+    window_stride: int | None = None
     checkpoint_url: str | None = None
     config_url: str | None = None
     sha256_prefix: str | None = None
+    share_url: str | None = None
+    share_password: str | None = None
     parameters: str | None = None
     iterations: int | None = None
     batch_size: int | None = None
@@ -34,6 +45,11 @@ class PublishedModel:
     fps: float | None = None
     device: str | None = None
     note: str | None = None
+
+    @property
+    def command(self) -> str:
+        """The command that brings the model here."""
+        return f"python scripts/convert_checkpoint.py --model {self.name} --output_dir outputs/{self.name}"
 
 
 @cache
@@ -43,4 +59,82 @@ def load_published_models() -> dict[str, PublishedModel]:
     return {model["name"]: PublishedModel(**model) for model in models}
 
 
-__all__ = ["PublishedModel", "load_published_models"]
+def get_published_model(name: str) -> PublishedModel:
+    """The published model of a name.
+
+    Raises:
+        ValueError: If there is none; the message has the names that look like it.
+    """
+    models = load_published_models()
+    if name not in models:
+        close = get_close_matches(name, models, n=3) or [known for known in models if name in known][:3]
+        hint = f"Did you mean {' or '.join(close)}? " if close else ""
+        raise ValueError(f"No published model is called {name!r}. {hint}--list prints all of them.")
+    return models[name]
+
+
+def list_published_models() -> str:
+    """Table of the published models for a terminal, mIoU in percent as their sources report it."""
+    rows = [("name", "source", "backbone", "decoder", "dataset", "crop", "ss", "ms+flip", "how it is had")]
+    for model in load_published_models().values():
+        how = "by name" if model.checkpoint_url else "by hand, then by name" if model.share_url else "no weights"
+        rows.append((model.name, model.source, *_description(model), *_scores(model), how))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def published_models_table() -> str:
+    """Markdown table of the published models with the protocol and the numbers that their sources report.
+
+    mIoU is in percent; the protocol is the side of a window and the stride, in pixels.
+    """
+    columns = ("model", "source", "backbone", "decoder", "dataset", "crop", "protocol", "ss", "ms+flip", "command")
+    rows = [columns, ("---",) * len(columns)]
+    for model in load_published_models().values():
+        weights, option = model.checkpoint_url or model.share_url, f"`--model {model.name}`"
+        if model.share_url:
+            option += f" once [downloaded by hand]({model.share_url}), password `{model.share_password}`"
+        rows.append(
+            (
+                _link(model.name, weights),
+                _link(model.source, model.report_url),
+                *_description(model),
+                _protocol(model),
+                *_scores(model),
+                option if weights else "no weights published",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _description(model: PublishedModel) -> tuple[str, str, str, str]:
+    return model.backbone, model.decoder, model.dataset, str(model.crop_size)
+
+
+def _scores(model: PublishedModel) -> tuple[str, str]:
+    single, multi = (
+        "-" if score is None else f"{score:.2f}" for score in (model.miou_single_scale, model.miou_multi_scale_flip)
+    )
+    return single, multi
+
+
+def _protocol(model: PublishedModel) -> str:
+    """Window and stride, in pixels."""
+    if model.window_size is None:
+        return "-"
+    if model.window_stride is None:
+        return f"{model.window_size}/in [variant.yml]({model.config_url})"
+    return f"{model.window_size}/{model.window_stride}"
+
+
+def _link(text: str, url: str | None) -> str:
+    return f"[{text}]({url})" if url else text
+
+
+__all__ = [
+    "PublishedModel",
+    "get_published_model",
+    "list_published_models",
+    "load_published_models",
+    "published_models_table",
+]
