@@ -13,6 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
+import torch
 from transformers import HfArgumentParser
 
 from segmenter_hf.data import load_segmentation_datasets
@@ -35,13 +36,24 @@ class Arguments:
     )
     max_samples: int | None = field(default=None, metadata={"help": "Evaluate the first so many images only."})
     multi_scale_flip: bool = field(default=False, metadata={"help": "Average over six scales, each also mirrored."})
+    scales: list[float] | None = field(default=None, metadata={"help": "Average over these scales instead."})
     window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network."})
     device: str | None = field(default=None, metadata={"help": "Device of the model; a GPU where there is one."})
+    bf16: bool = field(default=False, metadata={"help": "Weights and arithmetic in bfloat16: approximate, faster."})
+    int8: bool = field(default=False, metadata={"help": "Weights in 8 bits: approximate, less memory. Needs torchao."})
+    compile: bool = field(default=False, metadata={"help": "Compile the network first; pays for many images."})
 
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    model, processor, label_set = load_model(args.model_name_or_path, args.label_set, args.device)
+    model, processor, label_set = load_model(
+        args.model_name_or_path,
+        args.label_set,
+        args.device,
+        dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        int8=args.int8,
+        compile=args.compile,
+    )
     dataset = load_segmentation_datasets(
         args.dataset_name,
         splits=[args.split],
@@ -57,9 +69,11 @@ def main() -> None:
         dataset,
         label_set,
         multi_scale_flip=args.multi_scale_flip,
+        scales=args.scales,
         window_batch_size=args.window_batch_size,
     )
     results = {**results, "dataset": args.dataset_name, "split": args.split, "model": args.model_name_or_path}
+    results |= {"dtype": str(model.dtype).removeprefix("torch."), "int8_weights": args.int8}
     save_results(args.output_dir, results, label_set.labels)
     print(per_class_table(results, label_set.labels))
     print(

@@ -9,8 +9,8 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor
 
-from segmenter_hf import SegmenterImageProcessor, SegmenterImageProcessorPil
-from segmenter_hf.image_processing_segmenter import resize_labels, resized_size
+from segmenter_hf import SegmenterImageProcessor, SegmenterImageProcessorPil, image_processing_segmenter
+from segmenter_hf.image_processing_segmenter import pil_to_array, resize_image, resize_labels, resized_size
 from segmenter_hf.sliding_window import Window
 
 
@@ -71,6 +71,41 @@ def test_pixels_are_resized_without_antialiasing_rounded_and_normalised(processo
     pixels = interpolate(torch.from_numpy(image).permute(2, 0, 1)[None].float(), size=(32, 32), mode="bilinear")
     expected = (pixels.round() / 255 - 0.5) / 0.5
     torch.testing.assert_close(processor(image)["pixel_values"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(30, 77), (211, 260), (97, 131)])
+def test_resized_pixels_are_those_of_torch_rounded_to_the_nearest(monkeypatch, size) -> None:
+    image = torch.from_numpy(picture(97, 131)).permute(2, 0, 1)
+    whole = resize_image(image, size)
+    exact = interpolate(image[None].double(), size=size, mode="bilinear")[0]
+    assert whole.dtype == torch.uint8
+    assert (whole - exact).abs().max() < 0.5 + 1e-4
+    monkeypatch.setattr(image_processing_segmenter, "PIXELS_AT_ONCE", 1000)
+    assert torch.equal(resize_image(image, size), whole)
+
+
+@pytest.mark.parametrize(
+    "mode", ["RGB", "L", "1", "LA", "RGBA", "CMYK", "palette", "transparent palette", "I;16", "F"]
+)
+@pytest.mark.parametrize("do_convert_rgb", [True, False])
+def test_large_pictures_are_read_in_parts(monkeypatch, mode, do_convert_rgb) -> None:
+    image = as_rgb_and_as(mode)[1]
+    whole = pil_to_array(image, do_convert_rgb)
+    monkeypatch.setattr(image_processing_segmenter, "PIXELS_AT_ONCE", 300)
+    parts = pil_to_array(image, do_convert_rgb)
+    assert parts.dtype == whole.dtype
+    assert np.array_equal(parts, whole)
+
+
+@pytest.mark.parametrize("size", [(50, 77), (20, 31)])
+@pytest.mark.parametrize("fields", [{}, {"scales": [0.5, 1.5], "do_flip": True}, {"do_resize": False}])
+def test_windows_made_one_at_a_time_are_those_of_the_whole(processor, size, fields) -> None:
+    image = picture(*size)
+    inputs, lazy = processor(image, **fields), processor.lazy_windows(image, **fields)
+    assert windows_of(inputs) == lazy.windows
+    assert torch.equal(inputs["pixel_values"], torch.stack([lazy.pixel_values(window) for window in lazy.windows]))
+    with pytest.raises(ValueError, match="scales"):
+        processor.lazy_windows(image, scales=[])
 
 
 def test_images_shorter_than_the_window_are_enlarged_after_normalisation(processor) -> None:

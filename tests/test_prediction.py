@@ -7,12 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
+from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor, prediction
 from segmenter_hf.data import decode_example, load_segmentation_datasets
 from segmenter_hf.evaluation import evaluate_segmentation, per_class_table, save_results
 from segmenter_hf.label_sets import LABEL_SET_FILE, label_set_from_names, label_set_of_model, load_label_set
 from segmenter_hf.metrics import MeanIoU
-from segmenter_hf.prediction import MULTI_SCALES, find_pictures, predict_files, segment_images
+from segmenter_hf.prediction import (
+    MULTI_SCALES,
+    describe_protocol,
+    find_pictures,
+    load_model,
+    predict_files,
+    segment_images,
+)
 
 
 SCENES = load_label_set("scenes")
@@ -143,3 +150,80 @@ def test_the_label_set_of_a_model_is_the_one_beside_it_or_of_its_names(tmp_path)
     assert label_set_of_model(tmp_path, {0: "a", 1: "b"}).name == "mine"
     load_label_set("camvid").save(tmp_path / LABEL_SET_FILE)
     assert label_set_of_model(tmp_path, {}) == load_label_set("camvid")
+
+
+@pytest.mark.parametrize(
+    ("multi_scale_flip", "scales", "name"),
+    [
+        (False, None, "single scale"),
+        (True, None, "multi-scale + flip"),
+        (False, [1.0], "single scale"),
+        (False, [0.5, 1.0], "scales 0.5, 1.0"),
+        (True, [1.0], "scales 1.0 + flip"),
+    ],
+)
+def test_a_protocol_is_named_by_what_it_does(processor, multi_scale_flip, scales, name) -> None:
+    described = describe_protocol(processor, multi_scale_flip, scales)
+    assert described["name"] == name
+    assert described["do_flip"] is multi_scale_flip
+    assert described["scales"] == (scales or (list(MULTI_SCALES) if multi_scale_flip else [1.0]))
+
+
+def test_pictures_beyond_the_limit_are_refused_until_it_is_raised(model, processor, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit would refuse the picture too
+    picture(48, 64).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="64 x 48 pixels are more than 3071.*max_image_pixels"):
+        predict_files(
+            model, processor, [tmp_path], tmp_path / "out", SCENES, max_image_pixels=3071, show_progress=False
+        )
+    written = predict_files(
+        model, processor, [tmp_path], tmp_path / "out", SCENES, max_image_pixels=3072, show_progress=False
+    )
+    assert list(written) == ["large"]
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "L", "I;16"])
+def test_the_overlay_of_a_large_picture_is_reduced_and_its_label_map_is_not(
+    model, processor, tmp_path, monkeypatch, mode
+) -> None:
+    monkeypatch.setattr(prediction, "MAX_OVERLAY_SIDE", 50)
+    image = picture(148, 151)
+    image = (
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16)) if mode == "I;16" else image.convert(mode)
+    )
+    image.save(tmp_path / "large.png")
+    drawn = []
+    monkeypatch.setattr(
+        prediction, "overlay", lambda image, segmentation, palette: drawn.append((image.size, segmentation)) or image
+    )
+    written = predict_files(
+        model, processor, [tmp_path], tmp_path / "out", SCENES, full_resolution=True, show_progress=False
+    )
+    label_map = np.asarray(Image.open(written["large"]))
+    assert label_map.shape == (148, 151)
+    ((size, reduced),) = drawn
+    assert size == (37, 37)
+    assert np.array_equal(reduced, label_map[2:148:4, 2:150:4])
+
+
+def test_other_precisions_give_nearly_the_same_maps_in_float32(model, processor, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    images = [picture(50, 70), picture(45, 41, seed=1)]
+    expected = segment_images(model, processor, images)
+    options = [{}, {"dtype": torch.bfloat16}]
+    try:
+        import torchao  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="torchao"):
+            load_model(tmp_path, int8=True)
+    else:
+        options += [{"int8": True}, {"int8": True, "dtype": torch.bfloat16}]
+    for option in options:
+        loaded, its_processor, _ = load_model(tmp_path, device="cpu", **option)
+        assert loaded.dtype == option.get("dtype", torch.float32)
+        results = segment_images(loaded, its_processor, images, return_segmentation_scores=True)
+        for result, wanted in zip(results, expected, strict=True):
+            assert result.segmentation_scores.dtype == torch.float32
+            assert (result.segmentation == wanted).float().mean() > (0.9 if option else 0.999)

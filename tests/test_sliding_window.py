@@ -1,6 +1,7 @@
 """Windows cover images, and their merge equals upsampling, adding, dividing and resizing one by one."""
 
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from segmenter_hf.sliding_window import Window, merge_matrix, merge_windows, split_windows, window_starts
+from segmenter_hf import sliding_window
+from segmenter_hf.sliding_window import Window, merge_matrix, merge_windows, tile_size, window_corners, window_starts
 
 
 @given(st.integers(1, 60), st.data())
@@ -35,11 +37,8 @@ def test_a_side_shorter_than_the_window_is_refused() -> None:
         window_starts(15, 16, 8)
 
 
-def test_windows_are_cut_row_by_row() -> None:
-    image = torch.arange(30 * 50).reshape(1, 30, 50)
-    windows, offsets = split_windows(image, 20, 20)
-    assert offsets == [(0, 0), (0, 20), (0, 30), (10, 0), (10, 20), (10, 30)]
-    assert all(torch.equal(w, image[:, top : top + 20, left : left + 20]) for w, (top, left) in zip(windows, offsets))
+def test_windows_go_row_by_row() -> None:
+    assert window_corners(30, 50, 20, 20) == [(0, 0), (0, 20), (0, 30), (10, 0), (10, 20), (10, 30)]
 
 
 def test_every_pixel_is_a_weighted_mean_of_patches() -> None:
@@ -84,18 +83,24 @@ def test_the_merge_equals_the_naive_loop_in_float64(data) -> None:
     rows = []
     for view in range(data.draw(st.integers(1, 3))):
         view_size = (window + data.draw(st.integers(0, 30)), window + data.draw(st.integers(0, 30)))
-        _, offsets = split_windows(torch.zeros(view_size), window, stride)
+        offsets = window_corners(*view_size, window, stride)
         rows += describe(0, view, view % 2, offsets, (window, window), view_size, size)
     random.Random(0).shuffle(rows)
     patches = window // patch * per_patch
-    logits = 5 * torch.randn(len(rows), num_labels, patches, patches)
+    spread = data.draw(st.sampled_from([5, 100]))
+    logits = spread * torch.randn(len(rows), num_labels, patches, patches)
     expected = naive_merge(logits, rows, (window, window), size)
-    ((segmentation, scores),) = merge_windows(logits, torch.tensor(rows), patch, return_scores=True)
-    torch.testing.assert_close(scores.double(), expected, rtol=0, atol=2e-6)
-    ((without_scores, none),) = merge_windows(logits, torch.tensor(rows), patch)
+    tile = {
+        "CPU_TILE_VALUES": data.draw(st.sampled_from([1, 500, 2**17])),
+        "CPU_TILE_HEIGHT": data.draw(st.sampled_from([1, 7, 32])),
+    }
+    with mock.patch.multiple(sliding_window, **tile):
+        ((segmentation, scores),) = merge_windows(logits, torch.tensor(rows), patch, return_scores=True)
+        ((without_scores, none),) = merge_windows(logits, torch.tensor(rows), patch)
+    torch.testing.assert_close(scores.double(), expected, rtol=0, atol=spread * 4e-7)
     assert none is None
     best_two = expected.topk(min(2, num_labels), dim=0).values
-    clear = torch.ones(size, dtype=torch.bool) if num_labels == 1 else best_two[0] - best_two[1] > 1e-5
+    clear = torch.ones(size, dtype=torch.bool) if num_labels == 1 else best_two[0] - best_two[1] > spread * 2e-6
     assert torch.equal(segmentation[clear], expected.argmax(0)[clear])
     assert torch.equal(without_scores[clear], expected.argmax(0)[clear])
 
@@ -112,7 +117,7 @@ def test_images_of_a_batch_are_merged_each_by_itself_and_to_the_sizes_asked_for(
     sizes = [(20, 36), (31, 16)]
     rows, logits = [], []
     for image, size in enumerate(sizes):
-        _, offsets = split_windows(torch.zeros(size), 16, 12)
+        offsets = window_corners(*size, 16, 12)
         rows += describe(image, 0, 0, offsets, (16, 16), size, size)
         logits.append(torch.randn(len(offsets), 4, 2, 2))
     together = merge_windows(torch.cat(logits), torch.tensor(rows), 8, [(10, 11), (12, 13)], return_scores=True)
@@ -155,3 +160,32 @@ def test_what_does_not_fit_together_is_refused() -> None:
         merge_windows(torch.randn(1, 3, 2, 2), rows, 8, [(4, 4), (5, 5)])
     with pytest.raises(ValueError, match="patch_size"):
         merge_windows(torch.randn(1, 3, 3, 3), rows, 8)
+
+
+def test_whatever_is_set_outside_the_merge_is_in_float32_and_the_settings_stay() -> None:
+    rows = torch.tensor(describe(0, 0, 0, [(0, 0)], (16, 16), (16, 16), (40, 30)))
+    logits = torch.randn(1, 3, 2, 2)
+    ((_, expected),) = merge_windows(logits, rows, 8, return_scores=True)
+    matmul, threads = torch.backends.mkldnn.matmul, torch.get_num_threads()
+    previous = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        torch.set_num_threads(2)
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            ((_, scores),) = merge_windows(logits, rows, 8, return_scores=True)
+        with pytest.raises(ValueError, match="patch_size"):
+            merge_windows(torch.randn(1, 3, 3, 3), rows, 8)
+        assert (matmul.fp32_precision, torch.get_num_threads()) == ("bf16", 2)
+    finally:
+        matmul.fp32_precision = previous
+        torch.set_num_threads(threads)
+    assert torch.equal(scores, expected)
+
+
+def test_tiles_are_bounded_on_every_device() -> None:
+    assert tile_size((512, 683), 150, torch.device("cpu")) == (32, 27)
+    assert tile_size((4, 5), 10**6, torch.device("cpu")) == (32, 1)
+    height, width = tile_size((512, 683), 150, torch.device("cuda"))
+    assert width == 683
+    assert height * width * 150 <= sliding_window.GPU_TILE_VALUES
+    assert tile_size((4, 10**5), 1000, torch.device("cuda"))[0] == 1

@@ -1,6 +1,7 @@
 """Evaluation with the published protocol: one matrix of counts per image, added up, turned into numbers."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .data import decode_example
 from .files import write_json, write_text
 from .label_sets import LabelSet
 from .metrics import MeanIoU, confusion_matrix
-from .prediction import Picture, describe_protocol, segment_images
+from .prediction import Picture, describe_protocol, segment_images, stream_segmentations
 
 
 class EvaluationExamples(Dataset):
@@ -61,7 +62,7 @@ def count_pixels(
         model (`PreTrainedModel`), processor (`BaseImageProcessor`), images (`Sequence`): As for `segment_images`.
         label_maps (`Sequence[np.ndarray]`): The true classes of each image, of shape `(height, width)`.
         ignore_index (`int`, defaults to 255): Label of the pixels that do not count.
-        kwargs: Further arguments of `segment_images`.
+        kwargs: Further arguments of `stream_segmentations`.
 
     Returns:
         `torch.LongTensor` of shape `(num_images, num_labels, num_labels)`: Pixels by true and by predicted class.
@@ -81,18 +82,22 @@ def evaluate_segmentation(
     label_set: LabelSet,
     *,
     multi_scale_flip: bool = False,
+    scales: Sequence[float] | None = None,
     window_batch_size: int = 8,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a model on a split with the published protocol; memory does not grow with the split.
+
+    Windows of several images go through the network together, `window_batch_size` at once.
 
     Args:
         model (`PreTrainedModel`), processor (`BaseImageProcessor`): The model and its image processor.
         dataset (`datasets.Dataset`): A split, as from `load_segmentation_datasets`.
         label_set (`LabelSet`): The classes of the model, and what the stored labels mean.
         multi_scale_flip (`bool`, defaults to `False`): Whether to average over six scales, each also mirrored.
+        scales (`Sequence[float]`, *optional*): Other scales than these six, or than 1.
         window_batch_size (`int`, defaults to 8): Windows that go through the network at once.
-        show_progress (`bool`, defaults to `True`): Whether to show a progress bar with the mean IoU so far.
+        show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
 
     Returns:
         `dict`: What [`MeanIoU.compute`] returns, with `protocol` (what the numbers depend on) and `num_images`.
@@ -109,22 +114,29 @@ def evaluate_segmentation(
     metric = MeanIoU(label_set.num_labels, label_set.ignore_index)
     total = np.zeros((label_set.num_labels, label_set.num_labels), dtype=np.int64)
     rows = EvaluationExamples(dataset, label_set)
-    with tqdm(range(len(rows)), desc="Evaluating", unit="image", disable=not show_progress) as progress:
-        for index in progress:
+    references: deque[np.ndarray] = deque()
+
+    def images() -> Iterator[Picture]:
+        for index in range(len(rows)):
             example = rows[index]
-            total += count_pixels(
-                model,
-                processor,
-                [example["image"]],
-                [example["labels"]],
-                label_set.ignore_index,
-                multi_scale_flip=multi_scale_flip,
-                window_batch_size=window_batch_size,
-            )[0].numpy()
+            references.append(example["labels"])
+            yield example["image"]
+
+    predictions = stream_segmentations(
+        model,
+        processor,
+        images(),
+        multi_scale_flip=multi_scale_flip,
+        scales=scales,
+        window_batch_size=window_batch_size,
+    )
+    for prediction in tqdm(predictions, "Evaluating", len(rows), unit="image", disable=not show_progress):
+        reference = references.popleft()
+        total += confusion_matrix(prediction.cpu(), reference, label_set.num_labels, label_set.ignore_index)
     metric.add_confusion_matrix(total)
     return {
         **metric.compute(),
-        "protocol": describe_protocol(processor, multi_scale_flip),
+        "protocol": describe_protocol(processor, multi_scale_flip, scales),
         "num_images": len(rows),
     }
 

@@ -1,7 +1,8 @@
 """Image processor of Segmenter and SETR: resize, windows, normalisation, and the merge of the model's outputs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -24,7 +25,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import ModelOutput, TensorType
 
-from .sliding_window import Window, merge_windows, split_windows
+from .sliding_window import Window, linear_taps, merge_windows, window_corners
 
 
 INTERPOLATION = {
@@ -32,6 +33,8 @@ INTERPOLATION = {
     PILImageResampling.BILINEAR: "bilinear",
     PILImageResampling.BICUBIC: "bicubic",
 }
+# Whole images in float32, or twice in memory, would be what limits the size of an image: larger ones go in parts.
+PIXELS_AT_ONCE = 2**22
 
 
 class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
@@ -76,9 +79,27 @@ def resize_image(image: torch.Tensor, size: tuple[int, int], mode: str = "biline
     """Resize (channels, height, width) without antialiasing; uint8 stays uint8, rounded to the nearest."""
     if image.shape[-2:] == size:
         return image
+    if image.dtype == torch.uint8 and mode == "bilinear":
+        return resize_bilinear_uint8(image, size)
     align = {} if mode == "nearest-exact" else {"align_corners": False}
     resized = interpolate(image[None].float(), size=size, mode=mode, **align)[0]
     return resized.round_().clamp_(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else resized
+
+
+def resize_bilinear_uint8(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize uint8 (channels, height, width): only the pixels that are looked at become floats, some rows at a time."""
+    rows, columns = (
+        tuple(torch.from_numpy(values).to(image.device) for values in linear_taps(old, new))
+        for old, new in zip(image.shape[-2:], size)
+    )
+    resized = torch.empty(image.shape[0], *size, dtype=torch.uint8, device=image.device)
+    step = max(PIXELS_AT_ONCE // image.shape[-1], 1)
+    for start in range(0, size[0], step):
+        upper, lower, share = (values[start : start + step] for values in rows)
+        band = torch.lerp(image[:, upper].float(), image[:, lower].float(), share.float()[:, None])
+        band = torch.lerp(band[..., columns[0]], band[..., columns[1]], columns[2].float())
+        resized[:, start : start + step] = band.round_()
+    return resized
 
 
 def resize_labels(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -105,13 +126,23 @@ def to_uint8(values: np.ndarray, is_16_bit: bool = False) -> np.ndarray:
 
 
 def pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
-    """PIL image of any mode to (height, width, channels), 8 bit unless it holds floats; transparency is dropped."""
+    """PIL image of any mode to (channels, height, width), 8 bit unless it holds floats; transparency is dropped."""
+    step = max(PIXELS_AT_ONCE // image.width, 1)
+    if image.height > step:
+        array = None
+        for top in range(0, image.height, step):
+            bottom = min(top + step, image.height)
+            rows = pil_to_array(image.crop((0, top, image.width, bottom)), do_convert_rgb)
+            if array is None:
+                array = np.empty((len(rows), image.height, image.width), rows.dtype)
+            array[:, top:bottom] = rows
+        return array
     if image.mode.startswith("I"):
         image = PIL.Image.fromarray(to_uint8(np.asarray(image), is_16_bit=True))
     if do_convert_rgb and image.mode not in ("RGB", "F"):
         image = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
     array = np.array(image)
-    return array[..., None] if array.ndim == 2 else array
+    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
 
 def read_image(source: "str | os.PathLike") -> PIL.Image.Image:
@@ -119,7 +150,48 @@ def read_image(source: "str | os.PathLike") -> PIL.Image.Image:
     if str(source).startswith(("http://", "https://", "data:")):
         return load_image(str(source))
     with PIL.Image.open(source) as image:
-        return PIL.ImageOps.exif_transpose(image)
+        image.load()
+        PIL.ImageOps.exif_transpose(image, in_place=True)
+        return image
+
+
+class ScaledImage(NamedTuple):
+    """An image (channels, height, width) at one scale, what normalises parts of it, and its labels (height, width)."""
+
+    pixels: torch.Tensor
+    normalize: Callable[[torch.Tensor], torch.Tensor] | None
+    labels: torch.Tensor | None
+
+
+class ImageWindows:
+    """The windows of an image, whose pixel values are made when they are asked for.
+
+    Args:
+        windows (`list[Window]`): All windows of all views of the image.
+        scaled_images (`list[ScaledImage]`): The image at each scale.
+        views_per_scale (`int`): 2 with flips, otherwise 1.
+    """
+
+    def __init__(self, windows: list[Window], scaled_images: list[ScaledImage], views_per_scale: int) -> None:
+        self.windows = windows
+        self._scaled_images = scaled_images
+        self._views_per_scale = views_per_scale
+
+    def pixel_values(self, window: Window) -> torch.Tensor:
+        """The normalised pixels (channels, height, width) of a window, float32."""
+        scaled = self._scaled_images[window.view // self._views_per_scale]
+        pixels = self._cut(scaled.pixels, window)
+        return pixels if scaled.normalize is None else scaled.normalize(pixels)
+
+    def labels(self, window: Window) -> torch.Tensor:
+        """The labels (height, width) of a window, int64."""
+        return self._cut(self._scaled_images[window.view // self._views_per_scale].labels, window)
+
+    @staticmethod
+    def _cut(array: torch.Tensor, window: Window) -> torch.Tensor:
+        left = window.view_width - window.left - window.width if window.flip else window.left
+        part = array[..., window.top : window.top + window.height, left : left + window.width]
+        return part.flip(-1) if window.flip else part
 
 
 class _SegmenterImageProcessing:
@@ -184,6 +256,22 @@ class _SegmenterImageProcessing:
         kwargs["return_tensors"] = return_tensors
         return super().preprocess(images, segmentation_maps, **kwargs)
 
+    def lazy_windows(self, image: ImageInput, **kwargs: Unpack[SegmenterImageProcessorKwargs]) -> ImageWindows:
+        """The windows that `preprocess` gives for one image, each made when it is asked for.
+
+        Args:
+            image (`ImageInput`): One image, as for `preprocess`.
+            kwargs: Any field of the processor, for this call.
+
+        Returns:
+            `ImageWindows`: Descriptions of the windows, and their pixel values one at a time.
+
+        Raises:
+            ValueError: If an argument or the image is not as described in `preprocess`.
+        """
+        (windows,) = super().preprocess(image, None, image_like_kwargs={"lazily": True}, return_tensors="pt", **kwargs)
+        return windows
+
     def _validate_preprocess_kwargs(self, **kwargs) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
         size, window_size, stride = kwargs["size"], kwargs["window_size"], kwargs["window_stride"]
@@ -237,7 +325,7 @@ class _SegmenterImageProcessing:
     ) -> torch.Tensor:
         """Bring one image to (channels, height, width), uint8 or float32."""
         if isinstance(image, PIL.Image.Image):
-            image, input_data_format = pil_to_array(image, bool(do_convert_rgb)), ChannelDimension.LAST
+            image, input_data_format = pil_to_array(image, bool(do_convert_rgb)), ChannelDimension.FIRST
         array = image.cpu().numpy() if is_torch_tensor(image) else np.asarray(image)
         if array.ndim == 2:
             array, input_data_format = array[None], ChannelDimension.FIRST
@@ -286,8 +374,9 @@ class _SegmenterImageProcessing:
         input_data_format: ChannelDimension | None,
         return_tensors: str | TensorType | None,
         device: "str | torch.device | None" = None,
+        lazily: bool = False,
         **kwargs,
-    ) -> BatchFeature:
+    ) -> BatchFeature | list[ImageWindows]:
         images = self._prepare_image_like_inputs(
             images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, device=device
         )
@@ -306,14 +395,18 @@ class _SegmenterImageProcessing:
                     "Each image needs one segmentation map of its (height, width); got images of "
                     f"{sizes} and maps of {[tuple(labels.shape) for labels in maps]}."
                 )
-        data = {"pixel_values": [], "window_offsets": [], "labels": []}
-        for index, (image, labels) in enumerate(zip(images, maps)):
-            windows, offsets, label_windows = self._preprocess(image, labels, index, **kwargs)
-            data["pixel_values"] += windows
-            data["window_offsets"] += offsets
-            data["labels"] += label_windows
-        if segmentation_maps is None:
-            del data["labels"]
+        prepared = [
+            self._preprocess(image, labels, index, **kwargs) for index, (image, labels) in enumerate(zip(images, maps))
+        ]
+        if lazily:
+            return prepared
+        pairs = [(image, window) for image in prepared for window in image.windows]
+        data = {
+            "pixel_values": [image.pixel_values(window) for image, window in pairs],
+            "window_offsets": [torch.tensor(window) for _, window in pairs],
+        }
+        if segmentation_maps is not None:
+            data["labels"] = [image.labels(window) for image, window in pairs]
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def _preprocess(
@@ -328,29 +421,21 @@ class _SegmenterImageProcessing:
         scales: Sequence[float],
         do_flip: bool,
         **kwargs,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        """Windows, their descriptions and their labels of all views of one image."""
+    ) -> ImageWindows:
+        """The windows of all views of one image."""
         smallest_side = window_size if do_split_windows else 1
-        windows, offsets, label_windows = [], [], []
-        for scale_index, scale in enumerate(scales):
-            pixels, scaled_labels = self._resize_and_normalize(image, labels, scale, smallest_side, **kwargs)
-            view_size = pixels.shape[-2:]
+        scaled_images = [self._scale(image, labels, scale, smallest_side, **kwargs) for scale in scales]
+        windows = []
+        for index, scaled in enumerate(scaled_images):
+            height, width = scaled.pixels.shape[-2:]
+            size = (window_size, window_size) if do_split_windows else (height, width)
+            corners = window_corners(height, width, window_size, window_stride) if do_split_windows else [(0, 0)]
             for flip in range(1 + do_flip):
-                view = torch.flip(pixels, (-1,)) if flip else pixels
-                cut, starts = (
-                    split_windows(view, window_size, window_stride) if do_split_windows else ([view], [(0, 0)])
-                )
-                for window, start in zip(cut, starts):
-                    view_index = scale_index * (1 + do_flip) + flip
-                    row = (image_index, view_index, flip, *start, *window.shape[-2:], *view_size, *image.shape[-2:])
-                    offsets.append(torch.tensor(Window(*row)))
-                windows += cut
-                if labels is not None:
-                    view = torch.flip(scaled_labels, (-1,)) if flip else scaled_labels
-                    label_windows += split_windows(view, window_size, window_stride)[0] if do_split_windows else [view]
-        return windows, offsets, label_windows
+                view = (image_index, index * (1 + do_flip) + flip, flip)
+                windows += [Window(*view, *corner, *size, height, width, *image.shape[-2:]) for corner in corners]
+        return ImageWindows(windows, scaled_images, 1 + do_flip)
 
-    def _resize_and_normalize(
+    def _scale(
         self,
         image: torch.Tensor,
         labels: torch.Tensor | None,
@@ -366,7 +451,7 @@ class _SegmenterImageProcessing:
         image_mean: float | Sequence[float],
         image_std: float | Sequence[float],
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> ScaledImage:
         """An image (channels, height, width) and its labels (height, width) at one scale, at least `smallest_side`."""
         if do_rescale and image.is_floating_point() and 0 < image.max() <= 1:
             raise ValueError(
@@ -379,17 +464,20 @@ class _SegmenterImageProcessing:
         else:
             height, width = resized_size(height, width, min(height, width) * scale)
         pixels = resize_image(image, (height, width), INTERPOLATION[resample])
-        pixels = self.rescale_and_normalize(pixels, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         labels = None if labels is None else resize_labels(labels, (height, width))
-        if min(height, width) < smallest_side:
-            # The protocol enlarges after normalisation, and cuts the longer side to whole pixels instead of rounding.
-            if height < width:
-                height, width = smallest_side, int(width / height * smallest_side)
-            else:
-                height, width = int(height / width * smallest_side), smallest_side
-            pixels = resize_image(pixels, (height, width))
-            labels = None if labels is None else resize_labels(labels, (height, width))
-        return pixels, labels
+
+        def normalize(part: torch.Tensor) -> torch.Tensor:
+            return self.rescale_and_normalize(part, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+
+        if min(height, width) >= smallest_side:
+            return ScaledImage(pixels, normalize, labels)
+        # The protocol enlarges after normalisation, and cuts the longer side to whole pixels instead of rounding.
+        if height < width:
+            height, width = smallest_side, int(width / height * smallest_side)
+        else:
+            height, width = int(height / width * smallest_side), smallest_side
+        labels = None if labels is None else resize_labels(labels, (height, width))
+        return ScaledImage(resize_image(normalize(pixels), (height, width)), None, labels)
 
     def rescale_and_normalize(
         self,

@@ -1,6 +1,8 @@
 """Prediction with the published protocol: images in memory, and files to label maps and overlays."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +16,55 @@ from transformers import (
     BaseImageProcessor,
     PreTrainedModel,
 )
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 
 from .files import replaced_file
 from .image_processing_segmenter import read_image
 from .label_sets import LabelSet, label_set_of_model, load_label_set
+from .sliding_window import Window, WindowMerger
 from .visualization import label_map_image, overlay, with_legend
 
 
 MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+MAX_IMAGE_PIXELS = 2 * 89_478_485  # what Pillow refuses by itself
+MAX_OVERLAY_SIDE = 4096  # pixels; larger pictures are reduced before they are painted
 
 Picture = Image.Image | np.ndarray | torch.Tensor
 
 
-def protocol_arguments(multi_scale_flip: bool) -> dict[str, Any]:
-    """The processor's arguments for the single-scale or the multi-scale + flip protocol of the papers."""
-    return {"scales": list(MULTI_SCALES) if multi_scale_flip else [1.0], "do_flip": multi_scale_flip}
+def protocol_arguments(
+    multi_scale_flip: bool = False, scales: Sequence[float] | None = None, full_resolution: bool = False
+) -> dict[str, Any]:
+    """The processor's arguments for the single-scale or the multi-scale + flip protocol of the papers, or one's own.
+
+    Args:
+        multi_scale_flip (`bool`, defaults to `False`): Whether to average over six scales, each also mirrored.
+        scales (`Sequence[float]`, *optional*): Other scales than these six, or than 1.
+        full_resolution (`bool`, defaults to `False`): Whether images keep their size instead of the processor's.
+
+    Returns:
+        `dict`: `scales`, `do_flip`, and `do_resize` where it is not left to the processor.
+    """
+    preset = MULTI_SCALES if multi_scale_flip else (1.0,)
+    arguments = {"scales": list(preset if scales is None else scales), "do_flip": multi_scale_flip}
+    return {**arguments, "do_resize": False} if full_resolution else arguments
 
 
-def describe_protocol(processor: BaseImageProcessor, multi_scale_flip: bool) -> dict[str, Any]:
+def describe_protocol(
+    processor: BaseImageProcessor, multi_scale_flip: bool = False, scales: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Everything that a number depends on besides model and data, to be saved beside it."""
+    arguments = protocol_arguments(multi_scale_flip, scales)
+    if multi_scale_flip and arguments["scales"] == list(MULTI_SCALES):
+        name = "multi-scale + flip"
+    elif not multi_scale_flip and arguments["scales"] == [1.0]:
+        name = "single scale"
+    else:
+        name = f"scales {', '.join(map(str, arguments['scales']))}{' + flip' if multi_scale_flip else ''}"
     return {
-        "name": "multi-scale + flip" if multi_scale_flip else "single scale",
-        **protocol_arguments(multi_scale_flip),
+        "name": name,
+        **arguments,
         "size": dict(processor.size),
         "window_size": processor.window_size,
         "window_stride": processor.window_stride,
@@ -45,7 +74,13 @@ def describe_protocol(processor: BaseImageProcessor, multi_scale_flip: bool) -> 
 
 
 def load_model(
-    name_or_path: str | Path, label_set: str | None = None, device: str | None = None
+    name_or_path: str | Path,
+    label_set: str | None = None,
+    device: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    int8: bool = False,
+    compile: bool = False,
 ) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:
     """Load a model with its image processor and label set.
 
@@ -53,12 +88,31 @@ def load_model(
         name_or_path (`str` or `Path`): Directory or Hub name of the model.
         label_set (`str`, *optional*): Name or JSON file of a label set; by default the one that belongs to the model.
         device (`str`, *optional*): Where the model goes; by default a GPU where there is one.
+        dtype (`torch.dtype`, defaults to `torch.float32`): Type of the weights. `torch.bfloat16` is approximate, and
+            fast where the hardware has it; results are merged in float32 anyway.
+        int8 (`bool`, defaults to `False`): Whether to keep the weights of linear layers in 8 bits: approximate, and for
+            memory. Needs torchao (`pip install segmenter-hf[int8]`).
+        compile (`bool`, defaults to `False`): Whether to compile the network on its first use. Each number of windows at
+            once is compiled anew, which takes up to a minute; it pays for many images.
 
     Returns:
         `tuple[PreTrainedModel, BaseImageProcessor, LabelSet]`: The model in evaluation mode, and what belongs to it.
+
+    Raises:
+        ImportError: If `int8` is wanted and torchao is missing.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForSemanticSegmentation.from_pretrained(name_or_path).to(device).eval()
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if int8:
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig
+            from transformers import TorchAoConfig
+        except ImportError as error:
+            raise ImportError("8-bit weights need torchao: `pip install segmenter-hf[int8]`.") from error
+        arguments["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForSemanticSegmentation.from_pretrained(name_or_path, **arguments).to(device).eval()
+    if compile:
+        model.compile(fullgraph=True)
     processor = AutoImageProcessor.from_pretrained(name_or_path)
     if label_set is not None:
         return model, processor, load_label_set(label_set)
@@ -66,47 +120,102 @@ def load_model(
 
 
 @torch.no_grad()
-def segment_images(
+def stream_segmentations(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
-    images: Sequence[Picture],
+    images: Iterable[Picture],
     *,
     multi_scale_flip: bool = False,
+    scales: Sequence[float] | None = None,
+    full_resolution: bool = False,
     window_batch_size: int = 8,
     return_segmentation_scores: bool = False,
-) -> list:
-    """Segment images of any sizes with the published protocol.
+    dtype: torch.dtype = torch.long,
+) -> Iterator["torch.Tensor | SemanticSegmentationPostProcessorOutput"]:
+    """Segment images of any sizes one after the other with the published protocol.
+
+    Windows of all scales, flips and images go through the network in batches. They are cut and normalised for their
+    batch only, and rows of a map are merged as soon as the windows over them are through. Besides the image and its map
+    the memory holds a batch, and the patch logits of about two rows of windows for each scale and flip.
 
     Args:
         model (`PreTrainedModel`): A semantic segmentation model of this package, in evaluation mode.
         processor (`BaseImageProcessor`): Its image processor.
-        images (`Sequence` of PIL images, arrays or tensors): The images, one by one through the network.
+        images (`Iterable` of PIL images, arrays, tensors or paths): The images, taken when they are needed.
         multi_scale_flip (`bool`, defaults to `False`): Whether to average over six scales, each also mirrored.
+        scales (`Sequence[float]`, *optional*): Other scales than these six, or than 1.
+        full_resolution (`bool`, defaults to `False`): Whether images keep their size instead of being resized to that of
+            the processor.
         window_batch_size (`int`, defaults to 8): Windows that go through the network at once; bounds its memory.
         return_segmentation_scores (`bool`, defaults to `False`): Whether class probabilities are wanted too.
+        dtype (`torch.dtype`, defaults to `torch.long`): Integer type of the class maps. A large map of up to 256 classes
+            needs an eighth of the memory as `torch.uint8`.
+
+    Yields:
+        What `processor.post_process_semantic_segmentation` returns for each image, on the model's device.
+
+    Raises:
+        ValueError: If `window_batch_size` is below 1, `dtype` cannot hold the classes, or an image is not one.
+    """
+    if window_batch_size < 1:
+        raise ValueError(f"`window_batch_size` must be at least 1, got {window_batch_size}.")
+    if dtype not in INTEGERS or model.config.num_labels - 1 > torch.iinfo(dtype).max:
+        raise ValueError(f"`dtype` must be an integer type that holds {model.config.num_labels} classes, got {dtype}.")
+    arguments = protocol_arguments(multi_scale_flip, scales, full_resolution)
+    mergers: deque[WindowMerger] = deque()
+    batch: list[tuple[WindowMerger, Window, torch.Tensor]] = []
+
+    def finished() -> Iterator["torch.Tensor | SemanticSegmentationPostProcessorOutput"]:
+        """Take the batch through the network; the maps that are then complete."""
+        pixel_values = torch.stack([pixels for _, _, pixels in batch]).to(model.device, model.dtype)
+        logits = model(pixel_values=pixel_values).logits
+        for merger in mergers:
+            indices = [index for index, (of_window, _, _) in enumerate(batch) if of_window is merger]
+            if indices:
+                merger.add([batch[index][1] for index in indices], logits[indices[0] : indices[-1] + 1])
+        batch.clear()
+        while mergers and mergers[0].is_complete:
+            merger = mergers.popleft()
+            if return_segmentation_scores:
+                data = {"segmentation": merger.segmentation, "segmentation_scores": merger.scores}
+                yield SemanticSegmentationPostProcessorOutput(data=data)
+            else:
+                yield merger.segmentation
+
+    prepared = partial(processor.lazy_windows, **arguments)
+    for source in map(prepared, images):  # which keeps no hold of the image as it came
+        # From top to bottom in all views at once, so that rows can be merged and forgotten.
+        windows = sorted(source.windows, key=lambda window: window.top / window.view_height)
+        mergers.append(
+            WindowMerger(windows, processor.patch_size, return_scores=return_segmentation_scores, dtype=dtype)
+        )
+        merger = mergers[-1]
+        for window in windows:
+            pixels = source.pixel_values(window)
+            if len(batch) == window_batch_size or (batch and batch[0][2].shape != pixels.shape):
+                yield from finished()
+            batch.append((merger, window, pixels))
+        del source  # before the next image is read
+    if batch:
+        yield from finished()
+
+
+def segment_images(
+    model: PreTrainedModel, processor: BaseImageProcessor, images: Iterable[Picture], **kwargs: Any
+) -> list:
+    """Segment images of any sizes with the published protocol.
+
+    Args:
+        model (`PreTrainedModel`), processor (`BaseImageProcessor`), images (`Iterable`): As for `stream_segmentations`.
+        kwargs: Its further arguments.
 
     Returns:
         `list`: What `processor.post_process_semantic_segmentation` returns for each image, on the model's device.
 
     Raises:
-        ValueError: If `window_batch_size` is below 1 or an image is not one.
+        ValueError: As `stream_segmentations`.
     """
-    if window_batch_size < 1:
-        raise ValueError(f"`window_batch_size` must be at least 1, got {window_batch_size}.")
-    results = []
-    for image in images:
-        inputs = processor(images=image, return_tensors="pt", **protocol_arguments(multi_scale_flip))
-        chunks = zip(*(inputs[name].split(window_batch_size) for name in ("pixel_values", "window_offsets")))
-        outputs = None
-        logits = []
-        for pixel_values, window_offsets in chunks:
-            outputs = model(pixel_values=pixel_values.to(model.device, model.dtype), window_offsets=window_offsets)
-            logits.append(outputs.logits)
-        outputs.logits, outputs.window_offsets = torch.cat(logits), inputs["window_offsets"]
-        results += processor.post_process_semantic_segmentation(
-            outputs, return_segmentation_scores=return_segmentation_scores
-        )
-    return results
+    return list(stream_segmentations(model, processor, images, **kwargs))
 
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -145,6 +254,46 @@ def find_pictures(paths: Sequence[str | Path]) -> dict[str, Path]:
     return found
 
 
+def read_picture(path: Path, max_image_pixels: int) -> Image.Image:
+    """Read a picture file of a bounded size, upright.
+
+    Raises:
+        ValueError: If it has more pixels, or is none.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+        if width * height > max_image_pixels:
+            raise ValueError(
+                f"{width} x {height} pixels are more than {max_image_pixels}, which guards against files made to fill "
+                "the memory: if the picture is meant to be that large, raise `--max_image_pixels`"
+            )
+        return read_image(path)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(str(error)) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def save_label_map(segmentation: np.ndarray, label_set: LabelSet, path: Path) -> None:
+    """Write a label map."""
+    with replaced_file(path) as temporary:
+        label_map_image(segmentation, label_set.palette).save(temporary)
+
+
+def save_overlay(picture: Image.Image, segmentation: np.ndarray, label_set: LabelSet, path: Path) -> None:
+    """Write a picture with its segmentation and a legend, reduced where it is too large to look at."""
+    factor = -(-max(picture.size) // MAX_OVERLAY_SIDE)
+    if factor > 1:
+        width, height = (side // factor for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BOX)
+        segmentation = segmentation[factor // 2 :: factor, factor // 2 :: factor][:height, :width]
+    shown = overlay(picture.convert("RGB"), segmentation, label_set.palette)
+    with replaced_file(path) as temporary:
+        with_legend(shown, segmentation, label_set.id2label, label_set.palette).save(temporary)
+
+
 def predict_files(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
@@ -152,22 +301,23 @@ def predict_files(
     output_dir: str | Path,
     label_set: LabelSet,
     *,
-    multi_scale_flip: bool = False,
-    window_batch_size: int = 8,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
     show_progress: bool = True,
+    **kwargs: Any,
 ) -> dict[str, Path]:
     """Segment picture files; write `NAME.png`, the label map, and `NAME_overlay.png`, the picture with a legend.
 
-    The pixels of a label map are class ids; it has the size of the picture, turned upright by its EXIF orientation.
+    The pixels of a label map are class ids; it has the size of the picture, turned upright by its EXIF orientation. The
+    overlay of a picture with a side of more than 4096 pixels is reduced by a whole factor.
 
     Args:
         model (`PreTrainedModel`), processor (`BaseImageProcessor`): The model and its image processor.
         paths (`Sequence` of `str` or `Path`): Picture files and folders of them.
         output_dir (`str` or `Path`): Where the results go.
         label_set (`LabelSet`): Names and colours of the model's classes.
-        multi_scale_flip (`bool`, defaults to `False`): Whether to average over six scales, each also mirrored.
-        window_batch_size (`int`, defaults to 8): Windows that go through the network at once.
+        max_image_pixels (`int`, defaults to 178956970): Pictures with more pixels are not read.
         show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
+        kwargs: Further arguments of `stream_segmentations`.
 
     Returns:
         `dict[str, Path]`: The label map of each picture, by name.
@@ -177,30 +327,34 @@ def predict_files(
         ValueError: If pictures cannot be read, after all others are done; names each.
     """
     model.eval()
-    written: dict[str, Path] = {}
-    unreadable: list[str] = []
     pictures = find_pictures(paths)
-    for name, path in tqdm(pictures.items(), desc="Segmenting", unit="image", disable=not show_progress):
-        try:
-            picture = read_image(path)
-            picture.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            unreadable.append(f"{path}: {error}")
-            continue
-        (segmentation,) = segment_images(
-            model, processor, [picture], multi_scale_flip=multi_scale_flip, window_batch_size=window_batch_size
-        )
-        segmentation = segmentation.cpu().numpy()
-        shown = overlay(picture.convert("RGB"), segmentation, label_set.palette)
-        shown = with_legend(shown, segmentation, label_set.id2label, label_set.palette)
-        label_map = Path(output_dir) / f"{name}.png"
-        for target, image in (
-            (label_map, label_map_image(segmentation, label_set.palette)),
-            (label_map.with_name(f"{label_map.stem}_overlay.png"), shown),
-        ):
-            with replaced_file(target) as temporary:
-                image.save(temporary)
-        written[name] = label_map
+    waiting: deque[str] = deque()
+    unreadable: list[str] = []
+
+    def readable() -> Iterator[Image.Image]:
+        for name, path in pictures.items():
+            try:
+                read = [read_picture(path, max_image_pixels)]
+            except ValueError as error:
+                unreadable.append(f"{path}: {error}")
+                continue
+            waiting.append(name)
+            yield read.pop()  # a large picture is not held here too
+
+    written: dict[str, Path] = {}
+    dtype = torch.uint8 if model.config.num_labels <= 256 else torch.int32
+    segmentations = stream_segmentations(model, processor, readable(), dtype=dtype, **kwargs)
+    with tqdm(total=len(pictures), desc="Segmenting", unit="image", disable=not show_progress) as progress:
+        for segmentation in segmentations:
+            name, segmentation = waiting.popleft(), segmentation.cpu().numpy()
+            label_map = Path(output_dir) / f"{name}.png"
+            save_label_map(segmentation, label_set, label_map)
+            # Read again: to keep large pictures until their maps are there would take more than the maps.
+            picture = read_picture(pictures[name], max_image_pixels)
+            save_overlay(picture, segmentation, label_set, label_map.with_name(f"{label_map.stem}_overlay.png"))
+            del picture
+            written[name] = label_map
+            progress.update()
     if unreadable:
         listed = "\n  ".join(unreadable)
         raise ValueError(

@@ -16,7 +16,7 @@ from .sliding_window import full_float32, merge_tiles
 
 
 # Pixels of a tile: on the CPU its values stay in cache, on a GPU few launches matter more.
-CPU_TILE, GPU_TILE = (32, 64), (128, 512)
+CPU_TILE, GPU_TILE = (32, 128), (128, 512)
 # Scores are taken to the base 2, whose power is several times faster than that of e. It needs no pass for its maximum
 # where no class is further than this below the best one of its position.
 LARGEST_SPREAD = 86.0

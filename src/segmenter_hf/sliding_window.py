@@ -15,22 +15,18 @@ needs are dropped: an image of any height needs the memory of about two rows of 
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from threading import Barrier
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 
-# Values of a tile. On the CPU it stays in cache, and below 32768 torch runs an operation on the calling thread alone:
-# to share out operations of some microseconds costs more than it gains, and very much more while the cores are busy.
-CPU_TILE_VALUES, GPU_TILE_VALUES = 2**15 - 1, 2**25
-CPU_TILE_HEIGHT = 8
-MAXT=1
+# Values of a tile: on the CPU as many as fit its cache, on a GPU enough to keep it busy.
+CPU_TILE_VALUES, GPU_TILE_VALUES = 2**17, 2**25
+CPU_TILE_HEIGHT = 32
 # Softmax is taken without a pass for its maximum where no class is further than this below the best one of its patch:
 # the sum of a pixel is then at least e^-60, far from the smallest float32.
 LARGEST_SPREAD = 60.0
@@ -97,33 +93,27 @@ def window_starts(side: int, window_size: int, window_stride: int) -> list[int]:
     return [*range(0, side - window_size, window_stride), side - window_size]
 
 
-def split_windows(
-    image: torch.Tensor, window_size: int, window_stride: int
-) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
-    """Cut an image into windows.
+def window_corners(height: int, width: int, window_size: int, window_stride: int) -> list[tuple[int, int]]:
+    """The (top, left) pixels of the windows of an image, row by row.
 
     Args:
-        image (`torch.Tensor` of shape `(..., height, width)`): An image or a label map.
+        height (`int`), width (`int`): Size of the image in pixels.
         window_size (`int`): Side of a window in pixels.
         window_stride (`int`): Distance of two windows in pixels.
 
     Returns:
-        `tuple[list[torch.Tensor], list[tuple[int, int]]]`: Views of `image` of shape `(..., window_size, window_size)`
-        row by row, and the (top, left) pixel of each.
+        `list[tuple[int, int]]`: The corners.
 
     Raises:
         ValueError: If the windows cannot cover the image.
     """
-    height, width = image.shape[-2:]
-    offsets = [
-        (top, left)
-        for top in window_starts(height, window_size, window_stride)
-        for left in window_starts(width, window_size, window_stride)
-    ]
-    return [image[..., top : top + window_size, left : left + window_size] for top, left in offsets], offsets
+    lefts = window_starts(width, window_size, window_stride)
+    return [(top, left) for top in window_starts(height, window_size, window_stride) for left in lefts]
 
 
-def linear_taps(old: int, new: int, first: int = 0, last: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def linear_taps(
+    old: int, new: int, first: int = 0, last: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where `interpolate(mode="linear", align_corners=False)` from `old` to `new` samples looks for `first` to `last`.
 
     Returns:
@@ -213,46 +203,38 @@ def merge_tiles(
 def tile_size(size: tuple[int, int], num_labels: int, device: torch.device) -> tuple[int, int]:
     """(height, width) in pixels of the tiles of a map of that size: whole rows on a GPU, small on the CPU."""
     if device.type == "cpu":
-        return CPU_TILE_HEIGHT, max(CPU_TILE_VALUES // (CPU_TILE_HEIGHT * num_labels), CPU_TILE_HEIGHT)
+        return CPU_TILE_HEIGHT, max(CPU_TILE_VALUES // (CPU_TILE_HEIGHT * num_labels), 1)
     return max(GPU_TILE_VALUES // (size[1] * num_labels), 1), size[1]
 
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Products of float32 in float32, not in TF32 or bfloat16, whatever is set outside."""
-    settings = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    previous = settings.fp32_precision
-    with torch.autocast(device.type, enabled=False):
-        if previous == "ieee":
+    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    previous = matmul.fp32_precision
+    try:
+        if previous != "ieee":
+            matmul.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
             yield
-            return
-        settings.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            settings.fp32_precision = previous
+    finally:
+        if previous != "ieee":
+            matmul.fp32_precision = previous
 
 
-def in_parallel(function: Callable[[range], None], work: range) -> None:
-    """Call a function on parts of a range in as many threads as torch may use.
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Operations of the CPU on the calling thread alone.
 
-    Each torch operation in there stays on its thread: sharing operations of some microseconds out costs more than it
-    gains, and very much more while the cores are busy with something else.
+    To share operations of some microseconds out to threads gains little, and costs milliseconds for each while another
+    process wants the cores.
     """
-    n=torch.get_num_threads()
-    number=min(MAXT,n)
-    started = Barrier(number + 1)
-
-    def start() -> None:
-        torch.set_num_threads(1)  # of this thread, and of those that call torch for the first time hereafter
-        started.wait()
-
-    with ThreadPoolExecutor(number, initializer=start) as pool:
-        calls = [pool.submit(function, work[index::number]) for index in range(number)]
-        started.wait()
-        torch.set_num_threads(n)
-        for call in calls:
-            call.result()
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
 
 
 class _View:
@@ -282,8 +264,15 @@ class _View:
         self.logits: torch.Tensor | None = None
         self.is_wide = False
 
-    def make_tiles(self, patches: tuple[int, int], patch_size: int, size: tuple[int, int], tile: tuple[int, int], device):
-        """Look the tiles of both axes up for windows of `patches` (rows, columns) patch logits."""
+    def make_tiles(
+        self,
+        patches: Sequence[int],
+        patch_size: int,
+        size: tuple[int, int],
+        tile: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        """Look up the tiles of both axes of a map of `size`, for windows of `patches` (rows, columns) patch logits."""
         window, self.patch_rows, tiles = self.window, patches[0], []
         for axis, (starts, length, view_side) in enumerate(
             ((self.tops, window.height, window.view_height), (self.lefts, window.width, window.view_width))
@@ -389,7 +378,10 @@ class WindowMerger:
             self._prepare(logits)
         for window, of_window in zip(windows, logits):
             self._views[window.view].add(window.top, window.left, of_window)
-        views = list(self._views.values())
+        with full_float32(logits.device), single_thread():
+            self._merge_complete_rows(list(self._views.values()))
+
+    def _merge_complete_rows(self, views: list[_View]) -> None:
         for view in views:
             view.take_complete_rows(for_softmax=self.return_scores or len(views) > 1)
         number = len(views[0].rows)
@@ -398,25 +390,25 @@ class WindowMerger:
             ready += 1
         if ready == self._merged_tiles:
             return
-        with full_float32(logits.device):
-            if logits.device.type == "cpu":
-                in_parallel(lambda tiles: self._merge_rows(views, tiles), range(self._merged_tiles, ready))
-            else:
-                self._merge_rows(views, range(self._merged_tiles, ready))
+        self._merge_rows(views, range(self._merged_tiles, ready))
         self._merged_tiles = ready
         for view in views:
             view.forget(view.rows[ready].first_patch if ready < number else view.rows[-1].last_patch)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all windows were added, so that `segmentation` and `scores` are whole."""
+        return self.segmentation is not None and self._merged_tiles * self._tile[0] >= self.size[0]
 
     def _prepare(self, logits: torch.Tensor) -> None:
         num_labels = logits.shape[1]
         self._tile = tile_size(self.size, num_labels, logits.device)
         for view in self._views.values():
-            view.make_tiles(tuple(logits.shape[2:]), self.patch_size, self.size, self._tile, logits.device)
+            view.make_tiles(logits.shape[2:], self.patch_size, self.size, self._tile, logits.device)
         self.segmentation = torch.empty(self.size, dtype=self.dtype, device=logits.device)
         if self.return_scores:
             self.scores = torch.empty(num_labels, *self.size, device=logits.device)
 
-    @torch.inference_mode()
     def _merge_rows(self, views: list[_View], tiles: range) -> None:
         """Merge the rows of the image in these tiles."""
         num_labels = views[0].logits.shape[-1]
@@ -500,9 +492,17 @@ def merge_windows(
         of_image = [windows[index] for index in indices]
         size = None if target_sizes is None else target_sizes[position]
         merger = WindowMerger(of_image, patch_size, size, return_scores)
-        merger.add(of_image, logits[indices])
+        merger.add(of_image, logits if len(images) == 1 else logits[indices])
         merged.append((merger.segmentation, merger.scores))
     return merged
 
 
-__all__ = ["Window", "WindowMerger", "merge_matrix", "merge_windows", "split_windows", "window_starts"]
+__all__ = [
+    "Window",
+    "WindowMerger",
+    "linear_taps",
+    "merge_matrix",
+    "merge_windows",
+    "window_corners",
+    "window_starts",
+]
