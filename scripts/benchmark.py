@@ -37,7 +37,7 @@ import segmenter_hf
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.files import write_json, write_text
 from segmenter_hf.metrics import MeanIoU
-from segmenter_hf.prediction import MULTI_SCALES
+from segmenter_hf.prediction import MULTI_SCALES, segment_images
 from segmenter_hf.segmentation_loss import upsampled_cross_entropy
 from segmenter_hf.sliding_window import merge_windows
 
@@ -51,7 +51,9 @@ NUM_LABELS = 150
 class Arguments:
     task: list[str] = field(
         default_factory=lambda: ["all"],
-        metadata={"help": "predict, predict_ms, loss, train_step, metric, preprocess, growth, growth_of_loss; all."},
+        metadata={
+            "help": "predict, predict_ms, loss, train_step, metric, preprocess, growth, growth_of_loss, large; all."
+        },
     )
     sizes: list[str] = field(default_factory=lambda: ["T"], metadata={"help": "Sizes of the network: T, S, B, L."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
@@ -230,15 +232,13 @@ def histograms(prediction: np.ndarray, reference: np.ndarray, num_labels: int) -
 def make_model(bench: Bench, size: str, image_size: int = 512, **fields: Any) -> SegmenterForSemanticSegmentation:
     """A Segmenter with random weights in evaluation mode."""
     width, layers, heads = SIZES[size]
-    config = SegmenterConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        image_size=image_size,
-        num_labels=NUM_LABELS,
-        **fields,
-    )
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+    }
+    config = SegmenterConfig(**{"image_size": image_size, "num_labels": NUM_LABELS, **sizes, **fields})
     return SegmenterForSemanticSegmentation(config).to(bench.device, bench.dtype).eval()
 
 
@@ -525,6 +525,24 @@ def run_chunks(model: SegmenterForSemanticSegmentation, chunks: Sequence[torch.T
     return [model(chunk).logits for chunk in chunks]
 
 
+def large(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
+    """One photograph of 20000x15000 at its own size through a network of one layer, run once; no peer."""
+    model = make_model(bench, "T", num_hidden_layers=1, decoder_type="linear")
+    processor = SegmenterImageProcessor()
+
+    def run() -> torch.Tensor:
+        picture = make_image()[:500, :625].repeat(30, 0).repeat(32, 1)
+        return segment_images(model, processor, [picture], full_resolution=True, dtype=torch.uint8)[0]
+
+    segment_images(model, processor, [make_image()])
+    start = time.perf_counter()
+    peak = bench.peak_mb(run)
+    case = "20000x15000 uint8 in, class map of 150 classes out, network of one layer, the picture included"
+    row = Row("large", case, "-", time.perf_counter() - start, 0.0, ours_peak_mb=peak)
+    print(as_line(row), flush=True)
+    yield row
+
+
 def growth_of_loss(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
     """How the loss grows with classes; no peer."""
     targets = torch.randint(2, (4, 512, 512), device=bench.device)
@@ -543,6 +561,7 @@ TASKS: dict[str, Callable[[Bench, Sequence[str]], Iterator[Row]]] = {
     "preprocess": preprocess,
     "growth": growth,
     "growth_of_loss": growth_of_loss,
+    "large": large,
 }
 
 

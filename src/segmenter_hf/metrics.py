@@ -67,16 +67,24 @@ def confusion_matrix(
         wrong = predictions[(predictions < 0) | (predictions >= num_labels)]
         raise ValueError(f"predictions must lie in [0, {num_labels}), got {_distinct(wrong)}.")
 
+    if references.dtype == np.uint8 and num_labels <= 256:
+        # 16 bits hold a pair of 8-bit values, and a row for each stored value leaves the other checks for afterwards
+        codes = references.astype(np.uint16) * np.uint16(num_labels) + predictions.astype(np.uint16)
+        counts = np.bincount(codes.ravel(), minlength=256 * num_labels).reshape(256, num_labels)
+        if 0 <= ignore_index < 256:
+            counts[ignore_index] = 0
+        if counts[num_labels:].any():
+            wrong = counts[num_labels:].any(1).nonzero()[0] + num_labels
+            raise _wrong_references(wrong, num_labels, ignore_index)
+        return counts[:num_labels]
+
     # bincount works on intp: anything narrower is converted inside it, which costs as much as doing it here
     ignored = references == ignore_index
     rows = references.astype(np.intp)
     np.copyto(rows, num_labels, where=ignored)
     if rows.min() < 0 or rows.max() > num_labels or np.any((references == num_labels) & ~ignored):
         wrong = references[~ignored & ((references < 0) | (references >= num_labels))]
-        raise ValueError(
-            f"references must lie in [0, {num_labels}) or be the ignore_index {ignore_index}, got {_distinct(wrong)}. "
-            "Check num_labels, ignore_index and whether the masks need `reduce_labels` or a label map."
-        )
+        raise _wrong_references(wrong, num_labels, ignore_index)
     rows *= num_labels
     rows += predictions.astype(np.intp, copy=False)
     counts = np.bincount(rows.ravel(), minlength=(num_labels + 1) * num_labels)
@@ -254,6 +262,13 @@ def _integer_array(values: LabelMap, name: str) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{name} must have an integer dtype, got {array.dtype}. Take the argmax of scores first.")
     return array
+
+
+def _wrong_references(wrong: np.ndarray, num_labels: int, ignore_index: int) -> ValueError:
+    return ValueError(
+        f"references must lie in [0, {num_labels}) or be the ignore_index {ignore_index}, got {_distinct(wrong)}. "
+        "Check num_labels, ignore_index and whether the masks need `reduce_labels` or a label map."
+    )
 
 
 def _distinct(values: np.ndarray, limit: int = 10) -> str:
