@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 import segmenter_hf
-from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
-from segmenter_hf.label_sets import load_label_set
+from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
+
+from .tiny_models import tiny_scenes_config
 
 
 ROOT = Path(__file__).parents[1]
@@ -36,18 +37,7 @@ def commands(text: str) -> list[list[str]]:
 def workplace(tmp_path_factory) -> Path:
     """A directory with a model where the pages expect it, and a picture."""
     folder = tmp_path_factory.mktemp("docs")
-    labels = load_label_set("scenes")
-    config = SegmenterConfig(
-        hidden_size=16,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        image_size=32,
-        patch_size=8,
-        id2label=labels.id2label,
-        label2id=labels.label2id,
-    )
-    SegmenterForSemanticSegmentation(config).save_pretrained(folder / "outputs" / "demo" / "model")
+    SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(folder / "outputs" / "demo" / "model")
     processor = SegmenterImageProcessor(size={"shortest_edge": 40}, window_size=32, window_stride=16, patch_size=8)
     processor.save_pretrained(folder / "outputs" / "demo" / "model")
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)

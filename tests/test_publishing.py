@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from segmenter_hf import (
-    SegmenterConfig,
     SegmenterForSemanticSegmentation,
     SegmenterImageProcessor,
     SetrConfig,
@@ -34,6 +33,7 @@ from segmenter_hf.publishing import (
 )
 
 from .hub_server import TOKEN, Hub, running_hub
+from .tiny_models import tiny_scenes_config
 
 
 ROOT = Path(__file__).parents[1]
@@ -183,18 +183,7 @@ def checkpoint(tmp_path_factory) -> Path:
     """A small model as training leaves it, with what does not belong on the Hub."""
     directory = tmp_path_factory.mktemp("checkpoint") / "model"
     torch.manual_seed(0)
-    labels = load_label_set("scenes")
-    config = SegmenterConfig(
-        hidden_size=16,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        image_size=32,
-        patch_size=8,
-        id2label=labels.id2label,
-        label2id=labels.label2id,
-    )
-    SegmenterForSemanticSegmentation(config).save_pretrained(directory)
+    SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(directory)
     SegmenterImageProcessor(
         size={"shortest_edge": 40}, window_size=32, window_stride=16, patch_size=8
     ).save_pretrained(directory)
