@@ -36,6 +36,9 @@ class Arguments:
         default=MAX_IMAGE_PIXELS,
         metadata={"help": "Larger pictures are refused: files may be made to fill the memory."},
     )
+    attention: bool = field(
+        default=False, metadata={"help": "Write NAME_attention.png too: what the largest classes attend to."}
+    )
     device: str | None = field(default=None, metadata={"help": "Device of the model; a GPU where there is one."})
     bf16: bool = field(default=False, metadata={"help": "Weights and arithmetic in bfloat16: approximate, faster."})
     int8: bool = field(default=False, metadata={"help": "Weights in 8 bits: approximate, less memory. Needs torchao."})
@@ -63,6 +66,7 @@ def main() -> None:
         window_batch_size=args.window_batch_size,
         full_resolution=args.full_resolution,
         max_image_pixels=args.max_image_pixels,
+        attention=args.attention,
     )
     print(f"Wrote a label map and an overlay of {len(written)} pictures to {args.output_dir}.")
 

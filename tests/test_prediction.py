@@ -94,6 +94,13 @@ def test_each_file_gets_a_label_map_and_an_overlay_of_its_upright_size(model, pr
     assert (tmp_path / "out" / "turned_overlay.png").is_file()
 
 
+def test_attention_is_written_where_it_is_wanted(model, processor, tmp_path) -> None:
+    picture(50, 70).save(tmp_path / "street.png")
+    predict_files(model, processor, [tmp_path / "street.png"], tmp_path / "out", SCENES, attention=True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"street.png", "street_overlay.png", "street_attention.png"}
+
+
 def test_unreadable_pictures_are_named_after_the_others_are_done(model, processor, tmp_path) -> None:
     picture(48, 64).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:200])

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 
+from .attention import attention_picture
 from .files import replaced_file
 from .image_processing_segmenter import read_image
 from .label_sets import LabelSet, label_set_of_model, load_label_set
@@ -282,14 +283,19 @@ def save_label_map(segmentation: np.ndarray, label_set: LabelSet, path: Path) ->
         label_map_image(segmentation, label_set.palette).save(temporary)
 
 
-def save_overlay(picture: Image.Image, segmentation: np.ndarray, label_set: LabelSet, path: Path) -> None:
-    """Write a picture with its segmentation and a legend, reduced where it is too large to look at."""
+def reduced(picture: Image.Image, segmentation: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+    """A picture and its segmentation (height, width), by a whole factor smaller where it is too large to look at."""
     factor = -(-max(picture.size) // MAX_OVERLAY_SIDE)
     if factor > 1:
         width, height = (side // factor for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BOX)
         segmentation = segmentation[factor // 2 :: factor, factor // 2 :: factor][:height, :width]
-    shown = overlay(picture.convert("RGB"), segmentation, label_set.palette)
+    return picture.convert("RGB"), segmentation
+
+
+def save_overlay(picture: Image.Image, segmentation: np.ndarray, label_set: LabelSet, path: Path) -> None:
+    """Write a picture with its segmentation and a legend."""
+    shown = overlay(picture, segmentation, label_set.palette)
     with replaced_file(path) as temporary:
         with_legend(shown, segmentation, label_set.id2label, label_set.palette).save(temporary)
 
@@ -302,6 +308,7 @@ def predict_files(
     label_set: LabelSet,
     *,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    attention: bool = False,
     show_progress: bool = True,
     **kwargs: Any,
 ) -> dict[str, Path]:
@@ -316,6 +323,8 @@ def predict_files(
         output_dir (`str` or `Path`): Where the results go.
         label_set (`LabelSet`): Names and colours of the model's classes.
         max_image_pixels (`int`, defaults to 178956970): Pictures with more pixels are not read.
+        attention (`bool`, defaults to `False`): Whether to write `NAME_attention.png` too: what the largest classes of the
+            picture attend to (see `attention_picture`).
         show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
         kwargs: Further arguments of `stream_segmentations`.
 
@@ -350,8 +359,12 @@ def predict_files(
             label_map = Path(output_dir) / f"{name}.png"
             save_label_map(segmentation, label_set, label_map)
             # Read again: to keep large pictures until their maps are there would take more than the maps.
-            picture = read_picture(pictures[name], max_image_pixels)
+            picture, segmentation = reduced(read_picture(pictures[name], max_image_pixels), segmentation)
             save_overlay(picture, segmentation, label_set, label_map.with_name(f"{label_map.stem}_overlay.png"))
+            if attention:
+                shown = attention_picture(model, processor, picture, segmentation, label_set)
+                with replaced_file(label_map.with_name(f"{label_map.stem}_attention.png")) as temporary:
+                    shown.save(temporary)
             del picture
             written[name] = label_map
             progress.update()

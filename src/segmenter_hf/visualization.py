@@ -13,6 +13,8 @@ Segmentation = np.ndarray | torch.Tensor
 Entry = tuple[tuple[int, int, int] | None, str, str]  # colour of the swatch, name, share
 
 _TEXT, _FAINT_TEXT, _BACKGROUND = (30, 30, 30), (110, 110, 110), (255, 255, 255)
+# Black over red and orange to white, 256 steps: readable in grey too, as its brightness only rises.
+_HEAT = np.stack([np.clip(np.arange(256) * 3 - 255 * channel, 0, 255) for channel in range(3)], 1).astype(np.uint8)
 _SMALLEST_FONT = 14  # pixels; smaller ones of the built-in font are hard to read
 _SMALLEST_SIDE = 400  # pixels, geometric mean of width and height of a picture beside a legend
 
@@ -234,6 +236,90 @@ def prediction_grid(
                 canvas.paste(picture, (center - picture.width // 2, top))
     canvas.paste(legend, (0, height - legend.height))
     return canvas
+
+
+def attention_overlay(
+    picture: Picture, attention: np.ndarray, point: tuple[int, int] | None = None, alpha: float = 0.7
+) -> Image.Image:
+    """Lays attention over a darkened photograph, from nothing over red and orange to white.
+
+    Args:
+        picture (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype `uint8`):
+            Photograph.
+        attention (`np.ndarray` of shape `(rows, columns)`):
+            Non-negative numbers for a grid that covers the photograph. The colours run up to the largest of them.
+        point (`tuple[int, int]`, *optional*):
+            `(x, y)` in pixels of the photograph, where a cross is drawn.
+        alpha (`float`, *optional*, defaults to 0.7):
+            How much the attention hides of the photograph, in `[0, 1]`.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture of the size of `picture`.
+
+    Raises:
+        `ValueError`: If `attention` has another form, or `alpha` is out of range.
+    """
+    attention = np.asarray(attention, dtype=np.float32)
+    if attention.ndim != 2 or not np.isfinite(attention).all() or attention.min(initial=0) < 0:
+        raise ValueError(
+            f"attention must be a grid of non-negative numbers of shape (rows, columns), got shape {attention.shape}."
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
+    photograph = _rgb(picture)
+    levels = np.rint(255 * attention / max(float(attention.max()), 1e-12)).astype(np.uint8)
+    heat = Image.fromarray(_HEAT[levels]).resize(photograph.size, Image.Resampling.BICUBIC)
+    shown = Image.blend(photograph, heat, alpha)
+    if point is not None:
+        _draw_cross(shown, point)
+    return shown
+
+
+def picture_table(
+    rows: Mapping[str, Sequence[Image.Image]], column_titles: Sequence[str], height: int = 200
+) -> Image.Image:
+    """Puts pictures of one size into a table with titles.
+
+    Args:
+        rows (`Mapping[str, Sequence[PIL.Image.Image]]`):
+            Title and pictures of each row, as many as there are columns.
+        column_titles (`Sequence[str]`):
+            Titles of the columns.
+        height (`int`, *optional*, defaults to 200):
+            Height of every picture, in pixels.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture.
+    """
+    font = _font(height / 14)
+    gap, line = font.size // 2, 2 * font.size
+    cells = {title: [_thumbnail(picture, height) for picture in pictures] for title, pictures in rows.items()}
+    column_width = max(picture.width for pictures in cells.values() for picture in pictures)
+    row_titles = max(math.ceil(font.getlength(title)) for title in cells) + 2 * gap
+    canvas = Image.new(
+        "RGB",
+        (row_titles + len(column_titles) * (column_width + gap), line + len(cells) * (height + gap)),
+        _BACKGROUND,
+    )
+    draw = ImageDraw.Draw(canvas)
+    for column, title in enumerate(column_titles):
+        center = row_titles + column * (column_width + gap) + column_width // 2
+        draw.text((center, line // 2), _shorten(title, font, column_width), fill=_TEXT, font=font, anchor="mm")
+    for row, (title, pictures) in enumerate(cells.items()):
+        top = line + row * (height + gap)
+        draw.text((gap, top + height // 2), title, fill=_FAINT_TEXT, font=font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            canvas.paste(picture, (row_titles + column * (column_width + gap), top))
+    return canvas
+
+
+def _draw_cross(picture: Image.Image, point: tuple[int, int]) -> None:
+    """Draws a cross that is seen on light and on dark."""
+    arm = max(3, round(math.sqrt(picture.width * picture.height) / 50))
+    draw, (x, y) = ImageDraw.Draw(picture), point
+    for color, width in (((0, 0, 0), max(3, arm // 2)), ((255, 255, 255), max(1, arm // 4))):
+        draw.line((x - arm, y, x + arm, y), fill=color, width=width)
+        draw.line((x, y - arm, x, y + arm), fill=color, width=width)
 
 
 def _map_array(segmentation: Segmentation) -> np.ndarray:
