@@ -2,7 +2,11 @@
 
     python scripts/evaluate.py --model_name_or_path outputs/scenes --dataset_name scenes --output_dir outputs/scenes_eval
 
-`--multi_scale_flip` averages over six scales, each also mirrored, as the tables of the papers do.
+`--multi_scale_flip` averages over six scales, each also mirrored, as the tables of the papers do. Several processes share the
+images and give exactly the numbers of one:
+
+    accelerate launch --num_processes 8 scripts/evaluate.py --model_name_or_path org/segmenter-vit-l-mask \
+        --dataset_name ADEChallengeData2016 --label_set ade20k --output_dir outputs/ade20k
 """
 
 import sys
@@ -14,10 +18,18 @@ if __name__ == "__main__":
     sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
 import torch
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from segmenter_hf.data import load_segmentation_datasets
-from segmenter_hf.evaluation import as_percent, evaluate_segmentation, per_class_table, save_results
+from segmenter_hf.evaluation import (
+    EvaluationExamples,
+    as_percent,
+    evaluate_segmentation,
+    per_class_table,
+    save_prediction_grid,
+    save_results,
+)
 from segmenter_hf.prediction import load_model
 
 
@@ -37,6 +49,7 @@ class Arguments:
     max_samples: int | None = field(default=None, metadata={"help": "Evaluate the first so many images only."})
     multi_scale_flip: bool = field(default=False, metadata={"help": "Average over six scales, each also mirrored."})
     scales: list[float] | None = field(default=None, metadata={"help": "Average over these scales instead."})
+    num_worst: int = field(default=4, metadata={"help": "Show so many images of the lowest mean IoU in worst.png."})
     window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network."})
     device: str | None = field(default=None, metadata={"help": "Device of the model; a GPU where there is one."})
     bf16: bool = field(default=False, metadata={"help": "Weights and arithmetic in bfloat16: approximate, faster."})
@@ -71,15 +84,30 @@ def main() -> None:
         multi_scale_flip=args.multi_scale_flip,
         scales=args.scales,
         window_batch_size=args.window_batch_size,
+        num_worst=args.num_worst,
     )
+    if not PartialState().is_main_process:
+        return
     results = {**results, "dataset": args.dataset_name, "split": args.split, "model": args.model_name_or_path}
     results |= {"dtype": str(model.dtype).removeprefix("torch."), "int8_weights": args.int8}
     save_results(args.output_dir, results, label_set.labels)
+    if args.num_worst:
+        save_prediction_grid(
+            model,
+            processor,
+            EvaluationExamples(dataset, label_set),
+            label_set,
+            Path(args.output_dir) / "worst.png",
+            indices=[image["index"] for image in results["worst_images"]],
+            multi_scale_flip=args.multi_scale_flip,
+            scales=args.scales,
+            window_batch_size=args.window_batch_size,
+        )
     print(per_class_table(results, label_set.labels))
     print(
         f"Mean IoU {as_percent(results['mean_iou'])}, {results['protocol']['name']}, {results['num_images']} images."
     )
-    print(f"Written to {Path(args.output_dir) / 'results.json'}.")
+    print(f"Written to {args.output_dir}: results.json, per_class.md{', worst.png' if args.num_worst else ''}.")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,17 @@ On a folder with `images/train`, `masks/train`, `images/validation` and `masks/v
 `--model_name_or_path` is also any encoder to start from: a checkpoint file of timm, DeiT, AugReg or mmsegmentation, or a
 ViT on the Hub, as in `--model_name_or_path timm/vit_base_patch16_384.augreg_in21k_ft_in1k`. It is converted once.
 
-Every argument of `TrainingArguments` works too; `--help` lists them all. A JSON file of arguments works instead:
+The recipes of the papers, and two small ones, set all arguments; any of them can be replaced. `--list_recipes` names them:
 
-    python scripts/train.py scripts/configs/demo.json
+    python scripts/train.py --recipe segmenter_ade20k --model_name_or_path timm/vit_base_patch16_384.augreg_in21k_ft_in1k \
+        --output_dir outputs/segmenter-b-ade20k --per_device_train_batch_size 2
+
+A JSON file of arguments may come first, such as the `recipe.json` of an earlier run:
+
+    python scripts/train.py outputs/scenes/recipe.json --output_dir outputs/scenes_again --seed 1
+
+A run that was interrupted goes on from its last checkpoint with the same command. `accelerate launch` in front of it, with one
+of `scripts/configs/*.yaml`, trains on several GPUs or machines. Every argument of `TrainingArguments` works too.
 """
 
 import sys
@@ -21,25 +29,26 @@ import sys
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
-from transformers import HfArgumentParser
-
 from segmenter_hf.conversion.pretrained import resolve_model
 from segmenter_hf.evaluation import as_percent
-from segmenter_hf.training import DataArguments, ModelArguments, SegmentationTrainingArguments, train_segmenter
+from segmenter_hf.recipes import load_recipes, parse_training_arguments
+from segmenter_hf.training import train_segmenter
 
 
 def main() -> None:
-    parser = HfArgumentParser((ModelArguments, DataArguments, SegmentationTrainingArguments))
-    from_file = len(sys.argv) == 2 and sys.argv[1].endswith(".json")
-    model_args, data_args, training_args = (
-        parser.parse_json_file(sys.argv[1]) if from_file else parser.parse_args_into_dataclasses()
-    )
-    if model_args.model_name_or_path is not None:
-        try:
+    if "--list_recipes" in sys.argv:
+        for name, recipe in load_recipes().items():
+            print(f"{name:<28} {recipe['description']} ({recipe['source']})")
+        return
+    try:
+        model_args, data_args, training_args = parse_training_arguments(sys.argv[1:])
+        if model_args.model_name_or_path is not None:
             model_args.model_name_or_path = resolve_model(model_args.model_name_or_path, model_args.model_type)
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"error: {error}") from error
-    results = train_segmenter(model_args, data_args, training_args)
+        results = train_segmenter(model_args, data_args, training_args)
+    except (FloatingPointError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if not training_args.should_save:
+        return
     print(f"Mean IoU {as_percent(results['mean_iou'])} on {results['num_images']} images, single scale.")
     print(f"Model, card and pictures are in {training_args.output_dir}. Next:")
     print(

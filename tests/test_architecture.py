@@ -28,13 +28,17 @@ ALLOWED = {
     "data": {"scenes", "label_sets"},
     "attention": MODEL_FILES | {"label_sets", "visualization"},
     "prediction": MODEL_FILES | {"attention", "files", "label_sets", "visualization"},
-    "evaluation": {"data", "files", "label_sets", "metrics", "prediction"},
+    "evaluation": {"data", "files", "label_sets", "metrics", "prediction", "visualization"},
     "published_models": set(),
     "model_card": {"evaluation", "files", "label_sets", "published_models", "scenes"},
-    "publishing": {"data", "evaluation", "files", "label_sets", "model_card", "prediction", "visualization"},
+    "publishing": {"data", "evaluation", "files", "label_sets", "model_card", "prediction"},
+    "training_arguments": MODEL_FILES,
+    "recipes": {"files", "training_arguments"},
+    "trainer": MODEL_FILES
+    | {"augmentation", "data", "evaluation", "files", "label_sets", "metrics", "publishing", "visualization"},
     "training": MODEL_FILES
-    | {"augmentation", "data", "evaluation", "files", "label_sets", "metrics", "model_card", "prediction"}
-    | {"publishing", "visualization"},
+    | {"augmentation", "data", "evaluation", "files", "label_sets", "model_card", "publishing"}
+    | {"recipes", "trainer", "training_arguments"},
     "__init__": MODEL_FILES | {"conversion"},
 }
 

@@ -219,7 +219,7 @@ def test_setr_trains_on_scenes_and_improves(decoder_type, tmp_path) -> None:
 def test_another_decoder_brings_its_own_fields(tmp_path) -> None:
     run(tmp_path / "mask", max_steps=1, save_strategy="no", eval_strategy="no", load_best_model_at_end=False)
     config = AutoConfig.from_pretrained(tmp_path / "mask")
-    assert override_config(config, "decoder_type=linear").decoder_type == "linear"
-    mla = override_config(SetrConfig(decoder_type="pup"), "decoder_type=mla,drop_path_rate=0.1")
+    assert override_config(config, {"decoder_type": "linear"}).decoder_type == "linear"
+    mla = override_config(SetrConfig(decoder_type="pup"), {"decoder_type": "mla", "drop_path_rate": 0.1})
     assert (mla.out_indices, mla.use_class_token, mla.drop_path_rate) == ([5, 11, 17, 23], False, 0.1)
-    assert override_config(SetrConfig(out_indices=[1, 23]), "drop_path_rate=0.1").out_indices == [1, 23]
+    assert override_config(SetrConfig(out_indices=[1, 23]), {"drop_path_rate": 0.1}).out_indices == [1, 23]

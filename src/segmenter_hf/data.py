@@ -457,13 +457,40 @@ class MaskReport:
         num_pixels = int(self.pixels_per_class.sum()) + self.num_ignored_pixels + sum(self.wrong_ids.values())
         return self.num_ignored_pixels / max(num_pixels, 1)
 
+    def describe(self, names: Sequence[str], max_rows: int = 20) -> str:
+        """Says in some lines how many pixels are of each class, the most frequent first, and which classes are missing.
+
+        Args:
+            names (sequence of `str`):
+                Names of the classes.
+            max_rows (`int`, *optional*, defaults to 20):
+                Classes that are listed.
+        """
+        num_pixels = max(int(self.pixels_per_class.sum()), 1)
+        order = np.argsort(-self.pixels_per_class, kind="stable")
+        present = [i for i in order if self.pixels_per_class[i]]
+        lines = [
+            f"  {names[i]:<24} {100 * self.pixels_per_class[i] / num_pixels:6.2f} % of the pixels, in "
+            f"{self.images_per_class[i]} images"
+            for i in present[:max_rows]
+        ]
+        if len(present) > max_rows:
+            lines.append(f"  and {len(present) - max_rows} more classes")
+        absent = [names[i] for i in range(self.num_labels) if not self.pixels_per_class[i]]
+        if absent:
+            lines.append(f"  not there: {', '.join(absent[:max_rows])}{' ...' if len(absent) > max_rows else ''}")
+        head = f"  {self.num_images} images, {len(present)} of {self.num_labels} classes, "
+        return "\n".join([f"{head}{100 * self.ignored_fraction:.2f} % of the pixels ignored", *lines])
+
     def raise_if_impossible(self) -> None:
         """Raises a `ValueError`, which says what to do, if a model cannot be trained on these masks."""
         if self.problems:
             shown = "\n  ".join(self.problems[:_NUM_SHOWN])
             more = f"\n  and {len(self.problems) - _NUM_SHOWN} more" if len(self.problems) > _NUM_SHOWN else ""
             raise ValueError(f"{len(self.problems)} masks cannot be used:\n  {shown}{more}\n{self._remedy()}".rstrip())
-        if self.num_images == 0 or not self.pixels_per_class.any():
+        if self.num_images == 0:
+            raise ValueError("There are no masks: the data set or the split is empty.")
+        if not self.pixels_per_class.any():
             raise ValueError(
                 f"No pixel of {self.num_images} masks belongs to a class: all are {self.ignore_index}. "
                 "Check the label map and reduce_labels."

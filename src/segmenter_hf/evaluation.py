@@ -8,15 +8,18 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .data import decode_example
-from .files import write_json, write_text
+from .files import replaced_file, write_json, write_text
 from .label_sets import LabelSet
 from .metrics import MeanIoU, confusion_matrix
 from .prediction import Picture, describe_protocol, segment_images, stream_segmentations
+from .visualization import prediction_grid
 
 
 class EvaluationExamples(Dataset):
@@ -65,11 +68,12 @@ def count_pixels(
         kwargs: Further arguments of `stream_segmentations`.
 
     Returns:
-        `torch.LongTensor` of shape `(num_images, num_labels, num_labels)`: Pixels by true and by predicted class.
+        `torch.LongTensor` of shape `(num_images, num_labels, num_labels)`: Pixels by true and by predicted class. One class
+        has the two labels 0 and 1.
     """
     predictions = segment_images(model, processor, images, **kwargs)
     matrices = [
-        confusion_matrix(prediction.cpu(), labels, model.config.num_labels, ignore_index)
+        confusion_matrix(prediction.cpu(), labels, max(model.config.num_labels, 2), ignore_index)
         for prediction, labels in zip(predictions, label_maps)
     ]
     return torch.from_numpy(np.stack(matrices))
@@ -84,11 +88,13 @@ def evaluate_segmentation(
     multi_scale_flip: bool = False,
     scales: Sequence[float] | None = None,
     window_batch_size: int = 8,
+    num_worst: int = 0,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a model on a split with the published protocol; memory does not grow with the split.
 
-    Windows of several images go through the network together, `window_batch_size` at once.
+    Windows of several images go through the network together, `window_batch_size` at once. With several processes
+    (`accelerate launch`) each takes its share of the images, and all return the results of the whole split.
 
     Args:
         model (`PreTrainedModel`), processor (`BaseImageProcessor`): The model and its image processor.
@@ -97,27 +103,35 @@ def evaluate_segmentation(
         multi_scale_flip (`bool`, defaults to `False`): Whether to average over six scales, each also mirrored.
         scales (`Sequence[float]`, *optional*): Other scales than these six, or than 1.
         window_batch_size (`int`, defaults to 8): Windows that go through the network at once.
+        num_worst (`int`, defaults to 0): How many images of the lowest mean IoU to name.
         show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
 
     Returns:
-        `dict`: What [`MeanIoU.compute`] returns, with `protocol` (what the numbers depend on) and `num_images`.
+        `dict`: What [`MeanIoU.compute`] returns, with `protocol` (what the numbers depend on), `num_images` and, if wanted,
+        `worst_images`: `index`, `id` (or `None`) and `mean_iou` of each, the worst first.
 
     Raises:
-        ValueError: If the label set has another number of classes than the model, or a mask is impossible.
+        ValueError: If the label set has another number of classes than the model, a mask is impossible, or the split is
+            empty or has no pixel of a class.
     """
-    if label_set.num_labels != model.config.num_labels:
+    num_labels = label_set.num_labels
+    if num_labels != max(model.config.num_labels, 2):
         raise ValueError(
             f"The model has {model.config.num_labels} classes and the label set {label_set.name!r} "
-            f"{label_set.num_labels}: choose the label set that the model was trained with."
+            f"{num_labels}: choose the label set that the model was trained with."
         )
+    if len(dataset) == 0:
+        raise ValueError("The split has no images: check the name of the data set and of the split.")
     model.eval()
-    metric = MeanIoU(label_set.num_labels, label_set.ignore_index)
-    total = np.zeros((label_set.num_labels, label_set.num_labels), dtype=np.int64)
+    state = PartialState()
     rows = EvaluationExamples(dataset, label_set)
+    share = range(state.process_index, len(rows), state.num_processes)
+    total = np.zeros((num_labels, num_labels), dtype=np.int64)
+    worst: list[tuple[float, int]] = []
     references: deque[np.ndarray] = deque()
 
     def images() -> Iterator[Picture]:
-        for index in range(len(rows)):
+        for index in share:
             example = rows[index]
             references.append(example["labels"])
             yield example["image"]
@@ -130,15 +144,66 @@ def evaluate_segmentation(
         scales=scales,
         window_batch_size=window_batch_size,
     )
-    for prediction in tqdm(predictions, "Evaluating", len(rows), unit="image", disable=not show_progress):
-        reference = references.popleft()
-        total += confusion_matrix(prediction.cpu(), reference, label_set.num_labels, label_set.ignore_index)
-    metric.add_confusion_matrix(total)
-    return {
-        **metric.compute(),
+    hidden = not (show_progress and state.is_main_process)
+    for prediction, index in zip(tqdm(predictions, "Evaluating", len(share), unit="image", disable=hidden), share):
+        counts = confusion_matrix(prediction.cpu(), references.popleft(), num_labels, label_set.ignore_index)
+        total += counts
+        if num_worst and counts.any():
+            worst = sorted([*worst, (scores_of(counts, label_set)["mean_iou"], index)])[:num_worst]
+    if state.num_processes > 1:
+        gathered = gather_object([(total, worst)])
+        total = sum(counts for counts, _ in gathered)
+        worst = sorted(item for _, of_process in gathered for item in of_process)[:num_worst]
+    if not total.any():
+        raise ValueError(
+            f"No pixel of {len(rows)} images belongs to a class: all are {label_set.ignore_index}. Check the label set."
+        )
+    results = {
+        **scores_of(total, label_set),
         "protocol": describe_protocol(processor, multi_scale_flip, scales),
         "num_images": len(rows),
     }
+    if num_worst:
+        results["worst_images"] = [
+            {"index": index, "id": dataset[index].get("id"), "mean_iou": mean_iou} for mean_iou, index in worst
+        ]
+    return results
+
+
+def scores_of(counts: np.ndarray, label_set: LabelSet) -> dict[str, Any]:
+    """What [`MeanIoU.compute`] returns for a matrix of counts (num_labels, num_labels)."""
+    metric = MeanIoU(label_set.num_labels, label_set.ignore_index)
+    metric.add_confusion_matrix(counts)
+    return metric.compute()
+
+
+def save_prediction_grid(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    examples: EvaluationExamples,
+    label_set: LabelSet,
+    path: str | Path,
+    *,
+    indices: Sequence[int] = range(4),
+    **kwargs: Any,
+) -> None:
+    """Draw some images of an evaluation set with truth and prediction.
+
+    Args:
+        model (`PreTrainedModel`), processor (`BaseImageProcessor`): The model and its image processor.
+        examples (`EvaluationExamples`): The images and their masks.
+        label_set (`LabelSet`): The classes.
+        path (`str` or `Path`): The picture to write.
+        indices (`Sequence[int]`, defaults to the first 4): Which images; those beyond the end are left out.
+        kwargs: Further arguments of `stream_segmentations`.
+    """
+    rows = []
+    for example in (examples[index] for index in indices if index < len(examples)):
+        (prediction,) = segment_images(model, processor, [example["image"]], **kwargs)
+        rows.append((example["image"], example["labels"], prediction.cpu()))
+    grid = prediction_grid(rows, label_set.palette, label_set.id2label, ignore_index=label_set.ignore_index)
+    with replaced_file(path) as temporary:
+        grid.save(temporary)
 
 
 def per_class_table(results: dict[str, Any], names: Sequence[str]) -> str:

@@ -47,14 +47,28 @@ def replaced_directory(path: str | os.PathLike) -> Iterator[Path]:
         temporary, old = Path(folder) / "new", Path(folder) / "old"
         temporary.mkdir()
         yield temporary
-        if path.exists():
-            path.rename(old)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
+        move_directory(temporary, path, old)
+
+
+def move_directory(directory: Path, path: Path, old: Path) -> None:
+    """Move a folder to `path`; what was there goes to `old`, or comes back where the move fails. All on one file system."""
+    if path.exists():
+        path.rename(old)
+    try:
+        directory.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+
+
+def move_files(directory: Path, target: Path) -> None:
+    """Move every file below a folder to the same place below another, over those that are there."""
+    for file in sorted(directory.rglob("*")):
+        if file.is_file():
+            destination = target / file.relative_to(directory)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, destination)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import (
@@ -102,7 +103,9 @@ def load_model(
     Raises:
         ImportError: If `int8` is wanted and torchao is missing.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or (
+        PartialState().device if torch.cuda.is_available() else "cpu"
+    )  # of this process, if there are several
     arguments: dict[str, Any] = {"dtype": dtype}
     if int8:
         try:

@@ -16,12 +16,11 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel
 
 from .data import load_segmentation_datasets
-from .evaluation import EvaluationExamples, evaluate_segmentation
-from .files import replaced_directory, replaced_file
+from .evaluation import EvaluationExamples, evaluate_segmentation, save_prediction_grid
+from .files import replaced_directory
 from .label_sets import LABEL_SET_FILE, LabelSet, label_set_of_model, list_label_sets, load_label_set
 from .model_card import SAMPLE_PICTURE, CardFacts, read_card_facts, recorded_result, write_model_card
-from .prediction import load_model, segment_images
-from .visualization import prediction_grid
+from .prediction import load_model
 
 
 PREDICTIONS_PICTURE = "predictions.png"
@@ -226,36 +225,6 @@ def read_recorded_result(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def save_prediction_grid(
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
-    examples: EvaluationExamples,
-    label_set: LabelSet,
-    path: str | Path,
-    *,
-    num_images: int = 4,
-    window_batch_size: int = 8,
-) -> None:
-    """Draw the first images of an evaluation set with truth and prediction.
-
-    Args:
-        model (`PreTrainedModel`), processor (`BaseImageProcessor`): The model and its image processor.
-        examples (`EvaluationExamples`): The images and their masks.
-        label_set (`LabelSet`): The classes.
-        path (`str` or `Path`): The picture to write.
-        num_images (`int`, defaults to 4): How many images.
-        window_batch_size (`int`, defaults to 8): Windows that go through the network at once.
-    """
-    rows = []
-    for index in range(min(num_images, len(examples))):
-        example = examples[index]
-        (prediction,) = segment_images(model, processor, [example["image"]], window_batch_size=window_batch_size)
-        rows.append((example["image"], example["labels"], prediction.cpu()))
-    grid = prediction_grid(rows, label_set.palette, label_set.id2label, ignore_index=label_set.ignore_index)
-    with replaced_file(path) as temporary:
-        grid.save(temporary)
-
-
 def _load_whole_model(directory: Path) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:
     """The model, processor and label set of a directory that lacks nothing."""
     for names, remedy in (
@@ -361,5 +330,4 @@ __all__ = [
     "measure",
     "publish_model",
     "read_recorded_result",
-    "save_prediction_grid",
 ]

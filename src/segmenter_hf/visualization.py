@@ -313,6 +313,42 @@ def picture_table(
     return canvas
 
 
+def training_curves(log_history: Sequence[Mapping[str, float]]) -> Image.Image | None:
+    """Draws loss, learning rate and mean IoU over the steps of a training.
+
+    Args:
+        log_history (sequence of `Mapping[str, float]`):
+            What Trainer logged: entries with `step` and `loss`, `learning_rate` or `eval_mean_iou`.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture, one plot beside the other; `None` if nothing was logged yet.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = {
+        title: [(entry["step"], factor * entry[key]) for entry in log_history if key in entry and "step" in entry]
+        for title, key, factor in (
+            ("training loss", "loss", 1),
+            ("learning rate", "learning_rate", 1),
+            ("mean IoU, percent (validation)", "eval_mean_iou", 100),
+        )
+    }
+    curves = {title: points for title, points in curves.items() if points}
+    if not curves:
+        return None
+    figure = Figure(figsize=(4.5 * len(curves), 3.2), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, (title, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        axes.plot(*zip(*points), marker="o" if len(points) < 30 else None, markersize=3)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
 def _draw_cross(picture: Image.Image, point: tuple[int, int]) -> None:
     """Draws a cross that is seen on light and on dark."""
     arm = max(3, round(math.sqrt(picture.width * picture.height) / 50))

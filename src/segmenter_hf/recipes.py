@@ -1,0 +1,146 @@
+"""Recipes: named values of the arguments of training, those of the papers among them."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from .files import write_json
+from .training_arguments import DataArguments, ModelArguments, SegmentationTrainingArguments
+
+
+RECIPES = Path(__file__).parent / "recipes.json"
+RECIPE_FILE = "recipe.json"  # beside a model: the arguments that it was trained with
+ARGUMENTS = (ModelArguments, DataArguments, SegmentationTrainingArguments)
+# The arguments of Trainer that make a run what it is; the others say where it is written, how it is shown, on what it runs.
+TRAINER_ARGUMENTS = (
+    "num_train_epochs",
+    "max_steps",
+    "optim",
+    "optim_args",
+    "learning_rate",
+    "head_learning_rate_factor",
+    "lr_scheduler_type",
+    "poly_power",
+    "min_learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "fp16",
+    "seed",
+    "data_seed",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+)
+NOT_OF_THE_RUN = ("recipe", "max_scanned_masks", "window_batch_size")
+
+
+@cache
+def load_recipes() -> dict[str, dict[str, Any]]:
+    """The recipes by name: `description`, `source`, and `arguments`, the values of the arguments of training."""
+    return json.loads(RECIPES.read_text(encoding="utf-8"))["recipes"]
+
+
+def recipe_arguments(name: str) -> dict[str, Any]:
+    """The values of a recipe, by the name of the argument.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    recipes = load_recipes()
+    if name not in recipes:
+        raise ValueError(f"There is no recipe {name!r}, only {', '.join(recipes)}.")
+    return recipes[name]["arguments"]
+
+
+def parse_training_arguments(
+    words: Sequence[str],
+) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
+    """The arguments of a command line, over those of a JSON file, over those of a recipe, over the defaults.
+
+    Args:
+        words (`Sequence[str]`): The command line. The first word may be a JSON file of arguments, such as the `recipe.json` of
+            another run.
+
+    Returns:
+        `tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]`: The arguments.
+
+    Raises:
+        ValueError: If the recipe or an argument in the file is not known.
+    """
+    words, from_file = list(words), {}
+    if words and words[0].endswith(".json"):
+        from_file = json.loads(Path(words.pop(0)).read_text(encoding="utf-8"))
+        if not isinstance(from_file, dict):
+            raise ValueError(f"Expected a JSON object of arguments, got a {type(from_file).__name__}.")
+        from_file = from_file.get("arguments", from_file)
+    known = {field.name for each in ARGUMENTS for field in fields(each)}
+    if wrong := sorted(from_file.keys() - known):
+        raise ValueError(f"The JSON file has arguments that training does not know: {', '.join(wrong)}.")
+    only_recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_recipe.add_argument("--recipe", default=from_file.get("recipe"))
+    name = only_recipe.parse_known_args(words)[0].recipe
+    parser = HfArgumentParser(ARGUMENTS, description="Fine-tune a Segmenter or SETR with Trainer.")
+    parser.set_defaults(**({} if name is None else recipe_arguments(name)) | from_file)
+    return parser.parse_args_into_dataclasses(args=words)
+
+
+def resolved_recipe(
+    model_args: ModelArguments, data_args: DataArguments, training_args: SegmentationTrainingArguments
+) -> dict[str, Any]:
+    """Everything that makes a run what it is, as it will be. `scripts/train.py` takes the file of it as arguments.
+
+    Returns:
+        `dict`: `recipe` (its name, if any), `arguments`, and `batch`: how the effective batch is put together, from
+        `devices`, `per_device` and `accumulation`.
+    """
+    values = asdict(model_args) | asdict(data_args)
+    values |= {name: getattr(training_args, name) for name in TRAINER_ARGUMENTS}
+    values["total_batch_size"] = training_args.effective_batch_size
+    values = json.loads(
+        json.dumps(values, default=lambda value: getattr(value, "value", str(value)))
+    )  # enums to strings
+    batch = {
+        "devices": training_args.num_devices,
+        "per_device": training_args.per_device_train_batch_size,
+        "accumulation": training_args.gradient_accumulation_steps,
+    }
+    arguments = {name: value for name, value in values.items() if name not in NOT_OF_THE_RUN}
+    return {"recipe": data_args.recipe, "arguments": arguments, "batch": batch}
+
+
+def save_recipe(directory: str | Path, recipe: dict[str, Any]) -> None:
+    """Write `recipe.json` into the directory of a run."""
+    write_json(Path(directory) / RECIPE_FILE, recipe)
+
+
+def check_same_run(directory: str | Path, recipe: dict[str, Any]) -> None:
+    """What a directory was trained with is what is about to be trained there again.
+
+    Raises:
+        ValueError: If arguments that matter differ; names them.
+    """
+    path = Path(directory) / RECIPE_FILE
+    if not path.is_file():
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8"))["arguments"], recipe["arguments"]
+    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if differing:
+        shown = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in differing[:5])
+        raise ValueError(
+            f"{directory} holds a run with other arguments ({shown}). Give another --output_dir, or --overwrite_output_dir "
+            "to delete its checkpoints and start anew."
+        )

@@ -1,0 +1,370 @@
+"""Trainer for segmentation: augmented crops in, counts of pixels out, checkpoints that are whole."""
+
+import itertools
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+
+from .augmentation import SegmentationAugmentation
+from .data import decode_example
+from .evaluation import collate_examples, count_pixels, save_prediction_grid
+from .files import move_directory, replaced_file
+from .image_processing_segmenter import SegmenterImageProcessor
+from .label_sets import LabelSet
+from .metrics import MeanIoU
+from .publishing import PREDICTIONS_PICTURE, publish_model
+from .visualization import training_curves
+
+
+CURVES_PICTURE = "curves.png"
+SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled at once
+
+
+class TrainingExamples(Dataset):
+    """Augmented crops, the same for the same seed, epoch and row whatever the number of workers and processes.
+
+    Args:
+        dataset (`datasets.Dataset`): As from `load_segmentation_datasets`.
+        label_set (`LabelSet`): Says what the stored labels mean.
+        augmentation (`SegmentationAugmentation`): Joint transform of image and mask.
+        processor (`BaseImageProcessor`): Normalises the crop.
+        seed (`int`): Seed of all draws.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        label_set: LabelSet,
+        augmentation: SegmentationAugmentation,
+        processor: SegmenterImageProcessor,
+        seed: int,
+    ) -> None:
+        self.dataset = dataset
+        self.label_set = label_set
+        self.augmentation = augmentation
+        self.processor = processor
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give every epoch its own draws."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`pixel_values` (channels, crop, crop) and `labels` (crop, crop) of one row."""
+        return self.crop(self.dataset[index], index)
+
+    def crop(self, row: dict[str, Any], *numbers: int) -> dict[str, torch.Tensor]:
+        """An augmented crop of a row; the numbers tell its draws from those of other rows."""
+        image, labels = decode_example(row, self.label_set)
+        image, labels = self.augmentation(image, labels, np.random.default_rng((self.seed, self.epoch, *numbers)))
+        inputs = self.processor(image, labels, do_resize=False, do_split_windows=False)
+        return {"pixel_values": inputs["pixel_values"][0], "labels": inputs["labels"][0]}
+
+
+class StreamedTrainingExamples(IterableDataset):
+    """[`TrainingExamples`] of a stream, shuffled in a buffer; workers share its files.
+
+    Args:
+        examples (`TrainingExamples`): What makes crops of rows; its dataset is a `datasets.IterableDataset`.
+    """
+
+    def __init__(self, examples: TrainingExamples) -> None:
+        self.examples = examples
+        self._rows = examples.dataset.shuffle(seed=examples.seed, buffer_size=SHUFFLE_BUFFER)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give every epoch its own order and draws."""
+        self.examples.set_epoch(epoch)
+        self._rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        info = get_worker_info()
+        worker, rows = 0 if info is None else info.id, self._rows
+        if info is not None and rows.num_shards < info.num_workers:  # more workers than files: each takes its rows
+            rows = itertools.islice(rows, worker, None, info.num_workers)
+        for number, row in enumerate(rows):
+            yield self.examples.crop(row, worker, number)
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the training set which epoch it is before the workers start."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader: DataLoader | None = None, **kwargs) -> None:
+        train_dataloader.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class _StopAtNan(TrainerCallback):
+    """A loss that is no number ends the training: nothing good comes after it."""
+
+    def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(float(loss)):
+            raise FloatingPointError(_nan_message(f"The loss became {loss} at or before step {state.global_step}."))
+
+
+class _ShowProgress(TrainerCallback):
+    """Draws curves and predictions after every evaluation, into the output directory and to the trackers in use."""
+
+    def __init__(self, trainer: "SegmentationTrainer") -> None:
+        self.trainer = trainer
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        trainer = self.trainer
+        # Parts of a sharded model cannot predict in one process alone.
+        if not state.is_world_process_zero or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            return
+        if not trainer.is_in_train:
+            return
+        output_dir = Path(args.output_dir)
+        curves = training_curves(state.log_history)
+        if curves is not None:
+            with replaced_file(output_dir / CURVES_PICTURE) as temporary:
+                curves.save(temporary)
+        save_prediction_grid(
+            trainer.model,
+            trainer.processing_class,
+            trainer.eval_dataset,
+            trainer.label_set,
+            output_dir / PREDICTIONS_PICTURE,
+            window_batch_size=trainer.window_batch_size,
+        )
+        _report_picture(trainer, output_dir / PREDICTIONS_PICTURE, state.global_step)
+
+
+def _report_picture(trainer: "SegmentationTrainer", path: Path, step: int) -> None:
+    """Send a picture of predictions to the trackers that Trainer reports to."""
+    reporters = {type(callback).__name__: callback for callback in trainer.callback_handler.callbacks}
+    if "TensorBoardCallback" in reporters and reporters["TensorBoardCallback"].tb_writer is not None:
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        reporters["TensorBoardCallback"].tb_writer.add_image("eval/predictions", pixels, step, dataformats="HWC")
+    if "WandbCallback" in reporters:
+        import wandb
+
+        wandb.log({"eval/predictions": wandb.Image(str(path)), "train/global_step": step})
+    if "TrackioCallback" in reporters:
+        import trackio
+
+        trackio.log({"eval/predictions": trackio.Image(str(path)), "train/global_step": step})
+
+
+class SegmentationTrainer(Trainer):
+    """Trainer that evaluates with the published protocol at original size and never holds the logits of a dataset.
+
+    The training set is a [`TrainingExamples`], the evaluation set an [`EvaluationExamples`]. Each evaluated image
+    becomes one (num_labels, num_labels) matrix of counts; these are gathered over all processes and added up. With
+    several processes the loss is the mean over the pixels of all of them, as one process has it with the whole batch. A
+    checkpoint is written under another name and moved when it is complete.
+
+    Args:
+        label_set (`LabelSet`): The classes.
+        window_batch_size (`int`, defaults to 8): Windows that go through the network at once in evaluation.
+        kwargs: Arguments of `Trainer`; `processing_class` is the image processor.
+    """
+
+    def __init__(self, *, label_set: LabelSet, window_batch_size: int = 8, **kwargs: Any) -> None:
+        self.label_set = label_set
+        self.window_batch_size = window_batch_size
+        self.metric = MeanIoU(label_set.num_labels, label_set.ignore_index)
+        self._partial: Path | None = None
+        super().__init__(compute_metrics=self.add_counts, callbacks=[_SetEpoch(), _StopAtNan()], **kwargs)
+        self.add_callback(_ShowProgress(self))
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimiser, with a learning rate of their own for the heads where the arguments say so."""
+        factor = getattr(self.args, "head_learning_rate_factor", 1.0)
+        if self.optimizer is None and factor != 1:
+            model = self.model if model is None else model
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+            decayed = set(self.get_decay_parameter_names(model))
+            self.optimizer = optimizer_class(self.parameter_groups(model, decayed, factor), **arguments)
+        return super().create_optimizer(model)
+
+    def parameter_groups(self, model: torch.nn.Module, decayed: set[str], head_factor: float) -> list[dict[str, Any]]:
+        """Parameters by whether they are of a head and whether they decay; heads learn `head_factor` times as fast."""
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                is_head = any(part in ("decode_head", "auxiliary_heads") for part in name.split("."))
+                groups.setdefault((is_head, name in decayed), []).append(parameter)
+        rate = self.args.learning_rate
+        return [
+            {
+                "params": parameters,
+                "lr": rate * head_factor if is_head else rate,
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+            for (is_head, decays), parameters in groups.items()
+        ]
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The loss of this process, weighted by its share of the pixels that count.
+
+        The mean over processes, which is what they exchange, is then the mean over all pixels. A Dice loss is no mean
+        over pixels: with it the processes count alike.
+        """
+        labels = inputs["labels"]
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        config = self.accelerator.unwrap_model(model).config
+        if self.args.world_size > 1 and not config.semantic_loss_dice_weight:
+            weights = torch.ones(self.label_set.num_labels, device=labels.device, dtype=torch.float64)
+            if config.semantic_loss_class_weights is not None:
+                weights = weights.new_tensor(config.semantic_loss_class_weights)
+            weight = weights[labels[labels != self.label_set.ignore_index]].sum()
+            mean_weight = self.accelerator.reduce(weight, reduction="mean")
+            loss = loss * torch.where(mean_weight > 0, weight / mean_weight, 0.0).to(loss.dtype)
+        return (loss, outputs) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
+        """A loader of whole images, which are collated as lists."""
+        training_collator, self.data_collator = self.data_collator, collate_examples
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: Sequence[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """No loss, the count matrix of each image, and its number of counted pixels."""
+        with self.compute_loss_context_manager():
+            counts = count_pixels(
+                self.accelerator.unwrap_model(model),
+                self.processing_class,
+                inputs["images"],
+                inputs["label_maps"],
+                self.label_set.ignore_index,
+                window_batch_size=self.window_batch_size,
+            ).to(self.args.device)
+        return None, counts, counts.sum((1, 2))
+
+    def add_counts(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        """Add the counts of a batch; after the last one give the scores."""
+        self.metric.add_confusion_matrix(torch.as_tensor(prediction.predictions).sum(0))
+        if not compute_result:
+            return {}
+        scores = self.metric.compute()
+        return {name: scores[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy")}
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """Push the repository that `scripts/publish.py` makes of the output directory, in one commit."""
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return publish_model(
+            self.args.output_dir,
+            self.hub_model_id,
+            private=private if private is not None else self.args.hub_private_repo,
+            revision=revision or self.args.hub_revision,
+            token=token,
+            commit_message=commit_message,
+        )
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save a checkpoint under another name, and give it its own when all processes have written their part."""
+        run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._raise_if_not_finite()
+        with self._explained(run_dir):
+            if self.args.should_save:
+                remove_partial_checkpoints(run_dir)
+            self.accelerator.wait_for_everyone()
+            self._partial = run_dir / f".{name}-partial"
+            try:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.state.best_model_checkpoint == str(self._partial / name):
+                    self.state.best_model_checkpoint = str(run_dir / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(self._partial / name / TRAINER_STATE_NAME))
+                    move_directory(self._partial / name, run_dir / name, self._partial / "old")
+            finally:
+                if self.args.should_save:
+                    shutil.rmtree(self._partial, ignore_errors=True)
+                self._partial = None
+            if self.args.should_save:
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(str(run_dir), self.args.save_total_limit, best_model_checkpoint=best)
+            self.accelerator.wait_for_everyone()
+
+    def _raise_if_not_finite(self) -> None:
+        """No checkpoint holds what is no number."""
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter.detach()).all():
+                raise FloatingPointError(_nan_message(f"`{name}` is not finite at step {self.state.global_step}."))
+
+    @contextmanager
+    def _explained(self, run_dir: Path) -> Iterator[None]:
+        """Errors of writing a checkpoint, with what is left and what to do."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            last = last_checkpoint(run_dir)
+            free = shutil.disk_usage(run_dir if run_dir.exists() else Path.cwd()).free / 2**20
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written to {run_dir}, where {free:.0f} MB are "
+                f"free: {error}. "
+                + (
+                    f"The last complete one is {last}. Make room and run the same command to go on from it."
+                    if last
+                    else "There is no complete one yet. Make room and run the same command."
+                )
+            ) from error
+
+
+def last_checkpoint(run_dir: str | Path) -> str | None:
+    """The newest checkpoint of a run; those that are being written have other names."""
+    return get_last_checkpoint(str(run_dir)) if Path(run_dir).is_dir() else None
+
+
+def remove_partial_checkpoints(run_dir: Path) -> None:
+    """Delete what killed runs have left of checkpoints that they were writing."""
+    for partial in run_dir.glob(f".{PREFIX_CHECKPOINT_DIR}-*-partial"):
+        shutil.rmtree(partial)
+
+
+def _nan_message(what: str) -> str:
+    return (
+        f"{what} No checkpoint was written since. Start again in another --output_dir with a lower --learning_rate, with "
+        "--warmup_steps, with --max_grad_norm 1, or with --bf16 instead of --fp16."
+    )
