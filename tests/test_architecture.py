@@ -28,6 +28,7 @@ ALLOWED = {
     "data": {"scenes", "label_sets"},
     "prediction": MODEL_FILES | {"files", "label_sets", "visualization"},
     "evaluation": {"data", "files", "label_sets", "metrics", "prediction"},
+    "onnx_export": {"files", "label_sets", "prediction"},
     "published_models": set(),
     "model_card": {"evaluation", "files", "label_sets", "published_models", "scenes"},
     "publishing": {"data", "evaluation", "files", "label_sets", "model_card", "prediction", "visualization"},
