@@ -31,14 +31,18 @@ def taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return lower, np.minimum(lower + 1, old - 1), (positions - lower).astype(np.float32)
 
 
+def blend(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """`share` of the second and the rest of the first, in float32."""
+    first = first.astype(np.float32)
+    return first + share * (second - first)
+
+
 def resize(values: np.ndarray, height: int, width: int, rows: slice = slice(None)) -> np.ndarray:
     """Resize (old height, old width, channels) bilinearly, without antialiasing; only `rows` of it, when given."""
     upper, lower, share = (tap[rows] for tap in taps(values.shape[0], height))
-    share = share[:, None, None]
-    values = values[upper] * (1 - share) + values[lower] * share
+    values = blend(values[upper], values[lower], share[:, None, None])
     left, right, share = taps(values.shape[1], width)
-    share = share[:, None]
-    return values[:, left] * (1 - share) + values[:, right] * share
+    return blend(values[:, left], values[:, right], share[:, None])
 
 
 def starts(side: int, window: int, stride: int) -> list[int]:
