@@ -46,7 +46,7 @@ FIELDS = {
     "id2label": SCENES.id2label,
     "label2id": SCENES.label2id,
 }
-SETR = {"num_hidden_layers": 4, "decoder_hidden_size": 8, **FIELDS}
+SETR = {"num_hidden_layers": 2, "out_indices": [0, 1], "decoder_hidden_size": 8, **FIELDS}
 CONFIGS = {
     "linear": SegmenterConfig(
         num_hidden_layers=1,
