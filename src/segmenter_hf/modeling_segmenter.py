@@ -164,7 +164,9 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
         outputs = self.segmenter(pixel_values, **kwargs)
         patches = outputs.last_hidden_state[:, self.segmenter.embeddings.num_prefix_tokens :]
         masks, decoder_hidden_states, decoder_attentions = self.decode_head(patches, **kwargs)
-        grid = (-(-height // self.config.patch_size), -(-width // self.config.patch_size))
+        patch_size = self.config.patch_size
+        # Rounded up without negative numbers: ONNX divides them towards 0.
+        grid = ((height + patch_size - 1) // patch_size, (width + patch_size - 1) // patch_size)
         logits = masks.transpose(1, 2).unflatten(2, grid)  # (batch, labels, grid height, grid width)
 
         loss = None

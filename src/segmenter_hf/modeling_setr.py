@@ -260,7 +260,9 @@ class SetrForSemanticSegmentation(SetrPreTrainedModel):
         """
         height, width = pixel_values.shape[-2:]
         outputs = self.setr(pixel_values, **kwargs)
-        grid = (-(-height // self.config.patch_size), -(-width // self.config.patch_size))
+        patch_size = self.config.patch_size
+        # Rounded up without negative numbers: ONNX divides them towards 0.
+        grid = ((height + patch_size - 1) // patch_size, (width + patch_size - 1) // patch_size)
         prefix = self.setr.embeddings.num_prefix_tokens
         features = [
             states[:, prefix:].transpose(1, 2).unflatten(2, grid)  # (batch, hidden, grid height, grid width)

@@ -86,7 +86,7 @@ class VitEncoderEmbeddings(nn.Module):
         The embeddings of the patches are resized in float32 with `align_corners=False`, those of the special tokens
         kept. An export always resizes, so that the exported model serves every size.
         """
-        if grid == self.grid and not torch.compiler.is_exporting():
+        if not torch.compiler.is_exporting() and grid == self.grid:
             return self.position_embeddings
         sizes = [self.num_special_tokens, self.grid[0] * self.grid[1]]
         special, patches = self.position_embeddings.split(sizes, dim=1)
