@@ -35,6 +35,7 @@ ALLOWED = {
     "training": MODEL_FILES
     | {"augmentation", "data", "evaluation", "files", "label_sets", "metrics", "model_card", "prediction"}
     | {"publishing", "visualization"},
+    "demo": {"attention", "label_sets", "prediction", "scenes", "training", "visualization"},
     "__init__": MODEL_FILES | {"conversion"},
 }
 

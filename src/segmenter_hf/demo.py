@@ -12,11 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gradio as gr
 import numpy as np
-from gradio.data_classes import ImageData
 from PIL import Image
 from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedModel
+
+
+try:
+    import gradio as gr
+    from gradio.data_classes import ImageData
+except ImportError as error:
+    raise ImportError("The page needs Gradio: `pip install segmenter-hf[demo]`.") from error
 
 from .attention import class_attention, has_class_attention, patch_attention
 from .label_sets import LabelSet
@@ -30,6 +35,7 @@ MAX_IMAGE_PIXELS = 50_000_000  # what the cameras of phones make
 MAX_FILE_SIZE = "50mb"
 MAX_ASPECT_RATIO = 8  # the short side is brought to the size of the model, and a narrower picture would be too long
 MAX_SHOWN_SIDE = 1280  # pixels; larger pictures are reduced before they are segmented and shown
+KEEP_UPLOADS = 3600  # seconds
 MAX_WAITING = 200  # events in the queue; who comes later is told to try again
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -90,7 +96,7 @@ def build_page(models: Mapping[str, LoadedModel], max_image_pixels: int = MAX_IM
         return gr.update(value=None, attention=None)
 
     names = list(models)
-    with gr.Blocks(title="What is where?", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title="What is where?", analytics_enabled=False, delete_cache=(600, KEEP_UPLOADS)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
@@ -136,6 +142,7 @@ def launch_page(page: gr.Blocks, **kwargs: Any) -> None:
     system_fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     page.launch(
         theme=gr.themes.Default(primary_hue="blue", **system_fonts),
+        css=".html-container { padding: 0; }",
         footer_links=[],
         max_file_size=MAX_FILE_SIZE,
         ssr_mode=False,
@@ -186,8 +193,12 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
     try:
         with Image.open(path) as header:
             width, height = header.size
+    except FileNotFoundError as error:
+        raise gr.Error("The picture has been deleted after an hour: choose it again.", title="Gone") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise gr.Error("This file cannot be read as a picture. JPEG, PNG and WebP work.", title="No picture") from error
+        raise gr.Error(
+            "This file cannot be read as a picture. JPEG, PNG and WebP work.", title="No picture"
+        ) from error
     if width * height > max_image_pixels:
         raise gr.Error(
             f"The picture has {width} x {height} pixels, and this page takes at most {max_image_pixels:,} pixels. "
@@ -203,7 +214,9 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
     try:
         picture = read_picture(Path(path), max_image_pixels)
     except ValueError as error:
-        raise gr.Error("The picture is damaged or incomplete: it cannot be read to its end.", title="Damaged") from error
+        raise gr.Error(
+            "The picture is damaged or incomplete: it cannot be read to its end.", title="Damaged"
+        ) from error
     full_size = picture.size
     factor = min(1.0, MAX_SHOWN_SIDE / max(full_size))
     picture = picture.convert("RGB")

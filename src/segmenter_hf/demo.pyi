@@ -25,7 +25,6 @@ from .scenes import draw_scene
 from .training import DataArguments, ModelArguments, SegmentationTrainingArguments, train_segmenter
 from .visualization import label_map_image
 
-
 MAX_IMAGE_PIXELS = 50_000_000  # what the cameras of phones make
 MAX_FILE_SIZE = "50mb"
 MAX_ASPECT_RATIO = 8  # the short side is brought to the size of the model, and a narrower picture would be too long
@@ -36,7 +35,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 INTRODUCTION = """# What is where in this picture?
 Give it a photograph, and a vision transformer says for every single pixel what it shows:
 [Segmenter](https://arxiv.org/abs/2105.05633) or [SETR](https://arxiv.org/abs/2012.15840)."""
-
 
 class LoadedModel(NamedTuple):
     """What `prediction.load_model` returns."""
@@ -60,7 +58,6 @@ class PictureUpload(gr.Image):
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 def build_page(models: Mapping[str, LoadedModel], max_image_pixels: int = MAX_IMAGE_PIXELS) -> gr.Blocks:
     """The page, to be served by `launch_page`.
@@ -131,7 +128,6 @@ def build_page(models: Mapping[str, LoadedModel], max_image_pixels: int = MAX_IM
         viewer.select(attend, [upload, model], viewer, show_progress="minimal", api_visibility="private", **network)
     return page.queue(max_size=MAX_WAITING)
 
-
 def launch_page(page: gr.Blocks, **kwargs: Any) -> None:
     """Serve a page of `build_page`, which loads nothing from elsewhere and reports to nobody.
 
@@ -148,7 +144,6 @@ def launch_page(page: gr.Blocks, **kwargs: Any) -> None:
         **kwargs,
     )
 
-
 def load_models(names: Sequence[str | Path], device: str | None = None) -> dict[str, LoadedModel]:
     """Load models for `build_page`.
 
@@ -161,7 +156,6 @@ def load_models(names: Sequence[str | Path], device: str | None = None) -> dict[
     """
     return {str(name): LoadedModel(*load_model(name, device=device)) for name in names}
 
-
 def train_scenes_model(config_path: str | Path, output_dir: str | Path) -> None:
     """Train a model as a JSON file of training arguments says, into another directory.
 
@@ -172,7 +166,6 @@ def train_scenes_model(config_path: str | Path, output_dir: str | Path) -> None:
     arguments = json.loads(Path(config_path).read_text(encoding="utf-8")) | {"output_dir": str(output_dir)}
     parser = HfArgumentParser((ModelArguments, DataArguments, SegmentationTrainingArguments))
     train_segmenter(*parser.parse_dict(arguments))
-
 
 def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
     """Read an uploaded picture upright, in RGB and reduced to at most 1280 pixels on its longer side.
@@ -193,7 +186,9 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
         with Image.open(path) as header:
             width, height = header.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise gr.Error("This file cannot be read as a picture. JPEG, PNG and WebP work.", title="No picture") from error
+        raise gr.Error(
+            "This file cannot be read as a picture. JPEG, PNG and WebP work.", title="No picture"
+        ) from error
     if width * height > max_image_pixels:
         raise gr.Error(
             f"The picture has {width} x {height} pixels, and this page takes at most {max_image_pixels:,} pixels. "
@@ -209,7 +204,9 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
     try:
         picture = read_picture(Path(path), max_image_pixels)
     except ValueError as error:
-        raise gr.Error("The picture is damaged or incomplete: it cannot be read to its end.", title="Damaged") from error
+        raise gr.Error(
+            "The picture is damaged or incomplete: it cannot be read to its end.", title="Damaged"
+        ) from error
     full_size = picture.size
     factor = min(1.0, MAX_SHOWN_SIDE / max(full_size))
     picture = picture.convert("RGB")
@@ -218,7 +215,6 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
         picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
     picture.info["full_size"] = full_size
     return picture
-
 
 def describe_segmentation(loaded: LoadedModel, picture: Image.Image, multi_scale_flip: bool = False) -> dict[str, Any]:
     """Segment a picture; what the browser needs to show it.
@@ -263,7 +259,6 @@ def describe_segmentation(loaded: LoadedModel, picture: Image.Image, multi_scale
         "decoder_layers": model.config.decoder_num_hidden_layers if has_class_attention(model) else 0,
     }
 
-
 def describe_attention(
     loaded: LoadedModel,
     picture: Image.Image,
@@ -300,7 +295,6 @@ def describe_attention(
     _, rows, columns = levels.shape
     return {"rows": rows, "columns": columns, "maps": base64.b64encode(levels.tobytes()).decode()}
 
-
 def pack_pixels(segmentation: np.ndarray, confidence: np.ndarray) -> Image.Image:
     """Class ids and probabilities as one picture: red + 256 * green is the id, blue / 255 the probability.
 
@@ -313,7 +307,6 @@ def pack_pixels(segmentation: np.ndarray, confidence: np.ndarray) -> Image.Image
     """
     channels = [segmentation & 255, segmentation >> 8, np.rint(255 * confidence)]
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
-
 
 def data_url(picture: Image.Image, format: str, **kwargs: Any) -> str:
     """A picture as a `data:` URL; `kwargs` go to its `save`."""

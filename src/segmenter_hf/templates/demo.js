@@ -132,6 +132,7 @@ async function showResult() {
   find(".source").hidden = !result.decoder_layers;
   fillMenu(headMenu, [[0, "all, averaged"]]);
   chooseSource();
+  if (stage.getBoundingClientRect().top > 0.8 * innerHeight) viewer.scrollIntoView({behavior: "smooth"});  // on a phone
 }
 
 function chooseSource() {
