@@ -7,7 +7,6 @@ The server sends what it found once; opacity, hover, confidence, highlights and 
 import base64
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedModel
 
 try:
     import gradio as gr
-    from gradio.data_classes import ImageData
 except ImportError as error:
     raise ImportError("The page needs Gradio: `pip install segmenter-hf[demo]`.") from error
 
@@ -50,16 +48,6 @@ class LoadedModel(NamedTuple):
     model: PreTrainedModel
     processor: BaseImageProcessor
     label_set: LabelSet
-
-
-class PictureUpload(gr.Image):
-    """Gradio's image upload, which leaves it to us to open the file: bounded, upright, and with errors in words."""
-
-    is_template = True  # looks like its parent in the browser
-
-    def preprocess(self, payload: ImageData | None) -> str | None:
-        """The path of the uploaded file."""
-        return None if payload is None else payload.path
 
 
 def build_page(models: Mapping[str, LoadedModel], max_image_pixels: int = MAX_IMAGE_PIXELS) -> gr.Blocks:
@@ -100,9 +88,9 @@ def build_page(models: Mapping[str, LoadedModel], max_image_pixels: int = MAX_IM
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                upload = PictureUpload(
-                    type="filepath", sources=["upload", "clipboard"], label="Your picture", height=260
-                )
+                upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Your picture", height=260)
+                # The file is opened by `open_upload` only: bounded, upright, and with errors in words.
+                upload.preprocess = lambda payload: payload and payload.path
                 model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
                 thoroughness = gr.Radio(
                     [("Quick: one look", False), ("Thorough: six sizes, each also mirrored", True)],
