@@ -75,7 +75,7 @@ def build_page(models: Mapping[str, LoadedModel], max_image_pixels: int = MAX_IM
 
     def attend(path: str | None, name: str, event: gr.EventData) -> dict[str, Any]:
         if path is None:
-            raise gr.Error("Choose a picture first.")
+            raise refusal("Choose a picture first.")
         return gr.update(
             attention=describe_attention(models[name], open_upload(path, max_image_pixels), **event._data)
         )
@@ -163,6 +163,11 @@ def train_scenes_model(config_path: str | Path, output_dir: str | Path) -> None:
     train_segmenter(*parser.parse_dict(arguments))
 
 
+def refusal(message: str) -> gr.Error:
+    """An error that the page shows to its visitor and that is no concern of the server's log."""
+    return gr.Error(message, title="That does not work", print_exception=False)
+
+
 def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
     """Read an uploaded picture upright, in RGB and reduced to at most 1280 pixels on its longer side.
 
@@ -182,29 +187,23 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
         with Image.open(path) as header:
             width, height = header.size
     except FileNotFoundError as error:
-        raise gr.Error("The picture has been deleted after an hour: choose it again.", title="Gone") from error
+        raise refusal("The picture has been deleted after an hour: choose it again.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise gr.Error(
-            "This file cannot be read as a picture. JPEG, PNG and WebP work.", title="No picture"
-        ) from error
+        raise refusal("This file cannot be read as a picture. JPEG, PNG and WebP work.") from error
     if width * height > max_image_pixels:
-        raise gr.Error(
+        raise refusal(
             f"The picture has {width} x {height} pixels, and this page takes at most {max_image_pixels:,} pixels. "
-            "Make it smaller and try again.",
-            title="Too large",
+            "Make it smaller and try again."
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise gr.Error(
+        raise refusal(
             f"The picture has {width} x {height} pixels: its long side may be at most {MAX_ASPECT_RATIO} times the "
-            "short one. Cut a part out of it and try again.",
-            title="Too narrow",
+            "short one. Cut a part out of it and try again."
         )
     try:
         picture = read_picture(Path(path), max_image_pixels)
     except ValueError as error:
-        raise gr.Error(
-            "The picture is damaged or incomplete: it cannot be read to its end.", title="Damaged"
-        ) from error
+        raise refusal("The picture is damaged or incomplete: it cannot be read to its end.") from error
     full_size = picture.size
     factor = min(1.0, MAX_SHOWN_SIDE / max(full_size))
     picture = picture.convert("RGB")
@@ -289,7 +288,7 @@ def describe_attention(
         else:
             attention = class_attention(loaded.model, loaded.processor, picture, class_id, layer)
     except (TypeError, ValueError) as error:
-        raise gr.Error(str(error), title="No attention") from error
+        raise refusal(str(error)) from error
     maps = np.concatenate([attention.mean(axis=0, keepdims=True), attention])
     levels = np.rint(255 * maps / maps.max(axis=(1, 2), keepdims=True).clip(min=1e-12)).astype(np.uint8)
     _, rows, columns = levels.shape
