@@ -123,11 +123,13 @@ def test_bad_uploads_are_refused_in_words(tmp_path, picture_path) -> None:
     damaged = picture_path.read_bytes()
     (tmp_path / "damaged.png").write_bytes(damaged[: len(damaged) // 2])
     Image.new("1", (901, 100)).save(tmp_path / "narrow.png")
+    Image.new("1", (15_000, 12_000)).save(tmp_path / "bomb.png")
     for name, limit, said in [
         ("text.png", 10_000, "cannot be read"),
         ("damaged.png", 10_000, "damaged"),
         (picture_path, 5_000, "90 x 60 pixels, and this page takes at most 5,000"),
         ("narrow.png", 100_000, "8 times"),
+        ("bomb.png", 10_000, "much too large"),
         ("missing.png", 10_000, "choose it again"),
     ]:
         with pytest.raises(gr.Error, match=said):

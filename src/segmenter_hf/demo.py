@@ -165,7 +165,7 @@ def train_scenes_model(config_path: str | Path, output_dir: str | Path) -> None:
 
 def refusal(message: str) -> gr.Error:
     """An error that the page shows to its visitor and that is no concern of the server's log."""
-    return gr.Error(message, title="That does not work", print_exception=False)
+    return gr.Error(message, print_exception=False)
 
 
 def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
@@ -188,7 +188,11 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
             width, height = header.size
     except FileNotFoundError as error:
         raise refusal("The picture has been deleted after an hour: choose it again.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise refusal(
+            f"The picture is much too large: this page takes at most {max_image_pixels:,} pixels."
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise refusal("This file cannot be read as a picture. JPEG, PNG and WebP work.") from error
     if width * height > max_image_pixels:
         raise refusal(
