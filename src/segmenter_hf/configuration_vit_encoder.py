@@ -52,6 +52,11 @@ class VitEncoderConfig(PreTrainedConfig):
         position_embedding_interpolation (`"bilinear"` or `"bicubic"`, defaults to `"bilinear"`): How the position
             embeddings are resized (`align_corners=False`, no antialiasing).
         semantic_loss_ignore_index (`int`, defaults to 255): Label of pixels that the loss leaves out.
+        semantic_loss_class_weights (`list[float]`, *optional*): Weight of each class in the cross-entropy; all 1 by default.
+            With one class they are those of the background and of the class.
+        semantic_loss_label_smoothing (`float`, defaults to 0.0): Share of each label that is spread over all classes.
+        semantic_loss_dice_weight (`float`, defaults to 0.0): Weight of a soft Dice loss beside the cross-entropy, for tasks
+            with few classes; it holds the upsampled logits in memory.
         use_tiled_loss (`bool`, defaults to `True`): Whether the loss is computed tile by tile, without the upsampled
             logits. `False` is the plain path, equal and slower.
 
@@ -78,6 +83,9 @@ class VitEncoderConfig(PreTrainedConfig):
     use_final_layer_norm: bool = True
     position_embedding_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     semantic_loss_ignore_index: int = 255
+    semantic_loss_class_weights: list[float | int] | tuple[float | int, ...] | None = None
+    semantic_loss_label_smoothing: float | int = 0.0
+    semantic_loss_dice_weight: float | int = 0.0
     use_tiled_loss: bool = True
 
     @property
@@ -119,6 +127,20 @@ class VitEncoderConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {value}.")
             if name.endswith("norm_eps") and not value > 0:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
+
+    def validate_loss(self) -> None:
+        """The options of the loss are in range, with one weight for each class."""
+        weights, expected = self.semantic_loss_class_weights, max(self.num_labels, 2)
+        if weights is not None and (len(weights) != expected or min(weights) < 0 or max(weights) <= 0):
+            raise ValueError(
+                f"`semantic_loss_class_weights` must be {expected} numbers, none below 0 and one above, got {weights}."
+            )
+        if not 0 <= self.semantic_loss_label_smoothing <= 1:
+            raise ValueError(
+                f"`semantic_loss_label_smoothing` must be from 0 to 1, got {self.semantic_loss_label_smoothing}."
+            )
+        if self.semantic_loss_dice_weight < 0:
+            raise ValueError(f"`semantic_loss_dice_weight` must be at least 0, got {self.semantic_loss_dice_weight}.")
 
     def validate_activation(self) -> None:
         """The activation is one that transformers knows."""

@@ -3,7 +3,7 @@
 import colorsys
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,12 @@ class LabelSet:
     def palette(self) -> np.ndarray:
         """Colours as an `np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`, RGB."""
         return np.array(self.colors, dtype=np.uint8)
+
+    def with_background(self) -> "LabelSet":
+        """Of one class: the two that its masks and maps hold, 0 for the background and 1 for the class; else itself."""
+        if self.num_labels > 1:
+            return self
+        return replace(self, labels=("background", *self.labels), colors=((64, 64, 64), *self.colors))
 
     def save(self, path: str | Path) -> None:
         """Writes the label set as a JSON file that `load_label_set` reads."""

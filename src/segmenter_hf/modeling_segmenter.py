@@ -75,7 +75,12 @@ class SegmenterMaskTransformerDecoder(nn.Module):
         self.layernorm = nn.LayerNorm(width, eps=config.decoder_layer_norm_eps)
         self.patch_projection = nn.Linear(width, width, bias=False)
         self.class_projection = nn.Linear(width, width, bias=False)
-        self.mask_norm = nn.LayerNorm(config.num_labels, eps=config.decoder_mask_norm_eps)
+        # A LayerNorm over one class would leave nothing of it: only its scale and offset remain.
+        self.mask_norm = (
+            nn.Linear(1, 1)
+            if config.num_labels == 1
+            else nn.LayerNorm(config.num_labels, eps=config.decoder_mask_norm_eps)
+        )
 
     def forward(
         self, patches: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
@@ -110,6 +115,8 @@ class SegmenterPreTrainedModel(VitEncoderPreTrainedModel):
             init.trunc_normal_(module.class_embeddings, std=self.config.initializer_range)
             for projection in (module.patch_projection, module.class_projection):
                 init.normal_(projection.weight, std=self.config.decoder_hidden_size**-0.5)
+            if self.config.num_labels == 1:
+                init.ones_(module.mask_norm.weight)
 
 
 class SegmenterModel(SegmenterPreTrainedModel, VitEncoderModel):

@@ -19,7 +19,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit_encoder import VitEncoderConfig
-from .segmentation_loss import plain_upsampled_cross_entropy, upsampled_cross_entropy
+from .segmentation_loss import plain_upsampled_cross_entropy, upsampled_cross_entropy, upsampled_dice_loss
+from .sliding_window import with_background
 
 
 @dataclass
@@ -262,7 +263,11 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
                     init.trunc_normal_(token, std=std)
 
     def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Cross-entropy of logits upsampled to the padded input; the padding is labelled as ignored.
+        """Loss of logits upsampled to the padded input; the padding is labelled as ignored.
+
+        The cross-entropy, with the class weights and the label smoothing of the configuration, plus its weight times the
+        Dice loss. The one logit of a model with one class is that of the class, beside a background of 0: labels are 0 and
+        1, and the cross-entropy is the binary one.
 
         Args:
             logits (`torch.FloatTensor` of shape `(batch_size, num_labels, logits_height, logits_width)`): The scores.
@@ -270,7 +275,7 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
             size (`tuple[int, int]`): Height and width of `pixel_values`.
 
         Returns:
-            `torch.FloatTensor` of shape `()`: The mean over the pixels that are not ignored.
+            `torch.FloatTensor` of shape `()`: The loss; 0 where all pixels are ignored.
 
         Raises:
             ValueError: If the labels are not of that size.
@@ -283,8 +288,19 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
         patch_size, ignore_index = self.config.patch_size, self.config.semantic_loss_ignore_index
         padding = (0, -size[1] % patch_size, 0, -size[0] % patch_size)
         labels = nn.functional.pad(labels, padding, value=ignore_index)
+        logits = with_background(logits)
+        weights = self.config.semantic_loss_class_weights
         loss_function = upsampled_cross_entropy if self.config.use_tiled_loss else plain_upsampled_cross_entropy
-        return loss_function(logits, labels, ignore_index=ignore_index)
+        loss = loss_function(
+            logits,
+            labels,
+            ignore_index=ignore_index,
+            class_weights=None if weights is None else logits.new_tensor(weights, dtype=torch.float32),
+            label_smoothing=self.config.semantic_loss_label_smoothing,
+        )
+        if self.config.semantic_loss_dice_weight:
+            loss = loss + self.config.semantic_loss_dice_weight * upsampled_dice_loss(logits, labels, ignore_index)
+        return loss
 
 
 class VitEncoderModel(VitEncoderPreTrainedModel):

@@ -115,9 +115,8 @@ def load_model(
     if compile:
         model.compile(fullgraph=True)
     processor = AutoImageProcessor.from_pretrained(name_or_path)
-    if label_set is not None:
-        return model, processor, load_label_set(label_set)
-    return model, processor, label_set_of_model(name_or_path, model.config.id2label)
+    found = label_set_of_model(name_or_path, model.config.id2label) if label_set is None else load_label_set(label_set)
+    return model, processor, found.with_background()
 
 
 @torch.no_grad()

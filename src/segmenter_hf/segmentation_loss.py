@@ -81,6 +81,29 @@ def plain_upsampled_cross_entropy(
     return torch.where((labels != ignore_index).any(), loss, upsampled.sum() * 0.0)
 
 
+def upsampled_dice_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = 255) -> torch.Tensor:
+    """Soft Dice loss: 1 - 2 sum(p t) / (sum(p) + sum(t)), as a mean over the classes that occur.
+
+    p are probabilities after bilinear upsampling, t is 1 where the label is the class; sums run over the pixels of the
+    batch that are not ignored (as `DiceLoss` of segmentation_models.pytorch, losses/dice.py). Holds the upsampled logits.
+
+    Args, Raises: As [`upsampled_cross_entropy`].
+
+    Returns:
+        `torch.FloatTensor` of shape `()`: The loss, from 0 to 1; 0 with a zero gradient if all pixels are ignored.
+    """
+    check_arguments(logits, labels, None, 0.0)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    upsampled = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    valid = labels != ignore_index
+    probabilities = upsampled.softmax(dim=1) * valid[:, None]
+    truth = nn.functional.one_hot(labels.where(valid, 0).long(), logits.shape[1]).movedim(-1, 1) * valid[:, None]
+    overlap, of_truth = (probabilities * truth).sum((0, 2, 3)), truth.sum((0, 2, 3))
+    losses = 1 - 2 * overlap / (probabilities.sum((0, 2, 3)) + of_truth).clamp(min=1e-7)
+    occurs = of_truth > 0
+    return (losses * occurs).sum() / occurs.sum().clamp(min=1)
+
+
 def check_arguments(
     logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None, label_smoothing: float
 ) -> None:
@@ -256,4 +279,4 @@ def _register() -> "torch.library.CustomOpDef | torch._ops.OpOverload":
 
 _operator = _register()
 
-__all__ = ["plain_upsampled_cross_entropy", "upsampled_cross_entropy"]
+__all__ = ["plain_upsampled_cross_entropy", "upsampled_cross_entropy", "upsampled_dice_loss"]

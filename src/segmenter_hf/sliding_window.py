@@ -331,6 +331,14 @@ def class_of_greatest(values: torch.Tensor) -> torch.Tensor:
     return values.max(-1).indices
 
 
+def with_background(logits: torch.Tensor) -> torch.Tensor:
+    """The one logit (batch, 1, height, width) of a model with one class beside a background of 0; others unchanged.
+
+    The softmax of the two is the sigmoid of the one, and 0 stays 0 whatever linear steps follow.
+    """
+    return torch.cat([torch.zeros_like(logits), logits], dim=1) if logits.shape[1] == 1 else logits
+
+
 class WindowMerger:
     """Merges the patch logits of the windows of one image into its class map, as they come.
 
@@ -373,7 +381,7 @@ class WindowMerger:
         Raises:
             ValueError: If the logits do not fit the windows.
         """
-        logits = logits.detach()
+        logits = with_background(logits.detach())
         if self.segmentation is None:
             self._prepare(logits)
         for window, of_window in zip(windows, logits):
