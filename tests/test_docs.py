@@ -1,10 +1,7 @@
 """What README and docs show runs: Python blocks as they stand, commands by their flags, configurations by making them."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ from PIL import Image
 import segmenter_hf
 from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 
+from .script_help import help_of
 from .tiny_models import tiny_scenes_config
 
 
@@ -59,14 +57,7 @@ def test_commands_have_the_flags_that_pages_and_scripts_show() -> None:
     shown = [words for text in texts for words in commands(text)]
     scripts = sorted({words[0] for words in shown})
     assert len(shown) > 10 and {"scripts/train.py", "scripts/convert_checkpoint.py"} <= set(scripts)
-    environment = {**os.environ, "COLUMNS": "200"}
-    running = {
-        script: subprocess.Popen(
-            [sys.executable, str(ROOT / script), "--help"], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for script in scripts
-    }
-    known = {script: process.communicate(timeout=300)[0] for script, process in running.items()}
+    known = {script: help_of(ROOT / script) for script in scripts}
     for words in shown:
         for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
             assert re.search(rf"{re.escape(flag)}\b", known[words[0]]), f"{words[0]} has no {flag}"
