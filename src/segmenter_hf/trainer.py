@@ -1,6 +1,7 @@
 """Trainer for segmentation: augmented crops in, counts of pixels out, checkpoints that are whole."""
 
 import itertools
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
@@ -28,6 +29,8 @@ from .metrics import MeanIoU
 from .publishing import PREDICTIONS_PICTURE, publish_model
 from .visualization import training_curves
 
+
+logger = logging.getLogger(__name__)
 
 CURVES_PICTURE = "curves.png"
 SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled at once
@@ -132,8 +135,13 @@ class _ShowProgress(TrainerCallback):
             return
         if not trainer.is_in_train:
             return
-        output_dir = Path(args.output_dir)
-        curves = training_curves(state.log_history)
+        try:
+            self._draw(Path(args.output_dir), state)
+        except OSError as error:  # a full disk is a matter of the checkpoints, which say what to do
+            logger.warning("The pictures of step %d could not be written: %s.", state.global_step, error)
+
+    def _draw(self, output_dir: Path, state: TrainerState) -> None:
+        trainer, curves = self.trainer, training_curves(state.log_history)
         if curves is not None:
             with replaced_file(output_dir / CURVES_PICTURE) as temporary:
                 curves.save(temporary)

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .augmentation import SegmentationAugmentation
@@ -68,6 +68,7 @@ def train_segmenter(
         ValueError: If the arguments contradict each other or those of the run that `output_dir` holds, or label maps cannot
             be trained on.
     """
+    set_seed(training_args.seed)  # Trainer does so too, but after the model is made
     recipe = resolved_recipe(model_args, data_args, training_args)
     checkpoint = prepare_output_dir(training_args, recipe)
     train_set, validation_set = load_splits(data_args, training_args)
