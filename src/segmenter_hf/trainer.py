@@ -14,10 +14,18 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
 from .augmentation import SegmentationAugmentation
 from .data import decode_example
@@ -194,6 +202,7 @@ class SegmentationTrainer(Trainer):
         self.window_batch_size = window_batch_size
         self.metric = MeanIoU(label_set.num_labels, label_set.ignore_index)
         self._partial: Path | None = None
+        self._whole_model: PreTrainedModel | None = None
         super().__init__(compute_metrics=self.add_counts, callbacks=[_SetEpoch(), _StopAtNan()], **kwargs)
         self.add_callback(_ShowProgress(self))
 
@@ -252,6 +261,21 @@ class SegmentationTrainer(Trainer):
         finally:
             self.data_collator = training_collator
 
+    def whole_model(self) -> PreTrainedModel:
+        """The model as a process can run it alone; all processes must ask for it at once where FSDP shares it out.
+
+        Processes evaluate images of different sizes, so they cannot go through the layers in step.
+        """
+        return gathered_copy(self.model) if self.is_fsdp_enabled else self.accelerator.unwrap_model(self.model)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's loop, with the whole model at hand."""
+        self._whole_model = self.whole_model()
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._whole_model = None
+
     def prediction_step(
         self,
         model: torch.nn.Module,
@@ -262,7 +286,7 @@ class SegmentationTrainer(Trainer):
         """No loss, the count matrix of each image, and its number of counted pixels."""
         with self.compute_loss_context_manager():
             counts = count_pixels(
-                self.accelerator.unwrap_model(model),
+                self._whole_model,
                 self.processing_class,
                 inputs["images"],
                 inputs["label_maps"],
@@ -338,7 +362,7 @@ class SegmentationTrainer(Trainer):
     def _raise_if_not_finite(self) -> None:
         """No checkpoint holds what is no number."""
         for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter.detach()).all():
+            if not torch.isfinite(getattr(parameter, "to_local", parameter.detach)()).all():  # a part, with FSDP
                 raise FloatingPointError(_nan_message(f"`{name}` is not finite at step {self.state.global_step}."))
 
     @contextmanager
@@ -358,6 +382,14 @@ class SegmentationTrainer(Trainer):
                     else "There is no complete one yet. Make room and run the same command."
                 )
             ) from error
+
+
+def gathered_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy on this device of a model that FSDP shares out over the processes, all of which must call this at once."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    copy = AutoModelForSemanticSegmentation.from_config(model.config)
+    copy.load_state_dict(weights)
+    return copy.to(model.device).eval()
 
 
 def last_checkpoint(run_dir: str | Path) -> str | None:

@@ -88,6 +88,10 @@ def train_segmenter(
         ignore_index=label_set.ignore_index,
         pad_value=tuple(round(255 * mean) for mean in processor.image_mean),
     )
+    if (
+        training_args.ddp_find_unused_parameters is None
+    ):  # only the class token of a model that goes without it is unused
+        training_args.ddp_find_unused_parameters = not model.config.use_class_token
     examples = TrainingExamples(train_set, label_set, augmentation, processor, training_args.seed)
     trainer = SegmentationTrainer(
         model=model,
@@ -105,14 +109,15 @@ def train_segmenter(
             f"{batch['accumulation']} accumulated."
         )
     trainer.train(resume_from_checkpoint=checkpoint)
+    whole_model = trainer.whole_model()
     results = evaluate_segmentation(
-        trainer.accelerator.unwrap_model(trainer.model),
+        whole_model,
         processor,
         validation_set,
         label_set,
         window_batch_size=data_args.window_batch_size,
     )
-    save_trained_model(trainer, results, recipe, data_args)
+    save_trained_model(trainer, whole_model, results, recipe, data_args)
     return results
 
 
@@ -351,7 +356,11 @@ def build_model_and_processor(
 
 
 def save_trained_model(
-    trainer: SegmentationTrainer, results: dict[str, Any], recipe: dict[str, Any], data_args: DataArguments
+    trainer: SegmentationTrainer,
+    whole_model: PreTrainedModel,
+    results: dict[str, Any],
+    recipe: dict[str, Any],
+    data_args: DataArguments,
 ) -> None:
     """Put the model, its processor, results, card and pictures together, and move them into the output directory."""
     output_dir = Path(trainer.args.output_dir)
@@ -366,7 +375,7 @@ def save_trained_model(
         result = recorded_result(results, data_args.dataset_name, data_args.validation_split, trainer.label_set.name)
         save_results(folder, result, trainer.label_set.labels)
         save_prediction_grid(
-            trainer.accelerator.unwrap_model(trainer.model),
+            whole_model,
             trainer.processing_class,
             trainer.eval_dataset,
             trainer.label_set,
@@ -377,10 +386,10 @@ def save_trained_model(
             results=(result,),
             training=training_facts(trainer, recipe),
             datasets=tuple(filter(None, [hub_name(data_args.dataset_name)])),
-            base_model=hub_name(trainer.model.config.name_or_path),
+            base_model=hub_name(whole_model.config.name_or_path),
             picture=PREDICTIONS_PICTURE,
         )
-        write_model_card(folder, model=trainer.model, facts=facts, location=str(output_dir))
+        write_model_card(folder, model=whole_model, facts=facts, location=str(output_dir))
         move_files(folder, output_dir)
         shutil.rmtree(folder)
     if trainer.args.push_to_hub:
