@@ -253,3 +253,13 @@ def test_curves_and_predictions_are_drawn_and_the_recipe_is_kept(undisturbed) ->
     recipe = json.loads((undisturbed / "recipe.json").read_text())
     assert recipe["arguments"]["learning_rate"] == 1e-3 and recipe["arguments"]["total_batch_size"] == 2
     assert "| batch | 2 = 1 devices x 2 crops x 1 accumulated |" in (undisturbed / "README.md").read_text()
+
+
+def test_tensorboard_gets_numbers_and_pictures(tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_segmenter(*parse_training_arguments(words(str(tmp_path), "--report_to", "tensorboard", "--max_steps", "4")))
+    (events,) = (tmp_path / "runs").rglob("events*")
+    found = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
+    assert {"train/loss", "train/learning_rate", "eval/mean_iou"} <= set(found.Tags()["scalars"])
+    assert [image.step for image in found.Images("eval/predictions")] == [2, 4]
