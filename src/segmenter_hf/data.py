@@ -357,6 +357,8 @@ def _open_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
 
 def _open_image(example: dict[str, Any], column: str) -> Image.Image:
     value = example[column]
+    if value is None:
+        raise ValueError(f"{_name_of(example)}: the row has no {column}. Give it one, or leave the row out.")
     if isinstance(value, Image.Image):
         return value
     with _naming_damaged_files(_name_of(example, column)):

@@ -159,7 +159,8 @@ class SegmentationTrainingArguments(TrainingArguments):
         metadata={"help": "Whether a loss that is no number is left out of the log; it is an error here."},
     )
     report_to: list[str] = field(
-        default_factory=lambda: ["none"], metadata={"help": "Where to report: tensorboard, wandb, trackio; any of them."}
+        default_factory=lambda: ["none"],
+        metadata={"help": "Where to report: tensorboard, wandb, trackio; any of them."},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the checkpoints of an earlier run in output_dir and start anew."}
