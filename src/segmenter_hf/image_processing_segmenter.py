@@ -1,13 +1,19 @@
 """Image processor of Segmenter and SETR: resize, windows, normalisation, and the merge of the model's outputs."""
 
+import io
+import math
 import os
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import interpolate
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
@@ -17,9 +23,8 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    infer_channel_dimension_format,
     is_torch_tensor,
-    load_image,
+    is_valid_image,
     make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
@@ -35,6 +40,13 @@ INTERPOLATION = {
 }
 # Whole images in float32, or twice in memory, would be what limits the size of an image: larger ones go in parts.
 PIXELS_AT_ONCE = 2**22
+# What an image may be resized to, and enlarged to as float32 where it is shorter than a window: what is far beyond any
+# real use would only fill the memory.
+MAX_RESIZED_PIXELS, MAX_ENLARGED_PIXELS = 2**30, 2**26
+# Decoded by libraries alone. Pillow hands others to programs that run what is in them: PostScript to Ghostscript.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_DOWNLOAD_BYTES = 2**28
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 
 
 class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
@@ -145,14 +157,118 @@ def pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
     return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
 
-def read_image(source: "str | os.PathLike") -> PIL.Image.Image:
-    """Read an image from a path or URL, turned upright by its EXIF orientation, in its own mode."""
+def read_image(source: "str | os.PathLike", max_pixels: int | None = None) -> PIL.Image.Image:
+    """Read the first picture of an image file, turned upright by its EXIF orientation, in its own mode.
+
+    Args:
+        source (`str` or `os.PathLike`): A path, or an address that begins with `https://`, `http://` or `data:`.
+        max_pixels (`int`, *optional*): Larger images are refused before they are decoded; by default those that Pillow
+            refuses, of more than twice `PIL.Image.MAX_IMAGE_PIXELS`.
+
+    Returns:
+        `PIL.Image.Image`: The picture, decoded.
+
+    Raises:
+        OSError: If there is no such file, or the address cannot be reached.
+        ValueError: If it is no image of `IMAGE_FORMATS`, is damaged, or has too many pixels.
+    """
+    name = os.fspath(source)
+    name = name if len(name) <= 200 else f"{name[:200]}..."
     if str(source).startswith(("http://", "https://", "data:")):
-        return load_image(str(source))
-    with PIL.Image.open(source) as image:
-        image.load()
-        PIL.ImageOps.exif_transpose(image, in_place=True)
-        return image
+        return decode_image(io.BytesIO(download(str(source), name)), name, max_pixels)
+    if os.path.isdir(source):
+        raise IsADirectoryError(f"{name}: expected an image file, got a folder. Give the files in it.")
+    try:
+        file = open(source, "rb")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: expected an image file, but there is none. Check the path.") from error
+    with file:
+        return decode_image(file, name, max_pixels)
+
+
+def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> PIL.Image.Image:
+    """Decode an opened image file: see [`read_image`]; `name` is what errors call it."""
+    if max_pixels is None and PIL.Image.MAX_IMAGE_PIXELS is not None:
+        max_pixels = 2 * PIL.Image.MAX_IMAGE_PIXELS
+    try:
+        image = _open_image(file)
+        too_large = max_pixels is not None and image.width * image.height > max_pixels
+        if not too_large:
+            image.load()
+            PIL.ImageOps.exif_transpose(image, in_place=True)
+            return image
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(
+            f"{name}: expected an image ({', '.join(IMAGE_FORMATS)}), got a file that is damaged or something else. "
+            f"Download or save it again. {type(error).__name__}: {error}"
+        ) from error
+    raise ValueError(
+        f"{name}: {image.width} x {image.height} pixels are more than {max_pixels}, which guards against files made to "
+        "fill the memory. If the picture is meant to be that large, raise `--max_image_pixels` of scripts/predict.py, or "
+        "`PIL.Image.MAX_IMAGE_PIXELS`."
+    )
+
+
+def _open_image(file: BinaryIO) -> PIL.Image.Image:
+    """`PIL.Image.open` for `IMAGE_FORMATS`, without its limit of pixels, which is one for all threads."""
+    PIL.Image.init()
+    prefix = file.read(16)
+    for name in IMAGE_FORMATS:
+        factory, accept = PIL.Image.OPEN[name]
+        if accept is None or accept(prefix) is True:
+            file.seek(0)
+            return factory(file, "")
+    raise ValueError(f"no image begins with {prefix[:8]!r}")
+
+
+def download(url: str, name: str) -> bytes:
+    """The bytes at an address.
+
+    Raises:
+        OSError: If it cannot be reached, does not answer in time, or holds too much to be an image.
+    """
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "segmenter-hf"})
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+            content = response.read(MAX_DOWNLOAD_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{name}: expected an image at this address, but it cannot be had ({type(error).__name__}: {error}). Check the "
+            "address and the network, or give a file."
+        ) from error
+    if len(content) > MAX_DOWNLOAD_BYTES:
+        raise OSError(
+            f"{name}: expected an image of at most {MAX_DOWNLOAD_BYTES} bytes, got more. Download it and give the file."
+        )
+    return content
+
+
+def channel_axis(shape: tuple[int, ...], num_channels: int) -> ChannelDimension:
+    """Where the channels of an image are: the axis of `num_channels`, or else of 3, 4 or 1, the first axis before the last.
+
+    Raises:
+        ValueError: If neither axis has as many.
+    """
+    for count in dict.fromkeys((num_channels, 3, 4, 1)):
+        if shape[0] == count:
+            return ChannelDimension.FIRST
+        if shape[-1] == count:
+            return ChannelDimension.LAST
+    raise ValueError(
+        f"Expected an image of {num_channels} channels (or 1, 3 or 4), first or last; got the shape {tuple(shape)}. For other "
+        "numbers of channels give `image_mean` and `image_std` one value for each and set `do_convert_rgb=False`."
+    )
+
+
+@contextmanager
+def _value_errors() -> Iterator[None]:
+    """Report an argument of another type, which transformers has an error of its own for, as `ValueError`."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"{error.__cause__ or error}") from error
 
 
 class ScaledImage(NamedTuple):
@@ -218,6 +334,9 @@ class _SegmenterImageProcessing:
     do_reduce_labels = False
 
     def __init__(self, **kwargs: Unpack[SegmenterImageProcessorKwargs]) -> None:
+        own = SegmenterImageProcessorKwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+        with _value_errors():
+            validate_typed_dict(self.valid_kwargs, {name: kwargs[name] for name in own & kwargs.keys()})
         super().__init__(**kwargs)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
@@ -254,7 +373,8 @@ class _SegmenterImageProcessing:
             ValueError: If an argument, an image or a label map is not as described.
         """
         kwargs["return_tensors"] = return_tensors
-        return super().preprocess(images, segmentation_maps, **kwargs)
+        with _value_errors():
+            return super().preprocess(images, segmentation_maps, **kwargs)
 
     def lazy_windows(self, image: ImageInput, **kwargs: Unpack[SegmenterImageProcessorKwargs]) -> ImageWindows:
         """The windows that `preprocess` gives for one image, each made when it is asked for.
@@ -269,7 +389,9 @@ class _SegmenterImageProcessing:
         Raises:
             ValueError: If an argument or the image is not as described in `preprocess`.
         """
-        (windows,) = super().preprocess(image, None, image_like_kwargs={"lazily": True}, return_tensors="pt", **kwargs)
+        arguments = {"image_like_kwargs": {"lazily": True}, "return_tensors": "pt", **kwargs}
+        with _value_errors():
+            (windows,) = super().preprocess(image, None, **arguments)
         return windows
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:
@@ -295,6 +417,16 @@ class _SegmenterImageProcessing:
         if kwargs["resample"] not in INTERPOLATION:
             names = [method.name for method in INTERPOLATION]
             raise ValueError(f"`resample` must be one of {names}, got {kwargs['resample']!r}.")
+        for name, used, smallest in (
+            ("rescale_factor", kwargs["do_rescale"], 0),
+            ("image_mean", kwargs["do_normalize"], -math.inf),
+            ("image_std", kwargs["do_normalize"], 0),
+        ):
+            numbers = kwargs[name] if isinstance(kwargs[name], (list, tuple)) else [kwargs[name]]
+            if used and not all(isinstance(n, (int, float)) and smallest < n < math.inf for n in numbers):
+                raise ValueError(
+                    f"`{name}` must be made of finite numbers{'' if smallest else ' above 0'}, got {kwargs[name]!r}."
+                )
 
     def fetch_images(self, image_url_or_urls: ImageInput) -> ImageInput:
         """Read paths and URLs; images pass through."""
@@ -307,12 +439,19 @@ class _SegmenterImageProcessing:
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
         """A flat list of images, in which grey arrays (height, width) have a channel too."""
         images = self.fetch_images(images)
+        given = images if isinstance(images, (list, tuple)) else [images]
+        flat = [part for image in given for part in (image if isinstance(image, (list, tuple)) else [image])]
+        wrong = [type(image).__name__ for image in flat if not is_valid_image(image)]
+        if wrong or not flat:
+            raise ValueError(
+                "Expected one or more images or label maps (paths, PIL images, numpy arrays or torch tensors), got "
+                f"{wrong[0] if wrong else 'none'}."
+            )
+        if any(0 in (image.size if isinstance(image, PIL.Image.Image) else image.shape) for image in flat):
+            raise ValueError("Expected images and label maps of at least one pixel, got an empty one: leave it out.")
         if expected_ndims == 3:
-            single = not isinstance(images, (list, tuple))
-            images = [
-                image[None] if getattr(image, "ndim", 0) == 2 else image for image in ([images] if single else images)
-            ]
-            images = images[0] if single else images
+            given = [image[None] if getattr(image, "ndim", 0) == 2 else image for image in given]
+            images = given if isinstance(images, (list, tuple)) else given[0]
         return make_flat_list_of_images(images, expected_ndims=expected_ndims)
 
     def process_image(
@@ -326,14 +465,19 @@ class _SegmenterImageProcessing:
         """Bring one image to (channels, height, width), uint8 or float32."""
         if isinstance(image, PIL.Image.Image):
             image, input_data_format = pil_to_array(image, bool(do_convert_rgb)), ChannelDimension.FIRST
-        array = image.cpu().numpy() if is_torch_tensor(image) else np.asarray(image)
+        if is_torch_tensor(image):
+            image = image.detach().to("cpu")
+            image = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
+        array = np.asarray(image)
         if array.ndim == 2:
             array, input_data_format = array[None], ChannelDimension.FIRST
-        if array.ndim != 3 or 0 in array.shape:
-            raise ValueError(f"An image must have two or three dimensions, none of them empty; got {array.shape}.")
+        if array.ndim != 3:
+            raise ValueError(f"An image must have two or three dimensions, got the shape {array.shape}.")
+        if not (array.dtype == np.bool_ or issubclass(array.dtype.type, (np.integer, np.floating))):
+            raise ValueError(f"An image must hold integers, floats or booleans, got {array.dtype}.")
         if input_data_format is None:
             channels = len(self.image_mean) if isinstance(self.image_mean, Sequence) else 3
-            input_data_format = infer_channel_dimension_format(array, num_channels=(channels, 1, 3, 4))
+            input_data_format = channel_axis(array.shape, channels)
         if input_data_format == ChannelDimension.LAST:
             array = np.moveaxis(array, -1, 0)
         if np.issubdtype(array.dtype, np.floating):
@@ -350,7 +494,12 @@ class _SegmenterImageProcessing:
 
     def process_segmentation_map(self, segmentation_map: ImageInput, do_reduce_labels: bool) -> torch.Tensor:
         """Bring one label map to (height, width), int64."""
-        labels = torch.as_tensor(np.array(segmentation_map))
+        array = np.array(segmentation_map.detach().cpu() if is_torch_tensor(segmentation_map) else segmentation_map)
+        if not (array.dtype == np.bool_ or issubclass(array.dtype.type, np.integer)):
+            raise ValueError(
+                f"A segmentation map must hold integers, got {array.dtype}. Convert it to class ids first."
+            )
+        labels = torch.from_numpy(array.astype(np.int64))
         if labels.ndim == 3 and 1 in (labels.shape[0], labels.shape[-1]):
             labels = labels.squeeze(0 if labels.shape[0] == 1 else -1)
         if labels.ndim != 2:
@@ -358,9 +507,6 @@ class _SegmenterImageProcessing:
                 f"A segmentation map must have the shape (height, width), got {tuple(labels.shape)}. Convert colour-coded "
                 "masks to class ids first."
             )
-        if labels.is_floating_point() or labels.is_complex():
-            raise ValueError(f"A segmentation map must hold integers, got {labels.dtype}.")
-        labels = labels.long()
         if do_reduce_labels:
             labels = torch.where((labels == 0) | (labels == 255), 255, labels - 1)
         return labels
@@ -463,6 +609,11 @@ class _SegmenterImageProcessing:
             height, width = resized_size(height, width, int(size.shortest_edge * scale), longest_edge)
         else:
             height, width = resized_size(height, width, min(height, width) * scale)
+        if height * width > max(MAX_RESIZED_PIXELS, image.shape[-2] * image.shape[-1]):
+            raise ValueError(
+                f"An image of {image.shape[-2]} x {image.shape[-1]} pixels would become one of {height} x {width}, expected at "
+                f"most {MAX_RESIZED_PIXELS} pixels: lower `size` or `scales`, or give `size` a \"longest_edge\"."
+            )
         pixels = resize_image(image, (height, width), INTERPOLATION[resample])
         labels = None if labels is None else resize_labels(labels, (height, width))
 
@@ -476,6 +627,11 @@ class _SegmenterImageProcessing:
             height, width = smallest_side, int(width / height * smallest_side)
         else:
             height, width = int(height / width * smallest_side), smallest_side
+        if height * width > MAX_ENLARGED_PIXELS:
+            raise ValueError(
+                f"An image of {image.shape[-2]} x {image.shape[-1]} pixels is too thin for windows of {smallest_side}: it "
+                f"would become one of {height} x {width}, expected at most {MAX_ENLARGED_PIXELS} pixels. Crop or pad it."
+            )
         labels = None if labels is None else resize_labels(labels, (height, width))
         return ScaledImage(resize_image(normalize(pixels), (height, width)), None, labels)
 

@@ -27,6 +27,7 @@ import torch
 # Values of a tile: on the CPU as many as fit its cache, on a GPU enough to keep it busy.
 CPU_TILE_VALUES, GPU_TILE_VALUES = 2**17, 2**25
 CPU_TILE_HEIGHT = 32
+MAX_WINDOWS = 2**20  # of a view; their description alone takes some 100 MB
 # Softmax is taken without a pass for its maximum where no class is further than this below the best one of its patch:
 # the sum of a pixel is then at least e^-60, far from the smallest float32.
 LARGEST_SPREAD = 60.0
@@ -107,8 +108,13 @@ def window_corners(height: int, width: int, window_size: int, window_stride: int
     Raises:
         ValueError: If the windows cannot cover the image.
     """
-    lefts = window_starts(width, window_size, window_stride)
-    return [(top, left) for top in window_starts(height, window_size, window_stride) for left in lefts]
+    lefts, tops = (window_starts(side, window_size, window_stride) for side in (width, height))
+    if len(tops) * len(lefts) > MAX_WINDOWS:
+        raise ValueError(
+            f"An image of {height} x {width} pixels would have {len(tops) * len(lefts)} windows, expected at most "
+            f"{MAX_WINDOWS}: raise `window_stride`, which is {window_stride}."
+        )
+    return [(top, left) for top in tops for left in lefts]
 
 
 def linear_taps(
