@@ -1,5 +1,6 @@
 """The fields of the plain ViT / DeiT encoder that Segmenter and SETR share, and their validation."""
 
+import math
 from functools import wraps
 from typing import Literal
 
@@ -16,6 +17,11 @@ def strict_config(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
     @wraps(original_init)
     def __init__(self, *args, **kwargs) -> None:
+        labels, count = kwargs.get("id2label"), kwargs.get("num_labels")
+        if labels is not None and not (isinstance(labels, dict) and {*map(str, labels)} == {*map(str, range(len(labels)))}):
+            raise ValueError(f"{cls.__name__}: `id2label` must name the classes 0, 1, 2 and so on, got {labels!r:.200}.")
+        if count is not None and not (isinstance(count, int) and count > 0) or labels == {}:
+            raise ValueError(f"{cls.__name__}: `num_labels` must be at least 1, got {0 if labels == {} else repr(count)}.")
         try:
             original_init(self, *args, **kwargs)
         except StrictDataclassError as error:
@@ -117,8 +123,10 @@ class VitEncoderConfig(PreTrainedConfig):
         for name, value in self.to_dict().items():
             if name.endswith(("dropout_prob", "drop_path_rate")) and not 0 <= value < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {value}.")
-            if name.endswith("norm_eps") and not value > 0:
+            if name.endswith("norm_eps") and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"`initializer_range` must be at least 0, got {self.initializer_range}.")
 
     def validate_activation(self) -> None:
         """The activation is one that transformers knows."""
