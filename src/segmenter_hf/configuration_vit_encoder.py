@@ -18,10 +18,16 @@ def strict_config(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     @wraps(original_init)
     def __init__(self, *args, **kwargs) -> None:
         labels, count = kwargs.get("id2label"), kwargs.get("num_labels")
-        if labels is not None and not (isinstance(labels, dict) and {*map(str, labels)} == {*map(str, range(len(labels)))}):
-            raise ValueError(f"{cls.__name__}: `id2label` must name the classes 0, 1, 2 and so on, got {labels!r:.200}.")
+        if labels is not None and not (
+            isinstance(labels, dict) and {*map(str, labels)} == {*map(str, range(len(labels)))}
+        ):
+            raise ValueError(
+                f"{cls.__name__}: `id2label` must name the classes 0, 1, 2 and so on, got {labels!r:.200}."
+            )
         if count is not None and not (isinstance(count, int) and count > 0) or labels == {}:
-            raise ValueError(f"{cls.__name__}: `num_labels` must be at least 1, got {0 if labels == {} else repr(count)}.")
+            raise ValueError(
+                f"{cls.__name__}: `num_labels` must be at least 1, got {0 if labels == {} else repr(count)}."
+            )
         try:
             original_init(self, *args, **kwargs)
         except StrictDataclassError as error:

@@ -612,7 +612,7 @@ class _SegmenterImageProcessing:
         if height * width > max(MAX_RESIZED_PIXELS, image.shape[-2] * image.shape[-1]):
             raise ValueError(
                 f"An image of {image.shape[-2]} x {image.shape[-1]} pixels would become one of {height} x {width}, expected at "
-                f"most {MAX_RESIZED_PIXELS} pixels: lower `size` or `scales`, or give `size` a \"longest_edge\"."
+                f'most {MAX_RESIZED_PIXELS} pixels: lower `size` or `scales`, or give `size` a "longest_edge".'
             )
         pixels = resize_image(image, (height, width), INTERPOLATION[resample])
         labels = None if labels is None else resize_labels(labels, (height, width))

@@ -63,6 +63,8 @@ class LabelSet:
 
     def __post_init__(self) -> None:
         where = f"label set {self.name!r}"
+        if not isinstance(self.name, str) or not isinstance(self.title, str):
+            raise ValueError(f"{where}: name and title must be strings, got {self.name!r} and {self.title!r}.")
         if not self.labels or not all(isinstance(label, str) for label in self.labels):
             raise ValueError(f"{where}: expected at least one label and only strings, got {self.labels}.")
         repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
@@ -88,7 +90,9 @@ class LabelSet:
                 raise ValueError(f"{where}: give either reduce_labels or label_id_to_train_id, got both.")
             ids = [*self.label_id_to_train_id, *self.label_id_to_train_id.values()]
             if not ids or not all(isinstance(i, int) and abs(i) < 2**31 for i in ids):
-                raise ValueError(f"{where}: label_id_to_train_id must map integers of 32 bits to such, got {ids[:10]}.")
+                raise ValueError(
+                    f"{where}: label_id_to_train_id must map integers of 32 bits to such, got {ids[:10]}."
+                )
             wrong = set(self.label_id_to_train_id.values()) - set(range(self.num_labels)) - {self.ignore_index}
             if wrong:
                 raise ValueError(
@@ -292,11 +296,13 @@ def _from_json_object(content: Any, path: Path) -> LabelSet:
         raise ValueError(f"{path}: num_labels is {content['num_labels']}, but there are {len(labels)} labels.")
     name = content.get("name", path.stem)
     label_map = content.get("label_id_to_train_id")
+    if not isinstance(label_map, (dict, type(None))):
+        raise ValueError(f"{path}: expected an object as label_id_to_train_id, got {label_map!r:.200}.")
     return LabelSet(
         name=name,
         title=content.get("title", name),
         labels=tuple(label["name"] for label in labels),
-        colors=tuple(tuple(label["color"]) for label in labels),
+        colors=tuple(tuple(label["color"]) for label in labels if isinstance(label["color"], list)),
         ignore_index=content.get("ignore_index", 255),
         reduce_labels=content.get("reduce_labels", False),
         label_id_to_train_id=None
