@@ -178,11 +178,9 @@ def read_image(source: "str | os.PathLike", max_pixels: int | None = None) -> PI
         return decode_image(io.BytesIO(download(str(source), name)), name, max_pixels)
     if os.path.isdir(source):
         raise IsADirectoryError(f"{name}: expected an image file, got a folder. Give the files in it.")
-    try:
-        file = open(source, "rb")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name}: expected an image file, but there is none. Check the path.") from error
-    with file:
+    if not os.path.isfile(source):
+        raise FileNotFoundError(f"{name}: expected an image file, but there is none. Check the path.")
+    with open(source, "rb") as file:
         return decode_image(file, name, max_pixels)
 
 
