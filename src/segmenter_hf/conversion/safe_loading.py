@@ -94,7 +94,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             "what is in it. If you trust its author, save clones of the tensors."
         )
     meta = content.get("meta") if wrapper else None
-    return Checkpoint(path, state_dict, wrapper, meta if isinstance(meta, dict) else {}, config)
+    notes = {key: note for key, note in meta.items() if not torch.is_tensor(note)} if isinstance(meta, dict) else {}
+    return Checkpoint(path, state_dict, wrapper, notes, config)
 
 
 def is_dense(value: Any) -> bool:
