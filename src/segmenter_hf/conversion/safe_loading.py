@@ -444,7 +444,7 @@ def lookup(
     kinds = kind if isinstance(kind, tuple) else (float, int) if kind is float else (kind,)
     if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)
-        got = "nothing" if value is None else reprlib.repr(value)
+        got = "nothing" if value is None else reprlib.repr(value)[:100]
         raise ValueError(f"{where}: expected `{name}` of type {expected}, got {got}.")
     return value
 
