@@ -112,7 +112,9 @@ def test_weights_of_two_systems_in_one_file_are_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("source", [RSTRUDEL / "checkpoint.pth", PADDLE, VIT / "model.safetensors"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "source", [RSTRUDEL / "checkpoint.pth", PADDLE, VIT / "model.safetensors"], ids=lambda p: p.name
+)
 def test_half_a_checkpoint_is_refused(source, share, tmp_path) -> None:
     shutil.copytree(source.parent, tmp_path / "source")
     path = tmp_path / "source" / source.name
@@ -255,7 +257,9 @@ def test_aliases_of_yaml_that_grow_are_refused(text, tmp_path) -> None:
 
 def test_aliases_and_merge_keys_of_yaml_work(tmp_path) -> None:
     shared = [1, 2]
-    (tmp_path / "variant.yml").write_text(yaml.dump({"a": shared, "b": shared}) + "c: &c {d: 1}\ne:\n  <<: *c\n  f: 2\n")
+    (tmp_path / "variant.yml").write_text(
+        yaml.dump({"a": shared, "b": shared}) + "c: &c {d: 1}\ne:\n  <<: *c\n  f: 2\n"
+    )
     read = read_yaml(tmp_path / "variant.yml")
     assert read == {"a": [1, 2], "b": [1, 2], "c": {"d": 1}, "e": {"d": 1, "f": 2}}
 
