@@ -262,6 +262,14 @@ def test_what_would_fill_the_memory_is_refused_before_it_does() -> None:
         processor(COLOUR, size={"shortest_edge": 2000}, window_size=16, window_stride=1)
 
 
+def test_mirrored_views_of_arrays_are_seen_as_they_are(processor) -> None:
+    for image in (COLOUR, COLOUR[:, :1], COLOUR[:1]):
+        for view in (image[:, ::-1], image[::-1], image[::-1, ::-1]):
+            expected = processor(Image.fromarray(view.copy()))["pixel_values"]
+            assert torch.equal(processor(view)["pixel_values"], expected)
+            assert processor(view, view[..., 0])["labels"].shape == expected[:, 0].shape
+
+
 def test_tensors_of_any_kind_are_seen_as_pictures(processor) -> None:
     expected = processor(COLOUR)["pixel_values"]
     floats = torch.from_numpy(COLOUR).permute(2, 0, 1).float()

@@ -488,7 +488,11 @@ class _SegmenterImageProcessing:
             array = np.repeat(array, 3, axis=0)
         elif do_convert_rgb and len(array) == 4:
             array = array[:3]
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device or "cpu")
+        if (
+            not array.flags.c_contiguous or min(array.strides) < 0
+        ):  # as a mirrored image of one column may have, contiguous
+            array = array.copy()
+        return torch.from_numpy(array).to(device or "cpu")
 
     def process_segmentation_map(self, segmentation_map: ImageInput, do_reduce_labels: bool) -> torch.Tensor:
         """Bring one label map to (height, width), int64."""
