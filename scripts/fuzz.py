@@ -1,8 +1,9 @@
 """Feed the readers of checkpoints, configurations, label sets and images damaged files, for some time.
 
-    python scripts/fuzz.py --seconds 60 --output_dir outputs/fuzz
+    python scripts/fuzz.py --seconds 60 --output_dir outputs/fuzz --checkpoints tests/fixtures/*/*/checkpoint.pth
 
-Files that are good are changed at random: bytes, numbers of a header, whole ranges, the end. A reader may take a file or
+Files that are good are changed at random: bytes, numbers of a header, whole ranges, the end; and the weights and notes of
+`--checkpoints`, which may be any that can be converted: left out, renamed, exchanged, replaced by something strange. A reader may take a file or
 refuse it with one of the errors that it documents, in bounded time and memory; whatever else it does is a find. Its file is
 written to `output_dir` with a name that says what happened, and the exit status is 1. Each seed tries the same files.
 """
@@ -12,7 +13,9 @@ import io
 import json
 import pickle
 import random
+import re
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -58,6 +61,9 @@ INTERESTING = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2
 class Arguments:
     output_dir: str = field(metadata={"help": "Directory for the files that were found."})
     seconds: float = field(default=60.0, metadata={"help": "How long to go on."})
+    checkpoints: list[str] = field(
+        default_factory=list, metadata={"help": "Checkpoints whose values are changed, small ones."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the changes."})
     seconds_per_file: float = field(default=20.0, metadata={"help": "A file that takes longer is a find."})
     max_memory_gib: float = field(
@@ -165,6 +171,44 @@ def changed_within(content: bytes, others: list[bytes], rng: random.Random) -> b
     return b"".join(parts)
 
 
+STRANGE = [None, True, -1, 0, 2**70, float("nan"), "", "x" * 1000, b"", [], {}, (64, 96), [[1]], {"a": 1}, {1: 2}]
+STRANGE += [
+    torch.zeros(0),
+    torch.tensor(1.0),
+    torch.ones(3, dtype=torch.int64),
+    torch.zeros(1, 1, 1, 1),
+    torch.ones(64),
+]
+STRANGE += [torch.full((2, 2), torch.nan), torch.zeros(1).expand(10**6, 10**6), torch.eye(3).to_sparse()]
+STRANGE += [torch.ones(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.bool), torch.zeros(3, 64, 16, 16)]
+
+
+def changed_values(path: Path, rng: random.Random) -> bytes:
+    """A checkpoint with some random changes of its weights and notes."""
+    checkpoint = read_checkpoint(path)
+    weights, notes = dict(checkpoint.state_dict), dict(checkpoint.meta)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        values = rng.choice((weights, weights, notes))
+        if not values:
+            continue
+        name = rng.choice(list(values))
+        value = values.pop(name)
+        kind = rng.randrange(5)
+        if kind == 1:
+            values[rng.choice((name + ".x", name.replace("weight", "bias"), re.sub(r"\d", "7", name)))] = value
+        elif kind == 2 and values:
+            values[name] = values[rng.choice(list(values))]
+        elif kind == 3 and isinstance(value, torch.Tensor) and value.ndim:
+            values[name] = rng.choice(
+                (value[None], value.flatten(), value[:1], value.half(), value.int(), value[..., :0])
+            )
+        elif kind:
+            values[name] = rng.choice(STRANGE)
+    buffer = io.BytesIO()
+    torch.save({"model" if checkpoint.wrapper == "model" else "state_dict": weights, "meta": notes}, buffer)
+    return buffer.getvalue()
+
+
 def readers(folder: Path) -> dict[str, Callable[[Path], object]]:
     """What reads a file, by its ending."""
     processor = SegmenterImageProcessor(
@@ -173,7 +217,7 @@ def readers(folder: Path) -> dict[str, Callable[[Path], object]]:
 
     def checkpoint(path: Path) -> None:
         read_checkpoint(path)
-        convert_checkpoint(path, folder / "converted")
+        convert_checkpoint(path, folder / "converted", overwrite=True)
 
     found = dict.fromkeys(IMAGES, lambda path: processor(path))
     found |= dict.fromkeys(("pth", "safetensors", "npz", "pdparams"), checkpoint)
@@ -193,8 +237,14 @@ def fuzz(args: Arguments, folder: Path) -> tuple[Counter, int]:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     outcomes, finds, end = Counter(), 0, time.monotonic() + args.seconds
     while time.monotonic() < end:
-        name = rng.choice(list(files))
-        content = rng.choice((changed, changed_within))(files[name], list(files.values()), rng)
+        if args.checkpoints and rng.random() < 0.5:
+            source = Path(rng.choice(args.checkpoints))
+            name, content = f"{source.parent.name}.pth", changed_values(source, rng)
+            if (source.parent / "variant.yml").is_file():
+                shutil.copy(source.parent / "variant.yml", folder)
+        else:
+            name = rng.choice(list(files))
+            content = rng.choice((changed, changed_within))(files[name], list(files.values()), rng)
         current = output_dir / f"running-{name}"
         output_dir.mkdir(parents=True, exist_ok=True)
         current.write_bytes(content)  # is left behind by a crash or a hang
