@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor, image_processing_segmenter
-from segmenter_hf.image_processing_segmenter import read_image
+from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor, image_reading
+from segmenter_hf.image_reading import read_image
 from segmenter_hf.label_sets import load_label_set
 from segmenter_hf.prediction import predict_files, segment_images
 
@@ -185,7 +185,7 @@ def test_an_address_gives_what_the_file_gives(processor, server, tmp_path, monke
         processor(f"{server}/page.png")
     with pytest.raises(OSError, match="missing.png: expected an image at this address.*404"):
         processor(f"{server}/missing.png")
-    monkeypatch.setattr(image_processing_segmenter, "MAX_DOWNLOAD_BYTES", 100)
+    monkeypatch.setattr(image_reading, "MAX_DOWNLOAD_BYTES", 100)
     with pytest.raises(OSError, match="deep.png: expected an image of at most 100 bytes"):
         processor(f"{server}/deep.png")
 

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy, interpolate
 from transformers import AutoConfig
 
 from segmenter_hf import SegmenterConfig, SegmenterImageProcessor, SetrConfig
-from segmenter_hf.image_processing_segmenter import channel_axis, pil_to_array, resized_size, to_uint8
+from segmenter_hf.image_processing_segmenter import resized_size
+from segmenter_hf.image_reading import channel_axis, pil_to_array, to_uint8
 from segmenter_hf.label_sets import LabelSet, load_label_set, map_labels
 from segmenter_hf.metrics import MeanIoU, confusion_matrix, scores_from_confusion_matrix
 from segmenter_hf.segmentation_loss import upsampled_cross_entropy

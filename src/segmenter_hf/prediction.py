@@ -18,7 +18,8 @@ from transformers import (
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 
 from .files import replaced_file
-from .image_processing_segmenter import ImageWindows, pil_to_array, read_image
+from .image_processing_segmenter import ImageWindows
+from .image_reading import pil_to_array, read_image
 from .label_sets import LabelSet, label_set_of_model, load_label_set
 from .sliding_window import Window, WindowMerger
 from .visualization import label_map_image, overlay, with_legend
