@@ -14,7 +14,7 @@ MODEL_FILES = {
     path.stem
     for pattern in ("configuration_*.py", "modeling_*.py", "image_processing_*.py")
     for path in SOURCE.glob(pattern)
-} | {"segmentation_loss", "sliding_window"}
+} | {"image_reading", "segmentation_loss", "sliding_window"}
 CONVERSION = {path.stem for path in (SOURCE / "conversion").glob("*.py")} - {"__init__"}
 # Each file may import those of the package that are named with it, and whatever these may import.
 ALLOWED = {
