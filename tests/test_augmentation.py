@@ -257,7 +257,8 @@ def test_each_distortion_happens_half_of_the_time(monkeypatch):
         assert low <= drawn.min() < low + 0.02 * (high - low) and high >= drawn.max() > high - 0.02 * (high - low)
         assert abs(drawn.mean() - (low + high) / 2) < 0.05 * (high - low)
     assert 430 < contrast_first < 570
-    assert len(together) == 16 and 80 < min(together.values()) and max(together.values()) < 170  # independent of each other
+    assert len(together) == 16  # each of the four whatever the others
+    assert min(together.values()) > 80 and max(together.values()) < 170
 
 
 def test_distortion_keeps_shape_and_dtype_and_often_leaves_grey_alone():

@@ -211,7 +211,7 @@ def _metadata_split(root: Path, folder: Path, columns: tuple[str, str]) -> Folde
         return None
     image_keys = (f"{columns[0]}_file_name", "image_file_name", "file_name")
     mask_keys = (f"{columns[1]}_file_name", "mask_file_name", "annotation_file_name", "label_file_name")
-    split = FolderSplit({}, {}, f"{file}, as mask_file_name")
+    split = FolderSplit({}, {}, f"{file}, named by {', '.join(dict.fromkeys(mask_keys))}")
     for where, row in _metadata_rows(file):
         image, mask = (next((row[key] for key in keys if row.get(key)), None) for keys in (image_keys, mask_keys))
         if not isinstance(image, str) or not isinstance(mask, str | None):
@@ -273,7 +273,10 @@ def _dataset_of_pairs(files: FolderSplit, image_column: str, label_column: str) 
     ):
         lonely = [str(ours[name]) for name in sorted(ours.keys() - others.keys())]
         if lonely:
-            raise ValueError(f"{len(lonely)} {what} are without {lacking}: {', '.join(lonely[:_NUM_SHOWN])}.")
+            raise ValueError(
+                f"{len(lonely)} {what} are without {lacking}: {', '.join(lonely[:_NUM_SHOWN])}. Add what is missing, or "
+                f"take these {what} away."
+            )
     names = sorted(files.images)
     stems = [name.rpartition("/")[2] for name in names]
     columns = {
