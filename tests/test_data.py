@@ -365,6 +365,17 @@ def test_a_label_set_is_applied_before_the_check():
     assert report.pixels_per_class[[0, 149]].tolist() == [18, 18] and report.num_ignored_pixels == 18
 
 
+def test_class_ids_under_the_label_map_of_other_ids_are_suspected(caplog):
+    label_set = load_label_set("cityscapes")
+    train_ids = np.resize(np.array([0, 1, 7, 18, 255], np.uint8), (HEIGHT, WIDTH))
+    check_masks(dataset_of([train_ids]), 19, label_set, show_progress=False)
+    assert "The stored ids end at 18, but the label set 'cityscapes' maps ids up to 33" in caplog.text
+    caplog.clear()
+    check_masks(dataset_of([train_ids, train_ids + 15]), 19, label_set, show_progress=False)
+    check_masks(dataset_of([train_ids % 11]), 11, load_label_set("camvid"), show_progress=False)
+    assert not caplog.text
+
+
 def test_number_of_labels_is_read_from_the_masks():
     masks = dataset_of([mask_array(0, 3), mask_array(1, 7), np.full((HEIGHT, WIDTH), 255, np.uint8)])
     assert infer_num_labels(masks, show_progress=False) == 7

@@ -8,6 +8,7 @@ into arrays.
 import io
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -476,10 +477,12 @@ def check_masks(
         ignore_index = label_set.ignore_index
     counts = np.zeros((2, num_labels), dtype=np.int64)
     report = MaskReport(num_labels, ignore_index, pixels_per_class=counts[0], images_per_class=counts[1])
-    for i, (name, ids, problem) in enumerate(
+    mapped_ids = set()
+    for i, (name, ids, mapped, problem) in enumerate(
         _class_counts(dataset, label_set, ignore_index, reduce_labels, max_images, show_progress)
     ):
         report.num_images += 1
+        mapped_ids.update(mapped)
         wrong = {}
         for class_id, num_pixels in ids.items():
             if class_id == ignore_index:
@@ -493,6 +496,16 @@ def check_masks(
             problem = f"{name}: ids {sorted(wrong)[:20]} in {sum(wrong.values())} pixels"
         if problem:
             report.problems.append(f"example {i}, {problem}")
+    mapped_ids.discard(ignore_index)
+    if mapped_ids and max(mapped_ids) < num_labels <= max(label_set.label_id_to_train_id):
+        logger.warning(
+            "The stored ids end at %d, but the label set %r maps ids up to %d to its %d classes. If the masks hold class ids "
+            "already, use a label set without label_id_to_train_id.",
+            max(mapped_ids),
+            label_set.name,
+            max(label_set.label_id_to_train_id),
+            num_labels,
+        )
     return report
 
 
@@ -510,7 +523,7 @@ def infer_num_labels(
         `ValueError`: If a mask cannot be decoded, or no pixel belongs to a class.
     """
     largest = -1
-    for _, ids, problem in _class_counts(dataset, None, ignore_index, reduce_labels, max_images, show_progress):
+    for _, ids, _, problem in _class_counts(dataset, None, ignore_index, reduce_labels, max_images, show_progress):
         if problem:
             raise ValueError(problem)
         largest = max(largest, *(class_id for class_id in ids if class_id != ignore_index), -1)
@@ -528,8 +541,8 @@ def _class_counts(
     reduce_labels: bool,
     max_images: int | None,
     show_progress: bool,
-) -> Iterator[tuple[str, dict[int, int], str]]:
-    """Yields per example its name, the number of pixels of each id, and what is wrong with it ("" if nothing)."""
+) -> Iterator[tuple[str, dict[int, int], list[int], str]]:
+    """Yields per example its name, pixels of each id, stored ids that a label map applied to, and what is wrong or ""."""
     length = len(dataset) if isinstance(dataset, datasets.Dataset) else None
     total = max_images if length is None else min(length, max_images or length)
     rows = itertools.islice(dataset, max_images)
@@ -538,8 +551,12 @@ def _class_counts(
         try:
             stored = _stored_ids(_open_pair(example)[1], name)
         except ValueError as error:
-            yield name, {}, str(error)
+            yield name, {}, [], str(error)
             continue
-        ids = _class_ids(stored, _label_set_of(example, label_set), ignore_index, reduce_labels)
-        values, counts = np.unique(ids, return_counts=True)
-        yield name, dict(zip(values.tolist(), counts.tolist())), ""
+        values, counts = np.unique(stored, return_counts=True)
+        label_set_here = _label_set_of(example, label_set)
+        ids = Counter()
+        for class_id, count in zip(_class_ids(values, label_set_here, ignore_index, reduce_labels), counts.tolist()):
+            ids[int(class_id)] += count
+        is_mapped = label_set_here is not None and label_set_here.label_id_to_train_id is not None
+        yield name, ids, values.tolist() if is_mapped else [], ""
