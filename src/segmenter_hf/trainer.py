@@ -90,14 +90,18 @@ class TrainingExamples(Dataset):
 
 
 class StreamedTrainingExamples(IterableDataset):
-    """[`TrainingExamples`] of a stream, shuffled in a buffer; workers share its files.
+    """[`TrainingExamples`] of a stream, shuffled in a buffer. Workers share its rows: each row comes once in an epoch.
 
     Args:
         examples (`TrainingExamples`): What makes crops of rows; its dataset is a `datasets.IterableDataset`.
+        share_files (`bool`, defaults to `True`): Whether workers may share the files of the stream, where these are enough.
+            Else each reads all rows and makes crops of its own. Of `dataset.take(n)`, files cannot be shared: `datasets`
+            would take a part of the n rows from each worker's files, however few they hold.
     """
 
-    def __init__(self, examples: TrainingExamples) -> None:
+    def __init__(self, examples: TrainingExamples, share_files: bool = True) -> None:
         self.examples = examples
+        self.share_files = share_files
         self._rows = examples.dataset.shuffle(seed=examples.seed, buffer_size=SHUFFLE_BUFFER)
 
     def set_epoch(self, epoch: int) -> None:
@@ -108,8 +112,10 @@ class StreamedTrainingExamples(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         info = get_worker_info()
         worker, rows = 0 if info is None else info.id, self._rows
-        if info is not None and rows.num_shards < info.num_workers:  # more workers than files: each takes its rows
-            rows = itertools.islice(rows, worker, None, info.num_workers)
+        if info is not None and not (self.share_files and rows.num_shards >= info.num_workers):
+            # A loop over the rows would get those of the worker's files alone; `iter` gives all of them to each worker.
+            batches = itertools.islice(rows.iter(batch_size=1), worker, None, info.num_workers)
+            rows = ({name: values[0] for name, values in batch.items()} for batch in batches)
         for number, row in enumerate(rows):
             yield self.examples.crop(row, worker, number)
 

@@ -93,10 +93,12 @@ def train_segmenter(
     ):  # only the class token of a model that goes without it is unused
         training_args.ddp_find_unused_parameters = not model.config.use_class_token
     examples = TrainingExamples(train_set, label_set, augmentation, processor, training_args.seed)
+    if data_args.streaming:
+        examples = StreamedTrainingExamples(examples, share_files=data_args.max_train_samples is None)
     trainer = SegmentationTrainer(
         model=model,
         args=training_args,
-        train_dataset=StreamedTrainingExamples(examples) if data_args.streaming else examples,
+        train_dataset=examples,
         eval_dataset=EvaluationExamples(validation_set, label_set),
         processing_class=processor,
         label_set=label_set,
