@@ -29,6 +29,7 @@ ALLOWED = {
     "attention": MODEL_FILES | {"label_sets", "visualization"},
     "prediction": MODEL_FILES | {"attention", "files", "label_sets", "visualization"},
     "evaluation": {"data", "files", "label_sets", "metrics", "prediction", "visualization"},
+    "dataset_prediction": {"data", "files", "label_sets", "prediction", "visualization"},
     "onnx_export": {"files", "label_sets", "prediction"},
     "published_models": set(),
     "model_card": {"evaluation", "files", "label_sets", "published_models", "scenes"},
