@@ -295,7 +295,7 @@ def predict_dataset(
     if not re.fullmatch(r"\w[\w.-]*", split):
         raise ValueError(f"`split` must be the name of a split, which files can be named by; got {split!r}.")
     model.eval()
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # or else processes on CPUs do not know of each other
     folder = Path(output_dir)
     record = {
         "model": model.name_or_path,
