@@ -327,7 +327,7 @@ def predict_dataset(
         unit="image",
         disable=not (show_progress and state.is_main_process),
     ) as progress:
-        turn = itertools.count()
+        turn, chunk = itertools.count(), None
         for chunk, of_chunk in itertools.groupby(rows, lambda row: row.index // rows_per_file):
             if chunk in done or next(turn) % state.num_processes != state.process_index:
                 continue
@@ -351,21 +351,20 @@ def predict_dataset(
             else:
                 num_images += write_pngs(path.with_name(f"{path.name}.json"), labelled, failures)
             unreadable += failures
+    if chunk is None:
+        raise ValueError("The split has no images: check the name of the data set and of the split.")
     if state.num_processes > 1:
         gathered = gather_object([(num_images, unreadable)])
         num_images = sum(count for count, _ in gathered)
         unreadable = [row for _, of_process in gathered for row in of_process]
     unreadable += [row for _, of_chunk in done.values() for row in of_chunk]
-    result = DatasetPrediction(
+    return DatasetPrediction(
         num_images=num_images,
         num_skipped=sum(count for count, _ in done.values()),
         seconds=time.perf_counter() - started,
         num_processes=state.num_processes,
         unreadable=sorted(unreadable, key=lambda row: row["index"]),
     )
-    if not (result.num_images or result.num_skipped or unreadable):
-        raise ValueError("The split has no images: check the name of the data set and of the split.")
-    return result
 
 
 def _share(dataset: AnyDataset, rows_per_file: int, done: dict[int, Any], state: PartialState) -> int | None:
