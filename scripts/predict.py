@@ -9,6 +9,8 @@ PNG files. What is there already is not done again, so an interrupted run is con
 
     accelerate launch --num_processes 8 scripts/predict.py --model_name_or_path org/segmenter-vit-l-mask \
         --dataset_name org/photos --split train --output_dir outputs/photo_labels
+
+Without GPUs accelerate starts one process only: `python -m torch.distributed.run --nproc_per_node 2 scripts/predict.py ...`.
 """
 
 import sys
