@@ -26,10 +26,11 @@ ALLOWED = {
     "visualization": {"label_sets"},
     "scenes": {"files"},
     "folder_layouts": set(),
-    "data": {"folder_layouts", "scenes", "label_sets"},
+    "data": {"folder_layouts", "image_reading", "scenes", "label_sets"},
     "attention": MODEL_FILES | {"label_sets", "visualization"},
     "prediction": MODEL_FILES | {"attention", "files", "label_sets", "visualization"},
     "evaluation": {"data", "files", "label_sets", "metrics", "prediction", "visualization"},
+    "dataset_prediction": MODEL_FILES | {"data", "files", "label_sets", "prediction", "visualization"},
     "onnx_export": {"files", "label_sets", "prediction"},
     "published_models": set(),
     "model_card": {"evaluation", "files", "label_sets", "published_models", "scenes"},
@@ -40,7 +41,7 @@ ALLOWED = {
     "trainer": MODEL_FILES
     | {"augmentation", "data", "evaluation", "files", "label_sets", "metrics", "publishing", "visualization"},
     "training": MODEL_FILES
-    | {"augmentation", "data", "evaluation", "files", "label_sets", "model_card", "publishing"}
+    | {"augmentation", "data", "evaluation", "files", "label_sets", "model_card", "prediction", "publishing"}
     | {"recipes", "trainer", "training_arguments"},
     "demo": {"attention", "label_sets", "prediction", "recipes", "scenes", "training", "visualization"},
     "__init__": MODEL_FILES | {"conversion"},

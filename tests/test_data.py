@@ -234,11 +234,29 @@ def test_a_float_mask_is_refused():
         decode_example(row)
 
 
-def test_grey_images_become_rgb_and_deep_ones_are_refused():
+def test_grey_images_become_rgb_and_deep_ones_are_scaled():
     grey = image_array()[..., 0]
-    assert np.array_equal(decode_example(example(mask_array(), grey))[0], np.repeat(grey[..., None], 3, axis=2))
-    with pytest.raises(ValueError, match="8 bits per channel"):
-        decode_example(example(mask_array(), grey.astype(np.uint16) * 256))
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    assert np.array_equal(decode_example(example(mask_array(), grey))[0], expected)
+    deep = grey.astype(np.uint16) * 257
+    assert np.array_equal(decode_example(example(mask_array(), deep))[0], expected)
+    row = {"image": Image.fromarray(grey.astype(np.float32)), "annotation": Image.fromarray(mask_array())}
+    with pytest.raises(ValueError, match="8 or 16 bits per channel, got floats"):
+        decode_example(row)
+
+
+def test_a_row_asks_no_server():
+    row = example(mask_array()) | {"image": {"bytes": None, "path": "http://127.0.0.1:9/a.png"}}
+    with pytest.raises(ValueError, match="expected an image in the row, got an address"):
+        decode_example(row)
+
+
+def test_postscript_in_a_row_is_not_handed_to_a_program():
+    row = example(mask_array()) | {
+        "image": {"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "path": None}
+    }
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        decode_example(row)
 
 
 def test_pil_images_are_accepted():

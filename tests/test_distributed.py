@@ -74,7 +74,7 @@ def test_two_processes_count_what_one_counts_of_three_images(runs) -> None:
 
 def test_the_script_for_evaluation_gives_the_same_results_in_two_processes(runs) -> None:
     launched = runs["one"].parent / "evaluated"
-    launch(
+    printed = launch(
         "scripts/evaluate.py",
         "--model_name_or_path",
         str(runs["one"]),
@@ -107,6 +107,7 @@ def test_the_script_for_evaluation_gives_the_same_results_in_two_processes(runs)
         check=True,
         capture_output=True,
     )
+    assert "2/2" in printed and "3/3" not in printed  # each took its share
     together, expected = (json.loads((folder / "results.json").read_text()) for folder in (launched, alone))
     assert together == expected and expected["num_images"] == 3 and len(expected["worst_images"]) == 3
     assert (launched / "worst.png").read_bytes() == (alone / "worst.png").read_bytes()

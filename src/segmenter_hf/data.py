@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
 
 from .folder_layouts import TRAIN_IDS_ENDING, load_folder
+from .image_reading import IMAGE_FORMATS, pil_to_array
 from .label_sets import LabelSet, map_labels
 from .scenes import embedded_scenes
 
@@ -240,11 +241,11 @@ def decode_example(
         `ValueError`: If a file cannot be decoded, is of an unexpected kind, or the sizes of image and mask differ.
     """
     image, mask = _open_pair(example)
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{_name_of(example)}: expected an image of 8 bits per channel, got mode {image.mode}.")
+    if image.mode == "F":
+        raise ValueError(f"{_name_of(example)}: expected an image of 8 or 16 bits per channel, got floats.")
     stored = _stored_ids(mask, _name_of(example, "annotation"))
     with _naming_damaged_files(_name_of(example, "image")):
-        pixels = np.asarray(image.convert("RGB"))
+        pixels = np.ascontiguousarray(np.moveaxis(pil_to_array(image, do_convert_rgb=True), 0, -1))
     return pixels, _class_ids(stored, _label_set_of(example, label_set), ignore_index, reduce_labels)
 
 
@@ -273,9 +274,11 @@ def _open_image(example: dict[str, Any], column: str) -> Image.Image:
     with _naming_damaged_files(_name_of(example, column)):
         content = value["bytes"]
         if content is None:
+            if str(value["path"]).startswith(("http://", "https://", "ftp://")):  # a stranger's rows ask no servers
+                raise ValueError(f"{value['path']}: expected an image in the row, got an address. Download it first.")
             with fsspec.open(value["path"], "rb") as file:
                 content = file.read()
-        return Image.open(io.BytesIO(content))
+        return Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
 
 
 @contextmanager

@@ -75,6 +75,11 @@ def describe_protocol(
     }
 
 
+def process_state() -> PartialState:
+    """Which of how many processes this is, as `accelerate launch` or `torch.distributed.run` started them."""
+    return PartialState(cpu=not torch.cuda.is_available())  # or else processes on CPUs do not know of each other
+
+
 def load_model(
     name_or_path: str | Path,
     label_set: str | None = None,
@@ -103,9 +108,7 @@ def load_model(
     Raises:
         ImportError: If `int8` is wanted and torchao is missing.
     """
-    device = device or (
-        PartialState().device if torch.cuda.is_available() else "cpu"
-    )  # of this process, if there are several
+    device = device or process_state().device
     arguments: dict[str, Any] = {"dtype": dtype}
     if int8:
         try:

@@ -68,11 +68,11 @@ class TrainingExamples(Dataset):
         self.augmentation = augmentation
         self.processor = processor
         self.seed = seed
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers may live for all epochs
 
     def set_epoch(self, epoch: int) -> None:
         """Give every epoch its own draws."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -84,7 +84,9 @@ class TrainingExamples(Dataset):
     def crop(self, row: dict[str, Any], *numbers: int) -> dict[str, torch.Tensor]:
         """An augmented crop of a row; the numbers tell its draws from those of other rows."""
         image, labels = decode_example(row, self.label_set)
-        image, labels = self.augmentation(image, labels, np.random.default_rng((self.seed, self.epoch, *numbers)))
+        image, labels = self.augmentation(
+            image, labels, np.random.default_rng((self.seed, int(self._epoch), *numbers))
+        )
         inputs = self.processor(image, labels, do_resize=False, do_split_windows=False)
         return {"pixel_values": inputs["pixel_values"][0], "labels": inputs["labels"][0]}
 

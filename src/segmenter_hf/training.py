@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -21,6 +20,7 @@ from .files import move_files
 from .image_processing_segmenter import SegmenterImageProcessor
 from .label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, load_label_set
 from .model_card import CardFacts, hub_name, recorded_result, write_model_card
+from .prediction import process_state
 from .publishing import PREDICTIONS_PICTURE
 from .recipes import RECIPE_FILE, check_same_run, resolved_recipe, save_recipe
 from .trainer import (
@@ -233,7 +233,7 @@ def scan_masks(
         return None
     if limit is None and data_args.streaming:
         limit = STREAM_SCAN
-    state, reports = PartialState(), [None]
+    state, reports = process_state(), [None]
     if state.is_main_process:
         for split, dataset in ((data_args.train_split, train_set), (data_args.validation_split, validation_set)):
             reports.append(check_masks(dataset, label_set.num_labels, label_set, max_images=limit))
