@@ -375,7 +375,7 @@ def write_pairs(folder: Path, sizes: dict[str, tuple[int, int]], value: int = 0)
 def test_an_empty_split_is_refused_with_what_was_expected(tmp_path) -> None:
     for folder in ("images/train", "masks/train"):
         (tmp_path / folder).mkdir(parents=True)
-    with pytest.raises(ValueError, match="expected train-.*parquet, metadata.jsonl, or images"):
+    with pytest.raises(ValueError, match="expected train-.*parquet, metadata.jsonl, images"):
         load_segmentation_datasets(str(tmp_path), splits=["train"])
     write_pairs(tmp_path / "train", {"a": (4, 5)})
     with pytest.raises(ValueError, match=r"has no split \['validation'\], only \['train'\].*validation_fraction"):

@@ -83,8 +83,7 @@ def test_what_is_processed_and_merged_has_the_size_of_each_image(processor, size
     assert [tuple(segmentation.shape) for segmentation, _ in merged] == sizes
     for segmentation, scores in merged:
         torch.testing.assert_close(scores.sum(0), torch.ones(segmentation.shape), rtol=0, atol=1e-5)
-        assert torch.equal(segmentation, scores.argmax(0)) or num_labels > 1
-        assert 0 <= segmentation.min() <= segmentation.max() < num_labels
+        assert 0 <= segmentation.min() <= segmentation.max() < max(num_labels, 2)  # one class has a background
 
 
 @few

@@ -101,7 +101,7 @@ def write_parquet(folder: Path, rows: int = 2, **columns) -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "more", "message"),
     [
-        (0, {}, [], "no images|corresponds to no data"),
+        (0, {}, [], "the split 'train' has no rows"),
         (2, {}, ["--label_column", "mask"], "has no column 'mask'.*--image_column and --label_column"),
         (2, {}, ["--validation_split", "dev"], "has no split"),
         (2, {"annotation": [None, None]}, [], "the row has no annotation. Give it one"),

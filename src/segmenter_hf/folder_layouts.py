@@ -29,6 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import datasets
+import pyarrow.parquet as pq
 
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,10 @@ def load_folder(
     for split, files in found.items():
         if isinstance(files, list):
             parquet = {split: [str(file) for file in files]}
+            if not any(pq.read_metadata(file).num_rows for file in files):
+                raise ValueError(
+                    f"{files[0]}: the split {split!r} has no rows. Write the images into it, or ask for another."
+                )
             loaded[split] = datasets.load_dataset("parquet", data_files=parquet, split=split, streaming=streaming)
         elif files.masks:
             loaded[split] = _dataset_of_pairs(files, *columns)
