@@ -10,6 +10,8 @@ classes. Peers that are not installed are left out with a message: `pip install 
 
 import gc
 import importlib.util
+import io
+import itertools
 import json
 import platform
 import statistics
@@ -30,16 +32,20 @@ import evaluate
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch.nn.functional import cross_entropy, interpolate
 from transformers import HfArgumentParser, SegformerImageProcessor
 
 import segmenter_hf
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
+from segmenter_hf.augmentation import SegmentationAugmentation
 from segmenter_hf.files import write_json, write_text
+from segmenter_hf.label_sets import label_set_from_names
 from segmenter_hf.metrics import MeanIoU
 from segmenter_hf.prediction import MULTI_SCALES, segment_images
 from segmenter_hf.segmentation_loss import upsampled_cross_entropy
 from segmenter_hf.sliding_window import merge_windows
+from segmenter_hf.trainer import TrainingExamples
 
 
 SIZES = {"T": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
@@ -52,7 +58,7 @@ class Arguments:
     task: list[str] = field(
         default_factory=lambda: ["all"],
         metadata={
-            "help": "predict, predict_ms, loss, train_step, metric, preprocess, growth, growth_of_loss, large; all."
+            "help": "predict, predict_ms, loss, train_step, augment, metric, preprocess, growth, growth_of_loss, large; all."
         },
     )
     sizes: list[str] = field(default_factory=lambda: ["T"], metadata={"help": "Sizes of the network: T, S, B, L."})
@@ -444,6 +450,29 @@ def train_step(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
         )
 
 
+def augment(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
+    """The crops of a step, as one worker makes them of encoded rows; no peer."""
+    rows = datasets.Dataset.from_dict(
+        {"image": [encoded(make_image(), "JPEG")], "annotation": [encoded(make_label_map(0), "PNG")]}
+    )
+    augmentation = SegmentationAugmentation(crop_size=512, size=512, max_ratio=4.0)
+    label_set = label_set_from_names([str(index) for index in range(NUM_LABELS)])
+    examples = TrainingExamples(rows, label_set, augmentation, SegmenterImageProcessor(), seed=0)
+    numbers = itertools.count()
+
+    def crops() -> list[dict[str, torch.Tensor]]:
+        return [examples.crop(rows[0], next(numbers)) for _ in range(4)]
+
+    yield bench.compare("augment", "4 crops of 512x512, JPEG and PNG decoded, one process", "-", crops, None)
+
+
+def encoded(pixels: np.ndarray, file_format: str) -> dict[str, bytes | None]:
+    """A picture as a row of a data set holds it."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=file_format)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
 def metric(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
     """Mean IoU of a map of 512x683."""
     prediction, reference = make_label_map(1), make_label_map(2)
@@ -557,6 +586,7 @@ TASKS: dict[str, Callable[[Bench, Sequence[str]], Iterator[Row]]] = {
     "predict_ms": predict_ms,
     "loss": loss,
     "train_step": train_step,
+    "augment": augment,
     "metric": metric,
     "preprocess": preprocess,
     "growth": growth,

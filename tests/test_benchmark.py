@@ -18,7 +18,7 @@ def test_both_sides_give_the_same_results(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(benchmark, "NUM_LABELS", 7)
     monkeypatch.setattr(benchmark, "SIZES", {"T": (16, 1, 2)})
     path = tmp_path / "rows.json"
-    tasks = ["predict", "metric", "preprocess"]
+    tasks = ["predict", "augment", "metric", "preprocess"]
     benchmark.main(["--task", *tasks, "--repeats", "1", "--json", str(path), "--output_dir", str(tmp_path)])
     written = json.loads(path.read_text())
     assert written["machine"]["repeats"] == 1
