@@ -31,15 +31,11 @@ if __name__ == "__main__":
 
 from segmenter_hf.conversion.pretrained import resolve_model
 from segmenter_hf.evaluation import as_percent
-from segmenter_hf.recipes import load_recipes, parse_training_arguments
+from segmenter_hf.recipes import parse_training_arguments
 from segmenter_hf.training import train_segmenter
 
 
 def main() -> None:
-    if "--list_recipes" in sys.argv:
-        for name, recipe in load_recipes().items():
-            print(f"{name:<28} {recipe['description']} ({recipe['source']})")
-        return
     try:
         model_args, data_args, training_args = parse_training_arguments(sys.argv[1:])
         if model_args.model_name_or_path is not None:
