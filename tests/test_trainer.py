@@ -39,9 +39,6 @@ class FixedExamples(torch.utils.data.Dataset):
             for pixels, mask in zip(pixel_values, labels)
         ]
 
-    def set_epoch(self, epoch: int) -> None:
-        pass
-
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -126,7 +126,8 @@ class _SetEpoch(TrainerCallback):
     """Tells the training set which epoch it is before the workers start."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader: DataLoader | None = None, **kwargs) -> None:
-        train_dataloader.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 class _StopAtNan(TrainerCallback):
@@ -211,8 +212,9 @@ class SegmentationTrainer(Trainer):
         self.metric = MeanIoU(label_set.num_labels, label_set.ignore_index)
         self._partial: Path | None = None
         self._whole_model: PreTrainedModel | None = None
-        super().__init__(compute_metrics=self.add_counts, callbacks=[_SetEpoch(), _StopAtNan()], **kwargs)
-        self.add_callback(_ShowProgress(self))
+        super().__init__(compute_metrics=self.add_counts, **kwargs)
+        for callback in (_SetEpoch(), _StopAtNan(), _ShowProgress(self)):
+            self.add_callback(callback)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimiser, with a learning rate of their own for the heads where the arguments say so."""
