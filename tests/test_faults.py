@@ -1,6 +1,5 @@
 """Killed, out of disk, out of memory, or told to write where nobody can: what is there is whole, and the message helps."""
 
-import contextlib
 import multiprocessing
 import os
 import resource
@@ -123,7 +122,8 @@ def limit_memory(more: int) -> None:
 
 def publish_to(endpoint: str, folder: Path) -> None:
     """Use a Hub on this machine, and a folder of the test for temporary files."""
-    constants.ENDPOINT, constants.HF_HUB_OFFLINE, os.environ["HF_TOKEN"] = endpoint, False, TOKEN
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = endpoint, False, True
+    os.environ |= {"HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}
     tempfile.tempdir = str(folder)
 
 
@@ -184,7 +184,8 @@ def undisturbed(tmp_path_factory) -> Callable[[str], dict[str, bytes]]:
 def test_killed_while_it_writes_a_command_leaves_whole_files_and_works_again(name, folder, undisturbed) -> None:
     wanted = undisturbed(name)
     at_once = name not in ("evaluate", "predict")  # the others write file by file
-    for kind, number in (("open", 0), ("os.rename", 0), ("open", 1)):  # one after the other, over what was left
+    moments = [("open", 0), ("os.rename", 0), ("open", 1)]
+    for kind, number in moments[1:2] if name == "export_onnx" else moments:  # over what the one before left
         code, printed = run(name, folder, kill_at, folder, kind, number)
         assert code == -signal.SIGKILL, printed
         left = contents(folder / "out")
@@ -215,8 +216,7 @@ def test_a_push_that_is_killed_makes_no_commit_and_succeeds_later(folder, monkey
     def wait(handler: Handler) -> None:
         arrived.set()
         killed.wait(300)
-        with contextlib.suppress(OSError):  # nobody listens
-            put(handler)
+        handler.close_connection = True
 
     words = "--checkpoint_dir model --hub_model_id org/scenes"
     with running_hub() as hub:
@@ -262,11 +262,13 @@ def test_on_a_full_disk_a_command_says_what_it_could_not_write_and_leaves_nothin
 
 def test_a_full_disk_names_what_may_be_deleted(tmp_path) -> None:
     (tmp_path / ".model-partial-x").mkdir()
-    with pytest.raises(
-        OSError, match=r"model could not be written: .*File too large.*be deleted.*: \.model-partial-x\.$"
-    ):  # noqa: SIM117
-        with replaced_directory(tmp_path / "model"):
-            raise RuntimeError("I/O error: File too large (os error 27)")
+    with (
+        pytest.raises(
+            OSError, match=r"model could not be written: .*File too large.*be deleted.*: \.model-partial-x\.$"
+        ),
+        replaced_directory(tmp_path / "model"),
+    ):
+        raise RuntimeError("I/O error: File too large (os error 27)")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -357,3 +359,28 @@ def test_only_mistakes_of_the_user_lose_their_traceback(monkeypatch) -> None:
     monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
     with pytest.raises(ValueError, match="wrong"):
         command()(main)(ValueError("wrong"))
+
+
+# The same again
+
+
+def test_predictions_repeat_to_the_bit_and_to_rounding_in_other_batches(folder) -> None:
+    model = SegmenterForSemanticSegmentation.from_pretrained(folder / "model").eval()
+    processor = SegmenterImageProcessor.from_pretrained(folder / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from uniform, so that differences would show
+            parameter.normal_(0, 0.3)
+
+    def predict(window_batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        picture = Image.open(folder / "data" / "images" / "validation" / "b.png")
+        options = {"window_batch_size": window_batch_size, "return_segmentation_scores": True}
+        (result,) = segment_images(model, processor, [picture], multi_scale_flip=True, **options)
+        return result.segmentation, result.segmentation_scores
+
+    class_map, scores = predict(8)
+    assert all(torch.equal(*pair) for pair in zip((class_map, scores), predict(8), strict=True))
+    assert class_map.unique().numel() > 2
+    for window_batch_size in (1, 3, 64):
+        other_map, other_scores = predict(window_batch_size)
+        torch.testing.assert_close(other_scores, scores, rtol=0, atol=1e-6)
+        assert torch.equal(other_map, class_map)
