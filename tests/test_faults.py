@@ -369,12 +369,13 @@ def test_predictions_repeat_to_the_bit_and_to_rounding_in_other_batches(folder) 
     processor = SegmenterImageProcessor.from_pretrained(folder / "model")
     with torch.no_grad():
         for parameter in model.parameters():  # far from uniform, so that differences would show
-            parameter.normal_(0, 0.3)
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.5)
 
     def predict(window_batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         picture = Image.open(folder / "data" / "images" / "validation" / "b.png")
         options = {"window_batch_size": window_batch_size, "return_segmentation_scores": True}
-        (result,) = segment_images(model, processor, [picture], multi_scale_flip=True, **options)
+        (result,) = segment_images(model, processor, [picture], scales=[0.75, 1.0], **options)
         return result.segmentation, result.segmentation_scores
 
     class_map, scores = predict(8)
