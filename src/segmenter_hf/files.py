@@ -43,7 +43,10 @@ def explained_writing(path: str | os.PathLike) -> Iterator[None]:
             place = next(parent for parent in path.absolute().parents if parent.is_dir())
             message = f"{shutil.disk_usage(place).free / 2**20:.0f} MB are free there: make room or give another disk."
             if partial := sorted(other.name for other in place.glob(".*-partial*")):
-                message += f" What killed runs left can be deleted, if no run still writes it: {', '.join(partial)}."
+                message += (
+                    " What killed runs left (`old` in it is what they were to replace) can be deleted where no run "
+                )
+                message += f"still writes it: {', '.join(partial)}."
             raise OSError(f"{path} could not be written: {error}. {message}") from error
         if getattr(error, "errno", None) in FORBIDDEN:
             raise type(error)(f"{path} could not be written: {error}. Give a place that can be written.") from error
