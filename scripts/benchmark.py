@@ -39,6 +39,7 @@ from transformers import HfArgumentParser, SegformerImageProcessor
 import segmenter_hf
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.augmentation import SegmentationAugmentation
+from segmenter_hf.commands import command, parse_arguments
 from segmenter_hf.files import write_json, write_text
 from segmenter_hf.label_sets import label_set_from_names
 from segmenter_hf.metrics import MeanIoU
@@ -637,13 +638,14 @@ def machine(bench: Bench) -> dict[str, Any]:
     }
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tasks that the command line names, print the rows, and write them where asked."""
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
+    (args,) = parse_arguments(HfArgumentParser(Arguments), arguments)
     names = list(TASKS) if "all" in args.task else args.task
     for given, known in ((names, TASKS), (args.sizes, SIZES)):
         if unknown := [name for name in given if name not in known]:
-            raise SystemExit(f"error: expected some of {', '.join(known)}, got {', '.join(unknown)}.")
+            raise ValueError(f"expected some of {', '.join(known)}, got {', '.join(unknown)}.")
     torch.manual_seed(0)
     bench = Bench(args)
     facts = machine(bench)

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 from transformers import AutoConfig, HfArgumentParser
 
+from segmenter_hf.commands import command, parse_arguments
 from segmenter_hf.conversion import SOURCE_FORMATS, check_output, convert_checkpoint
 from segmenter_hf.conversion.download import cache_folder, download_checkpoint
 from segmenter_hf.published_models import PublishedModel, get_published_model, list_published_models
@@ -100,19 +101,17 @@ def convert(args: ConversionArguments) -> tuple[Path, PublishedModel | None]:
     return output_dir, published
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert what the command line says, and print what was written and what to do with it."""
-    (args,) = HfArgumentParser(ConversionArguments).parse_args_into_dataclasses(arguments)
+    (args,) = parse_arguments(HfArgumentParser(ConversionArguments), arguments)
     if args.list:
         print(list_published_models())
         return
     if args.verify:  # it logs what was compared
         logging.basicConfig(format="%(message)s")
         logging.getLogger("segmenter_hf.conversion").setLevel(logging.INFO)
-    try:
-        output_dir, published = convert(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    output_dir, published = convert(args)
     config = AutoConfig.from_pretrained(output_dir)
     (architecture,) = config.architectures
     print(f"Wrote {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")

@@ -15,6 +15,8 @@ if __name__ == "__main__":
 
 from transformers import HfArgumentParser
 
+from segmenter_hf.commands import command, parse_arguments
+
 
 @dataclass
 class Arguments:
@@ -31,8 +33,9 @@ class Arguments:
     port: int | None = field(default=None, metadata={"help": "Port to listen on; the first free one from 7860."})
 
 
+@command()
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = parse_arguments(HfArgumentParser(Arguments))
     from segmenter_hf.demo import build_page, launch_page, load_models, train_scenes_model  # needs the extra
 
     if not args.model_name_or_path and not (Path(args.output_dir) / "results.json").is_file():

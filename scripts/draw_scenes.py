@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 from transformers import HfArgumentParser
 
+from segmenter_hf.commands import command, parse_arguments
 from segmenter_hf.scenes import save_scenes
 
 
@@ -24,8 +25,9 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Seed of the scenes."})
 
 
+@command()
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = parse_arguments(HfArgumentParser(Arguments))
     save_scenes(args.output_dir, args.num_images, (args.height, args.width), args.seed)
     print(f"Wrote {args.num_images} scenes to {args.output_dir}/images and their masks to {args.output_dir}/masks.")
 

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 from transformers import HfArgumentParser
 
+from segmenter_hf.commands import command, parse_arguments
 from segmenter_hf.estimates import estimate_training
 from segmenter_hf.label_sets import load_label_set
 from segmenter_hf.recipes import parse_training_arguments
@@ -34,8 +35,9 @@ class Arguments:
     utilization: float = field(default=0.4, metadata={"help": "Share of the peak that is reached."})
 
 
+@command()
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = parse_arguments(HfArgumentParser(Arguments))
     words = [
         "--recipe",
         args.recipe,
@@ -51,7 +53,7 @@ def main() -> None:
     steps = training_args.max_steps
     if steps < 1:
         if args.num_images is None:
-            raise SystemExit(f"error: {args.recipe} counts epochs: give the number of images with --num_images.")
+            raise ValueError(f"{args.recipe} counts epochs: give the number of images with --num_images.")
         steps = int(training_args.num_train_epochs * args.num_images / total)
     estimate = estimate_training(
         model.config,

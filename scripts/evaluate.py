@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import torch
 from transformers import HfArgumentParser
 
+from segmenter_hf.commands import command, parse_arguments
 from segmenter_hf.data import load_segmentation_datasets
 from segmenter_hf.evaluation import (
     EvaluationExamples,
@@ -56,8 +57,9 @@ class Arguments:
     compile: bool = field(default=False, metadata={"help": "Compile the network first; pays for many images."})
 
 
+@command()
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = parse_arguments(HfArgumentParser(Arguments))
     model, processor, label_set = load_model(
         args.model_name_or_path,
         args.label_set,

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 from transformers import HfArgumentParser
 
+from segmenter_hf.commands import command, parse_arguments
 from segmenter_hf.onnx_export import export_onnx
 
 
@@ -28,12 +29,10 @@ class Arguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier export in output_dir."})
 
 
+@command()
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    try:
-        export = export_onnx(args.model_name_or_path, args.output_dir, opset=args.opset, overwrite=args.overwrite)
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    (args,) = parse_arguments(HfArgumentParser(Arguments))
+    export = export_onnx(args.model_name_or_path, args.output_dir, opset=args.opset, overwrite=args.overwrite)
     print(
         f"Wrote {export.directory}, opset {export.opset}: {', '.join(sorted(p.name for p in export.directory.iterdir()))}"
     )

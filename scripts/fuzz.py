@@ -36,6 +36,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import HfArgumentParser
 
+from segmenter_hf.commands import command, parse_arguments
 from segmenter_hf.conversion import convert_checkpoint
 from segmenter_hf.conversion.safe_loading import read_checkpoint, read_json, read_python_config, read_yaml
 from segmenter_hf.image_processing_segmenter import SegmenterImageProcessor
@@ -271,8 +272,9 @@ def outcome(read: Callable[[Path], object], path: Path, content: bytes) -> str:
     return "read"
 
 
+@command()
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = parse_arguments(HfArgumentParser(Arguments))
     faulthandler.enable()
     with tempfile.TemporaryDirectory() as folder:
         outcomes, finds = fuzz(args, Path(folder))

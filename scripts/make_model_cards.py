@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 from transformers import HfArgumentParser
 
+from segmenter_hf.commands import command, parse_arguments
 from segmenter_hf.model_card import write_published_model_cards
 
 
@@ -20,8 +21,9 @@ class Arguments:
     output_dir: str = field(default="model_cards", metadata={"help": "Folder of the cards."})
 
 
+@command()
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = parse_arguments(HfArgumentParser(Arguments))
     cards = write_published_model_cards(args.output_dir)
     print(f"Wrote {len(cards)} cards to {args.output_dir}.")
 

@@ -25,6 +25,7 @@ import torch
 from accelerate import PartialState
 from transformers import HfArgumentParser
 
+from segmenter_hf.commands import command, parse_arguments
 from segmenter_hf.dataset_prediction import load_image_dataset, predict_dataset
 from segmenter_hf.prediction import MAX_IMAGE_PIXELS, load_model, predict_files
 
@@ -75,9 +76,10 @@ class Arguments:
     compile: bool = field(default=False, metadata={"help": "Compile the network first; pays for many images."})
 
 
+@command()
 def main() -> None:
     parser = HfArgumentParser(Arguments)
-    (args,) = parser.parse_args_into_dataclasses()
+    (args,) = parse_arguments(parser)
     if (args.images is None) == (args.dataset_name is None):
         parser.error("give either --images or --dataset_name")
     if args.attention and args.dataset_name is not None:

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 from transformers import HfArgumentParser
 
+from segmenter_hf.commands import command, parse_arguments
 from segmenter_hf.model_card import read_card_facts, save_card_facts
 from segmenter_hf.publishing import (
     PublishingError,
@@ -73,48 +74,46 @@ class EvaluationArguments:
     device: str | None = field(default=None, metadata={"help": "Device of the model; a GPU where there is one."})
 
 
+@command(PublishingError)
 def main() -> None:
-    args, evaluation_args = HfArgumentParser((Arguments, EvaluationArguments)).parse_args_into_dataclasses()
+    args, evaluation_args = parse_arguments(HfArgumentParser((Arguments, EvaluationArguments)))
     if args.dry_run and args.output_dir is None:
-        raise SystemExit("error: --dry_run needs --output_dir, the directory to write.")
+        raise ValueError("--dry_run needs --output_dir, the directory to write.")
     if not args.dry_run and args.hub_model_id is None:
-        raise SystemExit("error: give --hub_model_id owner/name, or --dry_run with --output_dir.")
-    try:
-        if not args.dry_run:
-            check_push(args.hub_model_id)
-        facts = read_card_facts(args.checkpoint_dir)
-        facts = replace(
-            facts,
-            published_model=args.published_model or facts.published_model,
-            license=args.license or facts.license,
-            speed=json.loads(Path(args.speed).read_text(encoding="utf-8")) if args.speed else facts.speed,
-        )
-        facts = facts.with_results([read_recorded_result(path) for path in args.results or []])
-        if args.evaluate is not None:
-            facts = facts.with_results(measure(args.checkpoint_dir, args.evaluate, **vars(evaluation_args)))
-            save_card_facts(args.checkpoint_dir, facts)
-            print(f"Recorded in {args.checkpoint_dir}: from now on the card has these numbers without --evaluate.")
-        if args.dry_run:
-            directory = build_repository(
-                args.checkpoint_dir,
-                args.output_dir,
-                facts=facts,
-                hub_model_id=args.hub_model_id,
-                overwrite=args.overwrite,
-            )
-            files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-            print(f"Wrote {directory}, nothing was pushed: {', '.join(files)}")
-            return
-        commit = publish_model(
+        raise ValueError("Give --hub_model_id owner/name, or --dry_run with --output_dir.")
+    if not args.dry_run:
+        check_push(args.hub_model_id)
+    facts = read_card_facts(args.checkpoint_dir)
+    facts = replace(
+        facts,
+        published_model=args.published_model or facts.published_model,
+        license=args.license or facts.license,
+        speed=json.loads(Path(args.speed).read_text(encoding="utf-8")) if args.speed else facts.speed,
+    )
+    facts = facts.with_results([read_recorded_result(path) for path in args.results or []])
+    if args.evaluate is not None:
+        facts = facts.with_results(measure(args.checkpoint_dir, args.evaluate, **vars(evaluation_args)))
+        save_card_facts(args.checkpoint_dir, facts)
+        print(f"Recorded in {args.checkpoint_dir}: from now on the card has these numbers without --evaluate.")
+    if args.dry_run:
+        directory = build_repository(
             args.checkpoint_dir,
-            args.hub_model_id,
+            args.output_dir,
             facts=facts,
-            private=args.private or None,
-            revision=args.revision,
-            commit_message=args.commit_message,
+            hub_model_id=args.hub_model_id,
+            overwrite=args.overwrite,
         )
-    except (PublishingError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+        files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+        print(f"Wrote {directory}, nothing was pushed: {', '.join(files)}")
+        return
+    commit = publish_model(
+        args.checkpoint_dir,
+        args.hub_model_id,
+        facts=facts,
+        private=args.private or None,
+        revision=args.revision,
+        commit_message=args.commit_message,
+    )
     print(f"Published {args.hub_model_id}: {commit.commit_url}")
     print(f'Next: pipeline("image-segmentation", "{args.hub_model_id}", trust_remote_code=True)')
 

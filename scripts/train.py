@@ -29,20 +29,19 @@ import sys
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
+from segmenter_hf.commands import command
 from segmenter_hf.conversion.pretrained import resolve_model
 from segmenter_hf.evaluation import as_percent
 from segmenter_hf.recipes import parse_training_arguments
 from segmenter_hf.training import train_segmenter
 
 
+@command(FloatingPointError)
 def main() -> None:
-    try:
-        model_args, data_args, training_args = parse_training_arguments(sys.argv[1:])
-        if model_args.model_name_or_path is not None:
-            model_args.model_name_or_path = resolve_model(model_args.model_name_or_path, model_args.model_type)
-        results = train_segmenter(model_args, data_args, training_args)
-    except (FloatingPointError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    model_args, data_args, training_args = parse_training_arguments(sys.argv[1:])
+    if model_args.model_name_or_path is not None:
+        model_args.model_name_or_path = resolve_model(model_args.model_name_or_path, model_args.model_type)
+    results = train_segmenter(model_args, data_args, training_args)
     if not training_args.should_save:
         return
     print(f"Mean IoU {as_percent(results['mean_iou'])} on {results['num_images']} images, single scale.")

@@ -20,6 +20,7 @@ CONVERSION = {path.stem for path in (SOURCE / "conversion").glob("*.py")} - {"__
 ALLOWED = {
     **dict.fromkeys(MODEL_FILES, MODEL_FILES),
     "files": set(),
+    "commands": set(),
     "metrics": set(),
     "augmentation": set(),
     "label_sets": {"files"},
@@ -36,7 +37,7 @@ ALLOWED = {
     "model_card": {"evaluation", "files", "label_sets", "published_models", "scenes"},
     "publishing": {"data", "evaluation", "files", "label_sets", "model_card", "prediction"},
     "training_arguments": MODEL_FILES,
-    "recipes": {"files", "training_arguments"},
+    "recipes": {"commands", "files", "training_arguments"},
     "estimates": MODEL_FILES,
     "trainer": MODEL_FILES
     | {"augmentation", "data", "evaluation", "files", "label_sets", "metrics", "publishing", "visualization"},

@@ -1,14 +1,56 @@
-"""Writing files so that what exists is complete: under a temporary name first, then moved."""
+"""Writing files so that what exists is complete: under a temporary name first, then moved.
 
+A process that is killed leaves its temporary name beside the target: `.NAME-partial-...`. It is in nobody's way and is not
+deleted, for another process may be writing it, and `old` in it is what was to be replaced, if the kill came between the two
+moves. Delete it when no process writes there.
+"""
+
+import errno
 import json
 import math
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+@contextmanager
+def explained_writing(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of a full disk or a place that cannot be written, with what was to be written and what to do.
+
+    Args:
+        path (`str` or `os.PathLike`): What the block writes, as the user knows it.
+    """
+    path = Path(path)
+    if any(part.startswith(".") and "-partial" in part for part in path.parts[:-1]):
+        yield  # a part of something whose writing is explained
+        return
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # Libraries that are not Python say it in their text only.
+        if getattr(error, "errno", None) in FULL or any(os.strerror(code) in str(error) for code in FULL):
+            place = next(parent for parent in path.absolute().parents if parent.is_dir())
+            message = f"{shutil.disk_usage(place).free / 2**20:.0f} MB are free there: make room or give another disk."
+            if partial := sorted(other.name for other in place.glob(".*-partial*")):
+                message += (
+                    " What killed runs left (`old` in it is what they were to replace) can be deleted where no run "
+                )
+                message += f"still writes it: {', '.join(partial)}."
+            raise OSError(f"{path} could not be written: {error}. {message}") from error
+        if getattr(error, "errno", None) in FORBIDDEN:
+            raise type(error)(f"{path} could not be written: {error}. Give a place that can be written.") from error
+        raise
 
 
 @contextmanager
@@ -22,13 +64,14 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
         `Path`: Where to write.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.stem}-partial-{uuid.uuid4().hex}{path.suffix}")
+    with explained_writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -42,12 +85,13 @@ def replaced_directory(path: str | os.PathLike) -> Iterator[Path]:
         `Path`: Where to write.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        temporary, old = Path(folder) / "new", Path(folder) / "old"
-        temporary.mkdir()
-        yield temporary
-        move_directory(temporary, path, old)
+    with explained_writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-partial-") as folder:
+            temporary, old = Path(folder) / "new", Path(folder) / "old"
+            temporary.mkdir()
+            yield temporary
+            move_directory(temporary, path, old)
 
 
 def move_directory(directory: Path, path: Path, old: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 MAX_IMAGE_PIXELS = 2 * 89_478_485  # what Pillow refuses by itself
 MAX_OVERLAY_SIDE = 4096  # pixels; larger pictures are reduced before they are painted
+# What libraries say instead of raising `MemoryError` or `torch.OutOfMemoryError`, in lower case.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "bad_alloc")
 
 Picture = Image.Image | np.ndarray | torch.Tensor
 
@@ -164,6 +167,7 @@ def stream_segmentations(
         What `processor.post_process_semantic_segmentation` returns for each image, on the model's device.
 
     Raises:
+        MemoryError: If the memory of the device or of this machine does not suffice; says what needs less.
         ValueError: If `window_batch_size` is below 1, `dtype` cannot hold the classes, or an image is not one.
     """
     if window_batch_size < 1:
@@ -194,21 +198,40 @@ def stream_segmentations(
     def prepared(image: Picture | ImageWindows) -> ImageWindows:
         return image if isinstance(image, ImageWindows) else processor.lazy_windows(image, **arguments)
 
-    for source in map(prepared, images):  # which keeps no hold of the image as it came
-        # From top to bottom in all views at once, so that rows can be merged and forgotten.
-        windows = sorted(source.windows, key=lambda window: window.top / window.view_height)
-        mergers.append(
-            WindowMerger(windows, processor.patch_size, return_scores=return_segmentation_scores, dtype=dtype)
-        )
-        merger = mergers[-1]
-        for window in windows:
-            pixels = source.pixel_values(window)
-            if len(batch) == window_batch_size or (batch and batch[0][2].shape != pixels.shape):
-                yield from finished()
-            batch.append((merger, window, pixels))
-        del source  # before the next image is read
-    if batch:
-        yield from finished()
+    with explained_memory(window_batch_size):
+        for source in map(prepared, images):  # which keeps no hold of the image as it came
+            # From top to bottom in all views at once, so that rows can be merged and forgotten.
+            windows = sorted(source.windows, key=lambda window: window.top / window.view_height)
+            mergers.append(
+                WindowMerger(windows, processor.patch_size, return_scores=return_segmentation_scores, dtype=dtype)
+            )
+            merger = mergers[-1]
+            for window in windows:
+                pixels = source.pixel_values(window)
+                if len(batch) == window_batch_size or (batch and batch[0][2].shape != pixels.shape):
+                    yield from finished()
+                batch.append((merger, window, pixels))
+            del source  # before the next image is read
+        if batch:
+            yield from finished()
+
+
+@contextmanager
+def explained_memory(window_batch_size: int) -> Iterator[None]:
+    """Errors of memory that does not suffice for a segmentation, with what needs less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_memory and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            raise
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        fewer = f"`--window_batch_size 1` instead of {window_batch_size}, " if window_batch_size > 1 else ""
+        raise MemoryError(
+            f"The memory does not suffice for the segmentation ({reason}). Less is needed with {fewer}`--bf16`, and one "
+            "scale instead of several. Windows are streamed, so beside them only the image, its map and some rows of "
+            "logits are held: with `--full_resolution` give a smaller image, or leave it out."
+        ) from error
 
 
 def segment_images(
@@ -224,7 +247,7 @@ def segment_images(
         `list`: What `processor.post_process_semantic_segmentation` returns for each image, on the model's device.
 
     Raises:
-        ValueError: As `stream_segmentations`.
+        MemoryError, ValueError: As `stream_segmentations`.
     """
     return list(stream_segmentations(model, processor, images, **kwargs))
 
@@ -236,7 +259,8 @@ def find_pictures(paths: Sequence[str | Path]) -> dict[str, Path]:
     """The pictures among files and below folders, by the name that their results get.
 
     Args:
-        paths (`Sequence` of `str` or `Path`): Picture files, which may have any suffix, and folders of pictures.
+        paths (`Sequence` of `str` or `Path`): Picture files, which may have any suffix, and folders of pictures, of
+            which hidden files are none.
 
     Returns:
         `dict[str, Path]`: The file of each name. A name is the path below its folder without the suffix, and is made
@@ -248,7 +272,7 @@ def find_pictures(paths: Sequence[str | Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in IMAGE_SUFFIXES)
             names = [file.relative_to(path).with_suffix("") for file in files]
         else:
             files, names = [path] if path.is_file() else [], [Path(path.stem)]

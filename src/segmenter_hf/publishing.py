@@ -65,7 +65,7 @@ def publish_model(
         PublishingError: If nothing can be pushed, the Hub rejects it, or it does not get through.
     """
     check_push(hub_model_id, token)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="segmenter_hf-publish-") as folder:
         directory = build_repository(checkpoint_dir, Path(folder) / "model", facts=facts, hub_model_id=hub_model_id)
         with _explained(hub_model_id):
             return _push(HfApi(token=token), directory, hub_model_id, private, revision, commit_message)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from .commands import parse_arguments
 from .files import write_json
 from .training_arguments import DataArguments, ModelArguments, SegmentationTrainingArguments
 
@@ -98,7 +99,7 @@ def parse_training_arguments(
         `tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]`: The arguments.
 
     Raises:
-        ValueError: If the recipe or an argument in the file is not known.
+        ValueError: If the recipe, an option or an argument in the file is not known.
     """
     words, from_file = list(words), {}
     if words and words[0].endswith(".json"):
@@ -114,7 +115,7 @@ def parse_training_arguments(
     name = only_recipe.parse_known_args(words)[0].recipe
     parser = argument_parser(show_all="--help_all" in words)
     parser.set_defaults(**({} if name is None else recipe_arguments(name)) | from_file)
-    return parser.parse_args_into_dataclasses(args=words)
+    return parse_arguments(parser, words)
 
 
 def argument_parser(show_all: bool = False) -> HfArgumentParser:

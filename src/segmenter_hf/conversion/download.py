@@ -3,6 +3,8 @@
 import os
 import shlex
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,6 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 from tqdm.auto import tqdm
 
+from ..files import explained_writing
 from ..published_models import PublishedModel
 from .safe_loading import sha256_of
 
@@ -68,9 +71,8 @@ def download_checkpoint(
     by_hand = f"Where there is a network, run the same command again; or download\n{by_hand}\nand run\n  {command}"
     if constants.is_offline_mode():
         raise ConnectionError(f"{model.name} is not in the cache, and HF_HUB_OFFLINE is set. {by_hand}")
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with WeakFileLock(folder / ".lock"):
+        with explained_writing(checkpoint), locked(folder):
             for path, url in missing.items():
                 is_checkpoint = path == checkpoint
                 _download(
@@ -84,6 +86,14 @@ def download_checkpoint(
     except ConnectionError as error:
         raise ConnectionError(f"{error} {by_hand}") from error
     return checkpoint
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder, and let no other process download into it meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder / ".lock"):
+        yield
 
 
 def cache_folder(model: PublishedModel, cache_dir: str | os.PathLike | None = None) -> Path:
