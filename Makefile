@@ -29,7 +29,7 @@ test-lowest:  ## run all tests with the lowest versions that setup.cfg declares,
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2
 
 coverage: $(VENV)/installed  ## run all tests and show which lines and branches of the package they leave out
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --cov
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --cov --cov-fail-under=90
 
 bench: $(VENV)/installed  ## measure speed and memory beside peers; keep the machine quiet
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[bench]"
