@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def test_the_gradient_is_that_of_the_loss_in_float64(options) -> None:
 @pytest.mark.parametrize("logits_size", [(37, 50), (74, 100), (10, 13)])
 def test_logits_may_have_any_resolution(logits_size) -> None:
     logits, labels = make_inputs(logits_size=logits_size)
-    assert_equal(value_and_gradient(upsampled_cross_entropy, logits, labels), reference(logits, labels))
+    for function in (upsampled_cross_entropy, plain_upsampled_cross_entropy):
+        assert_equal(value_and_gradient(function, logits, labels), reference(logits, labels))
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e4])
@@ -114,12 +116,17 @@ def test_half_precision_is_computed_in_float32(dtype, tolerance) -> None:
 
 def test_a_batch_of_ignored_pixels_gives_zero_and_a_zero_gradient() -> None:
     logits, labels = make_inputs()
-    weights = torch.zeros(5)
     for options in ({}, {"class_weights": torch.rand(5), "label_smoothing": 0.1}):
         loss, gradient = value_and_gradient(upsampled_cross_entropy, logits, torch.full_like(labels, 255), **options)
         assert loss == 0
         assert torch.equal(gradient, torch.zeros_like(logits))
-    loss, gradient = value_and_gradient(upsampled_cross_entropy, logits, labels, class_weights=weights)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_labels_without_weight_give_zero_and_a_zero_gradient(label_smoothing) -> None:
+    logits, labels = make_inputs()
+    options = {"class_weights": torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]), "label_smoothing": label_smoothing}
+    loss, gradient = value_and_gradient(upsampled_cross_entropy, logits, labels.where(labels == 255, 0), **options)
     assert loss == 0
     assert torch.equal(gradient, torch.zeros_like(logits))
 
@@ -147,6 +154,8 @@ def test_what_does_not_fit_is_refused(function) -> None:
     logits, labels = make_inputs()
     for arguments, message in (
         ((logits[0], labels), "Expected logits of shape"),
+        ((logits[:, 0], labels), "Expected logits of shape"),
+        ((logits, labels[:, 0]), "Expected logits of shape"),
         ((logits, labels[:1]), "Expected logits of shape"),
         ((logits, labels.float()), "integer type"),
         ((logits, labels, 255, torch.ones(4)), "Expected 5 class weights"),
@@ -166,14 +175,16 @@ def test_labels_that_are_no_class_are_refused(wrong) -> None:
 
 def test_without_gradient_only_the_loss_is_computed() -> None:
     logits, labels = make_inputs()
-    expected = upsampled_cross_entropy(logits, labels)
-    with torch.no_grad():
-        loss = upsampled_cross_entropy(logits, labels)
-    assert torch.equal(loss, expected)
-    assert not loss.requires_grad
-    assert not upsampled_cross_entropy(logits.detach(), labels).requires_grad
-    with torch.inference_mode():
-        assert torch.equal(upsampled_cross_entropy(logits, labels), expected)
+    with mock.patch.object(segmentation_loss, "_operator", wraps=segmentation_loss._operator) as operator:
+        expected = upsampled_cross_entropy(logits, labels)
+        with torch.no_grad():
+            loss = upsampled_cross_entropy(logits, labels)
+        assert torch.equal(loss, expected)
+        assert not loss.requires_grad
+        assert not upsampled_cross_entropy(logits.detach(), labels).requires_grad
+        with torch.inference_mode():
+            assert torch.equal(upsampled_cross_entropy(logits, labels), expected)
+    assert [call.args[-1] for call in operator.call_args_list] == [True, False, False, False]
 
 
 def test_second_derivatives_are_refused_and_not_wrong() -> None:
@@ -228,10 +239,11 @@ def test_the_loss_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(head.conv.weight.grad, expected)
 
 
-def test_the_operator_is_sound() -> None:
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_the_operator_is_sound(needs_gradient) -> None:
     logits, labels = make_inputs(size=(9, 12))
     operator = segmentation_loss._operator
-    arguments = (logits, labels, 255, torch.rand(5), 0.1, True)
+    arguments = (logits, labels, 255, torch.rand(5), 0.1, needs_gradient)
     torch.library.opcheck(
         operator, arguments, test_utils=["test_schema", "test_autograd_registration", "test_faketensor"]
     )
