@@ -104,6 +104,13 @@ def test_logits_may_have_any_spread(scale, label_smoothing) -> None:
     assert_equal(got, reference(logits, labels, label_smoothing=label_smoothing), 1e-4)
 
 
+def test_neighbours_may_contradict_each_other_by_any_spread() -> None:
+    """Between them no class is near the best one of either."""
+    logits = torch.tensor([[1000.0, -1000.0, 1000.0], [-1000.0, 1000.0, -1000.0]])[None, :, None].requires_grad_()
+    labels = torch.arange(15).view(1, 1, 15) % 2
+    assert_equal(value_and_gradient(upsampled_cross_entropy, logits, labels), reference(logits, labels))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_half_precision_is_computed_in_float32(dtype, tolerance) -> None:
     logits, labels = make_inputs(dtype=dtype)
@@ -160,6 +167,7 @@ def test_what_does_not_fit_is_refused(function) -> None:
         ((logits, labels.float()), "integer type"),
         ((logits, labels, 255, torch.ones(4)), "Expected 5 class weights"),
         ((logits, labels, 255, None, 1.5), "from 0 to 1"),
+        ((logits, labels, 255, None, -0.5), "from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             function(*arguments)
@@ -173,8 +181,18 @@ def test_labels_that_are_no_class_are_refused(wrong) -> None:
         upsampled_cross_entropy(logits, labels)
 
 
-def test_without_gradient_only_the_loss_is_computed() -> None:
+def test_at_most_five_wrong_labels_are_named() -> None:
     logits, labels = make_inputs()
+    labels[0, 0, :9] = torch.arange(9)
+    with pytest.raises(ValueError, match=r"got \[5, 6, 7, 8\]"):
+        upsampled_cross_entropy(logits, labels)
+    labels[0, 0, 9:12] = torch.arange(9, 12)
+    with pytest.raises(ValueError, match=r"got \[5, 6, 7, 8, 9\]"):
+        upsampled_cross_entropy(logits, labels)
+
+
+def test_without_gradient_only_the_loss_is_computed() -> None:
+    logits, labels = make_inputs(size=(37, 150))  # two tiles wide
     with mock.patch.object(segmentation_loss, "_operator", wraps=segmentation_loss._operator) as operator:
         expected = upsampled_cross_entropy(logits, labels)
         with torch.no_grad():

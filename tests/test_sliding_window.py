@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
 from segmenter_hf import sliding_window
-from segmenter_hf.sliding_window import Window, merge_matrix, merge_windows, tile_size, window_corners, window_starts
+from segmenter_hf.sliding_window import (
+    Window,
+    full_float32,
+    merge_matrix,
+    merge_windows,
+    tile_size,
+    window_corners,
+    window_starts,
+)
 
 
 @given(st.integers(1, 60), st.data())
@@ -180,6 +188,19 @@ def test_whatever_is_set_outside_the_merge_is_in_float32_and_the_settings_stay()
         matmul.fp32_precision = previous
         torch.set_num_threads(threads)
     assert torch.equal(scores, expected)
+
+
+def test_products_are_in_float32_and_the_settings_come_back() -> None:
+    matmul = torch.backends.mkldnn.matmul
+    previous = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        with torch.autocast("cpu", torch.bfloat16), full_float32(torch.device("cpu")):
+            assert matmul.fp32_precision == "ieee"
+            assert not torch.is_autocast_enabled("cpu")
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = previous
 
 
 def test_tiles_are_bounded_on_every_device() -> None:
