@@ -24,7 +24,7 @@ test: $(VENV)/installed  ## install and run all tests
 
 test-lowest:  ## run all tests with the lowest versions that setup.cfg declares, in an environment of their own
 	$(PYTHON) -m venv $(VENV)-lowest
-	sed -nE 's/^ +([a-z0-9_]+)>=([0-9.]+).*/\1==\2/p' setup.cfg > $(VENV)-lowest/lowest.txt
+	sed -nE 's/^ +([a-z0-9_-]+)>=([0-9.]+).*/\1==\2/p' setup.cfg > $(VENV)-lowest/lowest.txt
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c $(VENV)-lowest/lowest.txt
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2
 

@@ -14,6 +14,7 @@ from segmenter_hf import sliding_window
 from segmenter_hf.sliding_window import (
     Window,
     full_float32,
+    linear_taps,
     merge_matrix,
     merge_windows,
     tile_size,
@@ -47,6 +48,14 @@ def test_a_side_shorter_than_the_window_is_refused() -> None:
 
 def test_windows_go_row_by_row() -> None:
     assert window_corners(30, 50, 20, 20) == [(0, 0), (0, 20), (0, 30), (10, 0), (10, 20), (10, 30)]
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 11), (11, 4), (1, 3), (5, 5)])
+def test_taps_are_those_of_linear_interpolation(old, new) -> None:
+    values = torch.randn(old, dtype=torch.float64)
+    lower, upper, share = linear_taps(old, new)
+    expected = interpolate(values[None, None], size=new, mode="linear")[0, 0]
+    np.testing.assert_allclose((1 - share) * values.numpy()[lower] + share * values.numpy()[upper], expected)
 
 
 def test_every_pixel_is_a_weighted_mean_of_patches() -> None:
@@ -83,7 +92,7 @@ def naive_merge(logits, rows, padded, size) -> torch.Tensor:
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_the_merge_equals_the_naive_loop_in_float64(data) -> None:
-    patch, per_patch = data.draw(st.sampled_from([(4, 1), (8, 1), (8, 2), (5, 1)]))
+    patch, per_patch = data.draw(st.sampled_from([(4, 1), (8, 1), (8, 2), (5, 1), (2, 6)]))
     window = patch * data.draw(st.integers(1, 4))
     stride = data.draw(st.integers(1, window))
     num_labels = data.draw(st.integers(2, 6))
@@ -113,11 +122,13 @@ def test_the_merge_equals_the_naive_loop_in_float64(data) -> None:
     assert torch.equal(without_scores[clear], expected.argmax(0)[clear])
 
 
-def test_a_whole_image_that_patches_do_not_fill_is_cut_after_upsampling() -> None:
-    rows = describe(0, 0, 0, [(0, 0)], (50, 77), (50, 77), (50, 77))
-    logits = torch.randn(1, 3, 4, 5)
+@pytest.mark.parametrize(("height", "width"), [(50, 77), (77, 50)])
+def test_a_whole_image_that_patches_do_not_fill_is_cut_after_upsampling(height, width) -> None:
+    rows = describe(0, 0, 0, [(0, 0)], (height, width), (height, width), (height, width))
+    padded = (-(-height // 16) * 16, -(-width // 16) * 16)
+    logits = torch.randn(1, 3, padded[0] // 16, padded[1] // 16)
     ((_, scores),) = merge_windows(logits, torch.tensor(rows), 16, return_scores=True)
-    expected = interpolate(logits, size=(64, 80), mode="bilinear")[0, :, :50, :77].softmax(0)
+    expected = interpolate(logits, size=padded, mode="bilinear")[0, :, :height, :width].softmax(0)
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
 
 
@@ -150,6 +161,15 @@ def test_extreme_logits_give_finite_probabilities() -> None:
     rows += describe(0, 1, 1, [(0, 0)], (16, 16), (16, 16), (16, 16))
     ((_, scores),) = merge_windows(1e4 * torch.randn(2, 5, 2, 2), torch.tensor(rows), 8, return_scores=True)
     torch.testing.assert_close(scores.sum(0), torch.ones(16, 16))
+
+
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_a_constant_on_all_logits_changes_nothing(shift) -> None:
+    rows = torch.tensor(describe(0, 0, 0, [(0, 0)], (16, 16), (16, 16), (40, 30)))
+    logits = torch.randn(1, 3, 2, 2) + shift
+    ((_, scores),) = merge_windows(logits, rows, 8, return_scores=True)
+    ((_, expected),) = merge_windows(logits - shift, rows, 8, return_scores=True)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
 
 
 def test_missing_and_repeated_windows_are_noticed() -> None:
