@@ -18,7 +18,6 @@ if __name__ == "__main__":
     sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
 import torch
-from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from segmenter_hf.data import load_segmentation_datasets
@@ -30,7 +29,7 @@ from segmenter_hf.evaluation import (
     save_prediction_grid,
     save_results,
 )
-from segmenter_hf.prediction import load_model
+from segmenter_hf.prediction import load_model, process_state
 
 
 @dataclass
@@ -86,7 +85,7 @@ def main() -> None:
         window_batch_size=args.window_batch_size,
         num_worst=args.num_worst,
     )
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     results = {**results, "dataset": args.dataset_name, "split": args.split, "model": args.model_name_or_path}
     results |= {"dtype": str(model.dtype).removeprefix("torch."), "int8_weights": args.int8}

@@ -14,7 +14,7 @@ MODEL_FILES = {
     path.stem
     for pattern in ("configuration_*.py", "modeling_*.py", "image_processing_*.py")
     for path in SOURCE.glob(pattern)
-} | {"segmentation_loss", "sliding_window"}
+} | {"image_reading", "segmentation_loss", "sliding_window"}
 CONVERSION = {path.stem for path in (SOURCE / "conversion").glob("*.py")} - {"__init__"}
 # Each file may import those of the package that are named with it, and whatever these may import.
 ALLOWED = {
@@ -25,20 +25,23 @@ ALLOWED = {
     "label_sets": {"files"},
     "visualization": {"label_sets"},
     "scenes": {"files"},
-    "data": {"scenes", "label_sets"},
+    "folder_layouts": set(),
+    "data": {"folder_layouts", "image_reading", "scenes", "label_sets"},
     "attention": MODEL_FILES | {"label_sets", "visualization"},
     "prediction": MODEL_FILES | {"attention", "files", "label_sets", "visualization"},
     "evaluation": {"data", "files", "label_sets", "metrics", "prediction", "visualization"},
+    "dataset_prediction": MODEL_FILES | {"data", "files", "label_sets", "prediction", "visualization"},
     "onnx_export": {"files", "label_sets", "prediction"},
     "published_models": set(),
     "model_card": {"evaluation", "files", "label_sets", "published_models", "scenes"},
     "publishing": {"data", "evaluation", "files", "label_sets", "model_card", "prediction"},
     "training_arguments": MODEL_FILES,
     "recipes": {"files", "training_arguments"},
+    "estimates": MODEL_FILES,
     "trainer": MODEL_FILES
     | {"augmentation", "data", "evaluation", "files", "label_sets", "metrics", "publishing", "visualization"},
     "training": MODEL_FILES
-    | {"augmentation", "data", "evaluation", "files", "label_sets", "model_card", "publishing"}
+    | {"augmentation", "data", "evaluation", "files", "label_sets", "model_card", "prediction", "publishing"}
     | {"recipes", "trainer", "training_arguments"},
     "demo": {"attention", "label_sets", "prediction", "recipes", "scenes", "training", "visualization"},
     "__init__": MODEL_FILES | {"conversion"},
@@ -80,4 +83,4 @@ def test_model_files_do_not_need_torchvision(name) -> None:
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
 def test_scripts_explain_themselves(script) -> None:
-    assert "--output_dir" in help_of(script)
+    assert "usage:" in help_of(script) and "--help" in help_of(script)

@@ -1,6 +1,8 @@
 """Joint augmentation: image and mask move together, the drawn quantities follow their law."""
 
 import colorsys
+from collections import Counter
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -97,13 +99,14 @@ def test_image_and_mask_move_together():
 def test_crops_come_from_everywhere_and_are_both_mirrored_and_not():
     image, mask = noise_image(40, 60), np.arange(2400, dtype=np.int32).reshape(40, 60)
     augment = SegmentationAugmentation(16, 40, 2, ratio_range=(1.0, 1.0), cat_max_ratio=1.0, ignore_index=-1)
-    corners, mirrored = set(), 0
+    corners, mirrored = [], 0
     for seed in range(400):
         _, crop = augment(image, mask, np.random.default_rng(seed))
         mirrored += crop[0, 0] > crop[0, -1]
-        corners.add(min(crop[0, 0], crop[0, -1]))
+        corners.append(min(crop[0, 0], crop[0, -1]))
     tops, lefts = {c // 60 for c in corners}, {c % 60 for c in corners}
     assert tops == set(range(25)) and lefts == set(range(45))
+    assert abs(np.mean([c // 60 for c in corners]) - 12) < 1.5 and abs(np.mean([c % 60 for c in corners]) - 22) < 2.5
     assert 160 < mirrored < 240
 
 
@@ -166,6 +169,13 @@ def test_crops_are_drawn_again_until_balanced():
     assert abs(unbalanced[0.75] - unbalanced[1.0] ** 10) < 0.1
 
 
+@pytest.mark.parametrize(("cat_max_ratio", "num_draws"), [(0.75, 10), (1.0, 1)])
+def test_a_crop_is_drawn_ten_times_at_most_and_once_where_any_will_do(cat_max_ratio, num_draws):
+    rng = Mock(wraps=np.random.default_rng(0))
+    draw_crop_window(np.zeros((30, 40), np.uint8), (30, 40), (16, 16), cat_max_ratio, 255, rng)
+    assert rng.integers.call_count == 2 * num_draws  # top and left
+
+
 def test_a_crop_that_cannot_be_balanced_is_still_made():
     window = draw_crop_window(np.zeros((30, 40), np.uint8), (30, 40), (16, 16), 0.75, 255, np.random.default_rng(0))
     assert window[2:] == (16, 16)
@@ -226,7 +236,7 @@ def test_each_distortion_happens_half_of_the_time(monkeypatch):
     monkeypatch.setattr("segmenter_hf.augmentation.adjust_saturation_and_hue", saturation_and_hue)
     image, rng = noise_image(2, 2), np.random.default_rng(0)
     values = {"brightness": [], "contrast": [], "saturation": [], "hue": []}
-    contrast_first = 0
+    contrast_first, together = 0, Counter()
     for _ in range(2000):
         calls.clear()
         photometric_distortion(image, rng)
@@ -235,6 +245,7 @@ def test_each_distortion_happens_half_of_the_time(monkeypatch):
         for name, value in calls:
             if value not in (0, 1):
                 values[name].append(value)
+        together[frozenset(name for name, value in calls if value not in (0, 1))] += 1
     for name, low, high in (
         ("brightness", -32, 32),
         ("contrast", 0.5, 1.5),
@@ -246,6 +257,8 @@ def test_each_distortion_happens_half_of_the_time(monkeypatch):
         assert low <= drawn.min() < low + 0.02 * (high - low) and high >= drawn.max() > high - 0.02 * (high - low)
         assert abs(drawn.mean() - (low + high) / 2) < 0.05 * (high - low)
     assert 430 < contrast_first < 570
+    assert len(together) == 16  # each of the four whatever the others
+    assert min(together.values()) > 80 and max(together.values()) < 170
 
 
 def test_distortion_keeps_shape_and_dtype_and_often_leaves_grey_alone():

@@ -1,14 +1,15 @@
 """Loading, decoding and checking of datasets of images and masks."""
 
 import io
-import json
 import logging
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from segmenter_hf.data import (
     check_masks,
@@ -18,6 +19,7 @@ from segmenter_hf.data import (
     split_train_validation,
 )
 from segmenter_hf.label_sets import LabelSet, label_set_from_names, load_label_set
+from segmenter_hf.trainer import StreamedTrainingExamples, TrainingExamples
 
 
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "camvid"
@@ -84,82 +86,6 @@ def test_scenes_are_the_default_and_their_splits_share_no_scene():
     assert not set(again["train"]["id"]) & (set(found["train"]["id"]) | set(found["validation"]["id"]))
 
 
-@pytest.mark.parametrize(
-    ("images", "masks"),
-    [
-        ("images/{}", "masks/{}"),
-        ("images/{}", "annotations/{}"),
-        ("{}/images", "{}/masks"),
-        ("{}/images", "{}/labels"),
-    ],
-)
-@pytest.mark.parametrize("names", [("train", "validation"), ("training", "val")])
-def test_folders_of_images_and_masks_are_paired_by_name(tmp_path, images, masks, names):
-    for name, stems in zip(names, (["a", "b", "c"], ["d"])):
-        save_pairs(tmp_path / images.format(name), tmp_path / masks.format(name), stems)
-    found = load_segmentation_datasets(str(tmp_path))
-    assert_holds_pairs(found["train"], ["a", "b", "c"])
-    assert_holds_pairs(found["validation"], ["d"])
-
-
-def test_a_folder_without_splits_is_all_train(tmp_path):
-    save_pairs(tmp_path / "images", tmp_path / "masks", ["a", "b"])
-    assert_holds_pairs(load_segmentation_datasets(str(tmp_path), splits=["train"])["train"], ["a", "b"])
-
-
-def test_nested_folders_are_paired_by_their_path(tmp_path):
-    for i, city in enumerate(("ulm", "bonn")):
-        save(tmp_path / "images" / "train" / city / "000.png", image_array(i))
-        save(tmp_path / "masks" / "train" / city / "000.png", mask_array(i))
-    rows = load_segmentation_datasets(str(tmp_path), splits=["train"])["train"]
-    assert np.array_equal(decode_example(rows[0])[1], mask_array(1))  # bonn comes first
-    assert np.array_equal(decode_example(rows[1])[1], mask_array(0))
-
-
-def test_files_without_a_partner_are_listed_up_to_five(tmp_path):
-    save_pairs(tmp_path / "images", tmp_path / "masks", ["a"])
-    for i in range(7):
-        save(tmp_path / "images" / f"lonely{i}.jpg", image_array())
-    with pytest.raises(ValueError, match="7 files .*lonely0.*lonely4.jpg") as error:
-        load_segmentation_datasets(str(tmp_path), splits=["train"])
-    assert "lonely5" not in str(error.value)
-
-
-def test_a_mask_without_an_image_is_listed(tmp_path):
-    save_pairs(tmp_path / "images", tmp_path / "masks", ["a"])
-    save(tmp_path / "masks" / "b.png", mask_array())
-    with pytest.raises(ValueError, match="masks.b.png"):
-        load_segmentation_datasets(str(tmp_path), splits=["train"])
-
-
-def test_two_files_of_one_name_are_refused(tmp_path):
-    save_pairs(tmp_path / "images", tmp_path / "masks", ["a"])
-    save(tmp_path / "images" / "a.png", image_array())
-    with pytest.raises(ValueError, match="a.jpg and a.png"):
-        load_segmentation_datasets(str(tmp_path), splits=["train"])
-
-
-@pytest.mark.parametrize("image_key", ["image_file_name", "file_name"])
-@pytest.mark.parametrize("mask_key", ["mask_file_name", "annotation_file_name"])
-def test_metadata_names_the_pairs(tmp_path, image_key, mask_key):
-    folder = tmp_path / "train"
-    save_pairs(folder / "x", folder / "y", ["a", "b"])
-    rows = [{image_key: f"x/{stem}.jpg", mask_key: f"y/{stem}.png"} for stem in "ab"]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert_holds_pairs(load_segmentation_datasets(str(tmp_path), splits=["train"])["train"], ["a", "b"])
-
-
-def test_metadata_that_names_missing_files_or_no_mask_is_refused(tmp_path):
-    save(tmp_path / "a.png", image_array())
-    metadata = tmp_path / "metadata.jsonl"
-    metadata.write_text('{"image_file_name": "a.png", "mask_file_name": "b.png"}')
-    with pytest.raises(ValueError, match="do not exist: .*b.png"):
-        load_segmentation_datasets(str(tmp_path), splits=["train"])
-    metadata.write_text('{"image_file_name": "a.png"}')
-    with pytest.raises(ValueError, match="metadata.jsonl:1: expected image_file_name and mask_file_name"):
-        load_segmentation_datasets(str(tmp_path), splits=["train"])
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("folder", ["", "data"])
 def test_parquet_files_are_read_like_on_the_hub(tmp_path, folder, streaming):
@@ -181,6 +107,34 @@ def test_a_folder_may_be_streamed(tmp_path):
     found = load_segmentation_datasets(str(tmp_path), splits=["train"], streaming=True)
     assert isinstance(found["train"], datasets.IterableDataset)
     assert_holds_pairs(found["train"], ["a", "b"])
+
+
+@pytest.mark.parametrize("num_rows", [None, 5])
+@pytest.mark.parametrize("file_sizes", [[6], [1, 6], [2, 3, 2]])
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_visit_every_row_of_a_stream_once(tmp_path, monkeypatch, num_workers, file_sizes, num_rows):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after each epoch
+    rows = dataset_of([mask_array(seed) for seed in range(sum(file_sizes))])
+    for number, (size, end) in enumerate(zip(file_sizes, np.cumsum(file_sizes))):
+        rows.select(range(end - size, end)).to_parquet(tmp_path / f"train-{number:05d}.parquet")
+    stream = load_segmentation_datasets(str(tmp_path), splits=["train"], streaming=True)["train"]
+    stream = stream if num_rows is None else stream.take(num_rows)
+    expected = [row["id"] for row in stream]
+    assert expected == rows["id"][:num_rows]
+
+    examples = Mock(spec=TrainingExamples, dataset=stream, seed=0)
+    examples.crop = lambda row, *numbers: (row["id"], str(numbers))
+    loader = DataLoader(
+        StreamedTrainingExamples(examples, share_files=num_rows is None), batch_size=None, num_workers=num_workers
+    )
+    orders = []
+    for epoch in range(2):
+        loader.dataset.set_epoch(epoch)
+        ids, numbers = zip(*loader)
+        assert sorted(ids) == sorted(expected) and len(set(numbers)) == len(expected)
+        orders.append(ids)
+    assert orders[0] != orders[1]
 
 
 def test_a_missing_column_is_named_with_those_present_and_the_flags(tmp_path):
@@ -211,12 +165,6 @@ def test_a_split_depends_on_its_seed_alone():
         split_train_validation(rows, 1.0)
     with pytest.raises(ValueError, match="at least 2 examples"):
         split_train_validation(rows.select([0]))
-
-
-def test_a_folder_of_something_else_says_what_is_expected(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    with pytest.raises(ValueError, match="expected train-.*metadata.jsonl.*images.*got .'pictures'"):
-        load_segmentation_datasets(str(tmp_path))
 
 
 def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(tmp_path):
@@ -286,11 +234,29 @@ def test_a_float_mask_is_refused():
         decode_example(row)
 
 
-def test_grey_images_become_rgb_and_deep_ones_are_refused():
+def test_grey_images_become_rgb_and_deep_ones_are_scaled():
     grey = image_array()[..., 0]
-    assert np.array_equal(decode_example(example(mask_array(), grey))[0], np.repeat(grey[..., None], 3, axis=2))
-    with pytest.raises(ValueError, match="8 bits per channel"):
-        decode_example(example(mask_array(), grey.astype(np.uint16) * 256))
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    assert np.array_equal(decode_example(example(mask_array(), grey))[0], expected)
+    deep = grey.astype(np.uint16) * 257
+    assert np.array_equal(decode_example(example(mask_array(), deep))[0], expected)
+    row = {"image": Image.fromarray(grey.astype(np.float32)), "annotation": Image.fromarray(mask_array())}
+    with pytest.raises(ValueError, match="8 or 16 bits per channel, got floats"):
+        decode_example(row)
+
+
+def test_a_row_asks_no_server():
+    row = example(mask_array()) | {"image": {"bytes": None, "path": "http://127.0.0.1:9/a.png"}}
+    with pytest.raises(ValueError, match="expected an image in the row, got an address"):
+        decode_example(row)
+
+
+def test_postscript_in_a_row_is_not_handed_to_a_program():
+    row = example(mask_array()) | {
+        "image": {"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "path": None}
+    }
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        decode_example(row)
 
 
 def test_pil_images_are_accepted():
@@ -415,6 +381,17 @@ def test_a_label_set_is_applied_before_the_check():
     report = check_masks(masks, 150, load_label_set("ade20k"), show_progress=False)
     report.raise_if_impossible()
     assert report.pixels_per_class[[0, 149]].tolist() == [18, 18] and report.num_ignored_pixels == 18
+
+
+def test_class_ids_under_the_label_map_of_other_ids_are_suspected(caplog):
+    label_set = load_label_set("cityscapes")
+    train_ids = np.resize(np.array([0, 1, 7, 18, 255], np.uint8), (HEIGHT, WIDTH))
+    check_masks(dataset_of([train_ids]), 19, label_set, show_progress=False)
+    assert "The stored ids end at 18, but the label set 'cityscapes' maps ids up to 33" in caplog.text
+    caplog.clear()
+    check_masks(dataset_of([train_ids, train_ids + 15]), 19, label_set, show_progress=False)
+    check_masks(dataset_of([train_ids % 11]), 11, load_label_set("camvid"), show_progress=False)
+    assert not caplog.text
 
 
 def test_number_of_labels_is_read_from_the_masks():

@@ -9,8 +9,14 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor
 
-from segmenter_hf import SegmenterImageProcessor, SegmenterImageProcessorPil, image_processing_segmenter
-from segmenter_hf.image_processing_segmenter import pil_to_array, resize_image, resize_labels, resized_size
+from segmenter_hf import (
+    SegmenterImageProcessor,
+    SegmenterImageProcessorPil,
+    image_processing_segmenter,
+    image_reading,
+)
+from segmenter_hf.image_processing_segmenter import resize_image, resize_labels, resized_size
+from segmenter_hf.image_reading import pil_to_array
 from segmenter_hf.sliding_window import Window
 
 
@@ -91,7 +97,7 @@ def test_resized_pixels_are_those_of_torch_rounded_to_the_nearest(monkeypatch, s
 def test_large_pictures_are_read_in_parts(monkeypatch, mode, do_convert_rgb) -> None:
     image = as_rgb_and_as(mode)[1]
     whole = pil_to_array(image, do_convert_rgb)
-    monkeypatch.setattr(image_processing_segmenter, "PIXELS_AT_ONCE", 300)
+    monkeypatch.setattr(image_reading, "PIXELS_AT_ONCE", 300)
     parts = pil_to_array(image, do_convert_rgb)
     assert parts.dtype == whole.dtype
     assert np.array_equal(parts, whole)

@@ -41,6 +41,7 @@ CODE = {
     "configuration_segmenter.py",
     "configuration_vit_encoder.py",
     "image_processing_segmenter.py",
+    "image_reading.py",
     "modeling_segmenter.py",
     "modeling_vit_encoder.py",
     "segmentation_loss.py",

@@ -1,5 +1,6 @@
 """Configuration of SETR (Zheng et al., CVPR 2021)."""
 
+import math
 from typing import Literal
 
 from .configuration_vit_encoder import VitEncoderConfig, strict_config
@@ -158,7 +159,7 @@ class SetrConfig(VitEncoderConfig):
                 f"`decoder_hidden_size` and a positive `decoder_num_convs`, got {self.decoder_hidden_size} and "
                 f"{self.decoder_num_convs}."
             )
-        if self.auxiliary_loss_weight < 0:
+        if not 0 <= self.auxiliary_loss_weight < math.inf:
             raise ValueError(f"`auxiliary_loss_weight` must be at least 0, got {self.auxiliary_loss_weight}.")
 
 

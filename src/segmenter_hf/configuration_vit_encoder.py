@@ -1,12 +1,29 @@
 """The fields of the plain ViT / DeiT encoder that Segmenter and SETR share, and their validation."""
 
+import math
 from functools import wraps
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+
+
+# What a configuration may ask for: a file of a few bytes must not keep a computer busy or fill its memory with layers and
+# names of classes.
+MAX_LAYERS, MAX_SIZE, MAX_LABELS = 1000, 2**24, 2**20
+LIMITED = ("_size", "_layers", "_heads", "_channels", "_convs", "_factor")
+
+
+def check_labels(name: str, id2label: Any, num_labels: Any) -> None:
+    """The classes are numbered from 0 without gaps, and there is at least one. `PreTrainedConfig` takes anything."""
+    if num_labels is not None and not (type(num_labels) is int and 1 <= num_labels <= MAX_LABELS):
+        raise ValueError(f"{name}: `num_labels` must be at least 1 and at most {MAX_LABELS}, got {num_labels!r:.200}.")
+    if id2label is None:
+        return
+    if not (isinstance(id2label, dict) and id2label and {*map(str, id2label)} == {*map(str, range(len(id2label)))}):
+        raise ValueError(f"{name}: `id2label` must name the classes 0, 1, 2 and so on, got {id2label!r:.200}.")
 
 
 def strict_config(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -16,6 +33,7 @@ def strict_config(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
     @wraps(original_init)
     def __init__(self, *args, **kwargs) -> None:
+        check_labels(cls.__name__, kwargs.get("id2label"), kwargs.get("num_labels"))
         try:
             original_init(self, *args, **kwargs)
         except StrictDataclassError as error:
@@ -102,6 +120,9 @@ class VitEncoderConfig(PreTrainedConfig):
             is_size = name.endswith(("_size", "_layers", "_heads", "num_channels")) and isinstance(value, int)
             if is_size and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            largest = MAX_LAYERS if name.endswith(("_layers", "_convs")) else MAX_SIZE
+            if name.endswith(LIMITED) and isinstance(value, int) and value > largest:
+                raise ValueError(f"`{name}` must be at most {largest}, got {value}.")
         if not isinstance(self.image_size, int) and len(self.image_size) != 2:
             raise ValueError(f"`image_size` must be an int or [height, width], got {self.image_size}.")
         if any(side < 1 or side % self.patch_size for side in self.image_height_and_width):
@@ -125,8 +146,10 @@ class VitEncoderConfig(PreTrainedConfig):
         for name, value in self.to_dict().items():
             if name.endswith(("dropout_prob", "drop_path_rate")) and not 0 <= value < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {value}.")
-            if name.endswith("norm_eps") and not value > 0:
+            if name.endswith("norm_eps") and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"`initializer_range` must be at least 0, got {self.initializer_range}.")
 
     def validate_loss(self) -> None:
         """The options of the loss are in range, with one weight for each class."""

@@ -7,11 +7,11 @@ into arrays.
 
 import io
 import itertools
-import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
 
+from .folder_layouts import TRAIN_IDS_ENDING, load_folder
+from .image_reading import IMAGE_FORMATS, pil_to_array
 from .label_sets import LabelSet, map_labels
 from .scenes import embedded_scenes
 
@@ -29,13 +31,6 @@ logger = logging.getLogger(__name__)
 
 AnyDataset = datasets.Dataset | datasets.IterableDataset
 
-_SPLIT_ALIASES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
-_MASK_FOLDERS = ("masks", "annotations", "labels")
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 _NUM_SHOWN = 5
 
 
@@ -56,13 +51,17 @@ def load_segmentation_datasets(
 ) -> dict[str, AnyDataset]:
     """Loads the splits of a semantic segmentation dataset, with columns `image`, `annotation` and, where given, `id`.
 
-    A local folder holds one of these, where a split may also be spelt `training`, `val`, `valid`, `dev`, `testing`:
+    A local folder is read in these layouts; `folder_layouts.py` says which names its files have in each:
 
-    - parquet files `train-*.parquet`, `validation-*.parquet`, also under `data/`
-    - `train/metadata.jsonl` or, for a single split "train", `metadata.jsonl`; each line names `image_file_name` (or
-      `file_name`) and `mask_file_name` (or `annotation_file_name`, `label_file_name`), relative to it
-    - `images/train` and `masks/train`, or `train/images` and `train/masks`, or, for a single split "train", `images`
-      and `masks`; `annotations` and `labels` serve as `masks`. An image and its mask have the same name up to the suffix
+    | layout | what tells it |
+    | --- | --- |
+    | parquet, as downloaded from the Hub | `train-*.parquet`, also under `data/` |
+    | metadata of image and mask | `train/metadata.jsonl` or `train/metadata.csv` |
+    | two folders | `images/train` beside `masks/train`, or `train/images` beside `train/masks`; no `train`: no splits |
+    | ADE20K | `images/training` beside `annotations/training`, in the folder or its `ADEChallengeData2016` |
+    | Cityscapes | `leftImg8bit/train` beside `gtFine/train` |
+    | Pascal VOC | `ImageSets/Segmentation/train.txt`, in the folder or its `VOCdevkit/VOC2012` |
+    | Pascal Context, as in mmsegmentation | `ImageSets/SegmentationContext/train.txt`, the same for `VOC2010` |
 
     Args:
         dataset_name (`str`, *optional*):
@@ -70,13 +69,13 @@ def load_segmentation_datasets(
         splits (sequence of `str`, *optional*, defaults to `("train", "validation")`):
             Splits to load.
         dataset_config (`str`, *optional*):
-            Configuration of a Hub dataset.
+            Configuration of a Hub dataset; or, of a VOC folder with two kinds of masks, the folder of those to load.
         revision (`str`, *optional*):
             Branch, tag or commit of a Hub dataset.
         image_column (`str`, *optional*, defaults to `"image"`):
-            Column of the images, for parquet files and the Hub.
+            Column of the images, for parquet files, metadata and the Hub.
         label_column (`str`, *optional*, defaults to `"annotation"`):
-            Column of the masks, for parquet files and the Hub.
+            Column of the masks, for parquet files, metadata and the Hub.
         validation_fraction (`float`, *optional*):
             Where there is no validation split, this share of the train split becomes one. Without it, that is an error.
         scenes_size (`tuple[int, int]`, *optional*, defaults to `(128, 160)`):
@@ -95,10 +94,12 @@ def load_segmentation_datasets(
         encoded images, `{"bytes", "path"}`: read rows with `decode_example`.
 
     Raises:
-        `ValueError`: If a split or a column is missing, or images and masks do not pair up.
+        `ValueError`: If a split, its masks or a column are missing, images and masks do not pair up, or metadata name files
+            outside of the folder.
         `FileNotFoundError`: If `dataset_name` is a path that is no folder.
         `OSError`: If the Hub dataset cannot be reached.
     """
+    without_masks = {}
     if dataset_name in (None, "scenes"):
         sizes = {"train": scenes_train, "validation": scenes_validation}
         found = {
@@ -107,7 +108,14 @@ def load_segmentation_datasets(
             if split in splits
         }
     elif Path(dataset_name).is_dir():
-        found = _load_folder(Path(dataset_name), image_column, label_column, streaming)
+        found, without_masks = load_folder(
+            Path(dataset_name),
+            splits,
+            dataset_config=dataset_config,
+            image_column=image_column,
+            label_column=label_column,
+            streaming=streaming,
+        )
     elif Path(dataset_name).is_absolute() or dataset_name.startswith(("./", "../", "~")):
         raise FileNotFoundError(f"{dataset_name}: no such folder. Expected a folder, a Hub dataset or 'scenes'.")
     else:
@@ -119,7 +127,9 @@ def load_segmentation_datasets(
         found["train"], found["validation"] = split_train_validation(found["train"], validation_fraction, seed)
     missing = [split for split in splits if split not in found]
     if missing:
-        advice = " Give a validation_fraction to split off a part of train." if missing == ["validation"] else ""
+        advice = "".join(f" {without_masks[split]}." for split in missing if split in without_masks)
+        if missing == ["validation"]:
+            advice += " Give a validation_fraction to split off a part of train."
         raise ValueError(f"{dataset_name or 'scenes'} has no split {missing}, only {sorted(found)}.{advice}")
     return {split: _normalise(found[split], image_column, label_column, streaming) for split in splits}
 
@@ -159,109 +169,6 @@ def split_train_validation(
 
 
 # Sources
-
-
-def _load_folder(root: Path, image_column: str, label_column: str, streaming: bool) -> dict[str, AnyDataset]:
-    """Loads every split of a local folder; see `load_segmentation_datasets` for what the folder may hold."""
-    found = {}
-    for split, aliases in _SPLIT_ALIASES.items():
-        files = [str(file) for alias in aliases for file in _parquet_files(root, alias)]
-        if files:
-            found[split] = datasets.load_dataset(
-                "parquet", data_files={split: files}, split=split, streaming=streaming
-            )
-            continue
-        pairs = _first_non_empty(_folder_pairs(root, alias) for alias in aliases)
-        if pairs:
-            found[split] = _dataset_of_pairs(pairs, image_column, label_column)
-    if not found:
-        pairs = _metadata_pairs(root) or _matched_pairs(root / "images", [root / name for name in _MASK_FOLDERS])
-        if not pairs:
-            raise ValueError(
-                f"{root}: expected train-*.parquet, metadata.jsonl, or images/ beside masks/, annotations/ or labels/ "
-                f"(each of them or a folder around them per split), got {sorted(p.name for p in root.iterdir())[:20]}."
-            )
-        found["train"] = _dataset_of_pairs(pairs, image_column, label_column)
-    return found
-
-
-def _parquet_files(root: Path, split: str) -> list[Path]:
-    patterns = (f"{split}-*.parquet", f"{split}.parquet")
-    return sorted(file for folder in (root, root / "data") for pattern in patterns for file in folder.glob(pattern))
-
-
-def _folder_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
-    return (
-        _metadata_pairs(root / split)
-        or _matched_pairs(root / split / "images", [root / split / name for name in _MASK_FOLDERS])
-        or _matched_pairs(root / "images" / split, [root / name / split for name in _MASK_FOLDERS])
-    )
-
-
-def _first_non_empty(candidates: Iterable[list]) -> list:
-    return next((candidate for candidate in candidates if candidate), [])
-
-
-def _matched_pairs(image_folder: Path, mask_folders: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Pairs the files of two folders by their name without suffix; returns nothing where one of them is missing."""
-    mask_folder = next((folder for folder in mask_folders if folder.is_dir()), None)
-    if not image_folder.is_dir() or mask_folder is None:
-        return []
-    images, masks = _files_by_stem(image_folder), _files_by_stem(mask_folder)
-    for lonely, files, other in (
-        (sorted(images.keys() - masks.keys()), images, mask_folder),
-        (sorted(masks.keys() - images.keys()), masks, image_folder),
-    ):
-        if lonely:
-            names = ", ".join(str(files[stem]) for stem in lonely[:_NUM_SHOWN])
-            raise ValueError(f"{len(lonely)} files have no partner of the same name in {other}: {names}.")
-    return [(images[stem], masks[stem]) for stem in sorted(images)]
-
-
-def _files_by_stem(folder: Path) -> dict[str, Path]:
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith("."):
-            stem = path.relative_to(folder).with_suffix("").as_posix()
-            if stem in files:
-                raise ValueError(f"{folder}: two files have one name, {files[stem].name} and {path.name}. Keep one.")
-            files[stem] = path
-    return files
-
-
-def _metadata_pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """Reads `metadata.jsonl`; returns nothing where there is none."""
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        return []
-    pairs = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        row = json.loads(line)
-        image = row.get("image_file_name") or row.get("file_name")
-        mask = next(
-            (row[key] for key in ("mask_file_name", "annotation_file_name", "label_file_name") if key in row), None
-        )
-        if not image or not mask:
-            raise ValueError(f"{metadata}:{number}: expected image_file_name and mask_file_name, got {sorted(row)}.")
-        pairs.append((folder / image, folder / mask))
-    missing = [str(path) for pair in pairs for path in pair if not path.is_file()]
-    if missing:
-        raise ValueError(
-            f"{metadata} names {len(missing)} files that do not exist: {', '.join(missing[:_NUM_SHOWN])}."
-        )
-    return pairs
-
-
-def _dataset_of_pairs(pairs: Sequence[tuple[Path, Path]], image_column: str, label_column: str) -> datasets.Dataset:
-    columns = {
-        image_column: [str(image) for image, _ in pairs],
-        label_column: [str(mask) for _, mask in pairs],
-        "id": [image.stem for image, _ in pairs],
-    }
-    features = {image_column: datasets.Image(), label_column: datasets.Image(), "id": datasets.Value("string")}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
 def _load_from_hub(name: str, config: str | None, revision: str | None, streaming: bool) -> dict[str, AnyDataset]:
@@ -312,6 +219,9 @@ def decode_example(
     An EXIF orientation of the image is applied. The mask is drawn over the image as it is seen, so its own EXIF
     orientation is applied only if the image has one.
 
+    A file named `*_labelTrainIds.png`, as Cityscapes' tools write it, holds class ids already: the map of the label set is
+    not applied to it.
+
     Args:
         example (`dict`):
             A row with `image` and `annotation`, each encoded (`{"bytes", "path"}`) or a PIL image. Masks may be grey in 1,
@@ -331,12 +241,12 @@ def decode_example(
         `ValueError`: If a file cannot be decoded, is of an unexpected kind, or the sizes of image and mask differ.
     """
     image, mask = _open_pair(example)
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{_name_of(example)}: expected an image of 8 bits per channel, got mode {image.mode}.")
+    if image.mode == "F":
+        raise ValueError(f"{_name_of(example)}: expected an image of 8 or 16 bits per channel, got floats.")
     stored = _stored_ids(mask, _name_of(example, "annotation"))
     with _naming_damaged_files(_name_of(example, "image")):
-        pixels = np.asarray(image.convert("RGB"))
-    return pixels, _class_ids(stored, label_set, ignore_index, reduce_labels)
+        pixels = np.ascontiguousarray(np.moveaxis(pil_to_array(image, do_convert_rgb=True), 0, -1))
+    return pixels, _class_ids(stored, _label_set_of(example, label_set), ignore_index, reduce_labels)
 
 
 def _open_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
@@ -357,14 +267,18 @@ def _open_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
 
 def _open_image(example: dict[str, Any], column: str) -> Image.Image:
     value = example[column]
+    if value is None:
+        raise ValueError(f"{_name_of(example)}: the row has no {column}. Give it one, or leave the row out.")
     if isinstance(value, Image.Image):
         return value
     with _naming_damaged_files(_name_of(example, column)):
         content = value["bytes"]
         if content is None:
+            if str(value["path"]).startswith(("http://", "https://", "ftp://")):  # a stranger's rows ask no servers
+                raise ValueError(f"{value['path']}: expected an image in the row, got an address. Download it first.")
             with fsspec.open(value["path"], "rb") as file:
                 content = file.read()
-        return Image.open(io.BytesIO(content))
+        return Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
 
 
 @contextmanager
@@ -401,6 +315,15 @@ def _stored_ids(mask: Image.Image, name: str) -> np.ndarray:
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"{name}: expected a mask of class ids in grey or palette mode, got mode {mask.mode}.")
     return ids
+
+
+def _label_set_of(example: dict[str, Any], label_set: LabelSet | None) -> LabelSet | None:
+    """The label set without its map where the name of the mask says that it holds class ids."""
+    value = example["annotation"]
+    path = value.get("path") if isinstance(value, dict) else None
+    if label_set is None or not (path or "").endswith(TRAIN_IDS_ENDING):
+        return label_set
+    return replace(label_set, label_id_to_train_id=None)
 
 
 def _class_ids(stored: np.ndarray, label_set: LabelSet | None, ignore_index: int, reduce_labels: bool) -> np.ndarray:
@@ -559,10 +482,12 @@ def check_masks(
         ignore_index = label_set.ignore_index
     counts = np.zeros((2, num_labels), dtype=np.int64)
     report = MaskReport(num_labels, ignore_index, pixels_per_class=counts[0], images_per_class=counts[1])
-    for i, (name, ids, problem) in enumerate(
+    mapped_ids = set()
+    for i, (name, ids, mapped, problem) in enumerate(
         _class_counts(dataset, label_set, ignore_index, reduce_labels, max_images, show_progress)
     ):
         report.num_images += 1
+        mapped_ids.update(mapped)
         wrong = {}
         for class_id, num_pixels in ids.items():
             if class_id == ignore_index:
@@ -576,6 +501,16 @@ def check_masks(
             problem = f"{name}: ids {sorted(wrong)[:20]} in {sum(wrong.values())} pixels"
         if problem:
             report.problems.append(f"example {i}, {problem}")
+    mapped_ids.discard(ignore_index)
+    if mapped_ids and max(mapped_ids) < num_labels <= max(label_set.label_id_to_train_id):
+        logger.warning(
+            "The stored ids end at %d, but the label set %r maps ids up to %d to its %d classes. If the masks hold class ids "
+            "already, use a label set without label_id_to_train_id.",
+            max(mapped_ids),
+            label_set.name,
+            max(label_set.label_id_to_train_id),
+            num_labels,
+        )
     return report
 
 
@@ -593,7 +528,7 @@ def infer_num_labels(
         `ValueError`: If a mask cannot be decoded, or no pixel belongs to a class.
     """
     largest = -1
-    for _, ids, problem in _class_counts(dataset, None, ignore_index, reduce_labels, max_images, show_progress):
+    for _, ids, _, problem in _class_counts(dataset, None, ignore_index, reduce_labels, max_images, show_progress):
         if problem:
             raise ValueError(problem)
         largest = max(largest, *(class_id for class_id in ids if class_id != ignore_index), -1)
@@ -611,8 +546,8 @@ def _class_counts(
     reduce_labels: bool,
     max_images: int | None,
     show_progress: bool,
-) -> Iterator[tuple[str, dict[int, int], str]]:
-    """Yields per example its name, the number of pixels of each id, and what is wrong with it ("" if nothing)."""
+) -> Iterator[tuple[str, dict[int, int], list[int], str]]:
+    """Yields per example its name, pixels of each id, stored ids that a label map applied to, and what is wrong or ""."""
     length = len(dataset) if isinstance(dataset, datasets.Dataset) else None
     total = max_images if length is None else min(length, max_images or length)
     rows = itertools.islice(dataset, max_images)
@@ -621,8 +556,12 @@ def _class_counts(
         try:
             stored = _stored_ids(_open_pair(example)[1], name)
         except ValueError as error:
-            yield name, {}, str(error)
+            yield name, {}, [], str(error)
             continue
-        ids = _class_ids(stored, label_set, ignore_index, reduce_labels)
-        values, counts = np.unique(ids, return_counts=True)
-        yield name, dict(zip(values.tolist(), counts.tolist())), ""
+        values, counts = np.unique(stored, return_counts=True)
+        label_set_here = _label_set_of(example, label_set)
+        ids = Counter()
+        for class_id, count in zip(_class_ids(values, label_set_here, ignore_index, reduce_labels), counts.tolist()):
+            ids[int(class_id)] += count
+        is_mapped = label_set_here is not None and label_set_here.label_id_to_train_id is not None
+        yield name, ids, values.tolist() if is_mapped else [], ""

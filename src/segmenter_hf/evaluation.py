@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -18,7 +17,7 @@ from .data import decode_example
 from .files import replaced_file, write_json, write_text
 from .label_sets import LabelSet
 from .metrics import MeanIoU, confusion_matrix
-from .prediction import Picture, describe_protocol, segment_images, stream_segmentations
+from .prediction import Picture, describe_protocol, process_state, segment_images, stream_segmentations
 from .visualization import prediction_grid
 
 
@@ -123,7 +122,7 @@ def evaluate_segmentation(
     if len(dataset) == 0:
         raise ValueError("The split has no images: check the name of the data set and of the split.")
     model.eval()
-    state = PartialState()
+    state = process_state()
     rows = EvaluationExamples(dataset, label_set)
     share = range(state.process_index, len(rows), state.num_processes)
     total = np.zeros((num_labels, num_labels), dtype=np.int64)

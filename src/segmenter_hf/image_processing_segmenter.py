@@ -1,13 +1,16 @@
 """Image processor of Segmenter and SETR: resize, windows, normalisation, and the merge of the model's outputs."""
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import interpolate
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
@@ -17,14 +20,14 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    infer_channel_dimension_format,
     is_torch_tensor,
-    load_image,
+    is_valid_image,
     make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import ModelOutput, TensorType
 
+from .image_reading import channel_axis, pil_to_array, read_image, to_uint8
 from .sliding_window import Window, linear_taps, merge_windows, window_corners
 
 
@@ -33,8 +36,11 @@ INTERPOLATION = {
     PILImageResampling.BILINEAR: "bilinear",
     PILImageResampling.BICUBIC: "bicubic",
 }
-# Whole images in float32, or twice in memory, would be what limits the size of an image: larger ones go in parts.
+# Whole images in float32 would be what limits the size of an image: larger ones go in parts.
 PIXELS_AT_ONCE = 2**22
+# What an image may be resized to, and enlarged to as float32 where it is shorter than a window: what is far beyond any
+# real use would only fill the memory.
+MAX_RESIZED_PIXELS, MAX_ENLARGED_PIXELS = 2**30, 2**26
 
 
 class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
@@ -111,48 +117,13 @@ def resize_labels(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return labels
 
 
-def to_uint8(values: np.ndarray, is_16_bit: bool = False) -> np.ndarray:
-    """Boolean and 16-bit pixel values to 8 bit, full range to full range; 8-bit ones in any integer dtype unchanged."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8) * 255
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535:
-        raise ValueError(f"Integer images must hold values from 0 to 65535, got {low} to {high}.")
-    if is_16_bit or values.dtype == np.uint16 or high > 255:
-        return np.round(values / 257.0).astype(np.uint8)
-    return values.astype(np.uint8)
-
-
-def pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
-    """PIL image of any mode to (channels, height, width), 8 bit unless it holds floats; transparency is dropped."""
-    step = max(PIXELS_AT_ONCE // image.width, 1)
-    if image.height > step:
-        array = None
-        for top in range(0, image.height, step):
-            bottom = min(top + step, image.height)
-            rows = pil_to_array(image.crop((0, top, image.width, bottom)), do_convert_rgb)
-            if array is None:
-                array = np.empty((len(rows), image.height, image.width), rows.dtype)
-            array[:, top:bottom] = rows
-        return array
-    if image.mode.startswith("I"):
-        image = PIL.Image.fromarray(to_uint8(np.asarray(image), is_16_bit=True))
-    if do_convert_rgb and image.mode not in ("RGB", "F"):
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
-    array = np.array(image)
-    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-
-
-def read_image(source: "str | os.PathLike") -> PIL.Image.Image:
-    """Read an image from a path or URL, turned upright by its EXIF orientation, in its own mode."""
-    if str(source).startswith(("http://", "https://", "data:")):
-        return load_image(str(source))
-    with PIL.Image.open(source) as image:
-        image.load()
-        PIL.ImageOps.exif_transpose(image, in_place=True)
-        return image
+@contextmanager
+def _value_errors() -> Iterator[None]:
+    """Report an argument of another type, which transformers has an error of its own for, as `ValueError`."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"{error.__cause__ or error}") from error
 
 
 class ScaledImage(NamedTuple):
@@ -218,6 +189,9 @@ class _SegmenterImageProcessing:
     do_reduce_labels = False
 
     def __init__(self, **kwargs: Unpack[SegmenterImageProcessorKwargs]) -> None:
+        own = SegmenterImageProcessorKwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+        with _value_errors():
+            validate_typed_dict(self.valid_kwargs, {name: kwargs[name] for name in own & kwargs.keys()})
         super().__init__(**kwargs)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
@@ -254,7 +228,8 @@ class _SegmenterImageProcessing:
             ValueError: If an argument, an image or a label map is not as described.
         """
         kwargs["return_tensors"] = return_tensors
-        return super().preprocess(images, segmentation_maps, **kwargs)
+        with _value_errors():
+            return super().preprocess(images, segmentation_maps, **kwargs)
 
     def lazy_windows(self, image: ImageInput, **kwargs: Unpack[SegmenterImageProcessorKwargs]) -> ImageWindows:
         """The windows that `preprocess` gives for one image, each made when it is asked for.
@@ -269,7 +244,9 @@ class _SegmenterImageProcessing:
         Raises:
             ValueError: If an argument or the image is not as described in `preprocess`.
         """
-        (windows,) = super().preprocess(image, None, image_like_kwargs={"lazily": True}, return_tensors="pt", **kwargs)
+        arguments = {"image_like_kwargs": {"lazily": True}, "return_tensors": "pt", **kwargs}
+        with _value_errors():
+            (windows,) = super().preprocess(image, None, **arguments)
         return windows
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:
@@ -295,6 +272,16 @@ class _SegmenterImageProcessing:
         if kwargs["resample"] not in INTERPOLATION:
             names = [method.name for method in INTERPOLATION]
             raise ValueError(f"`resample` must be one of {names}, got {kwargs['resample']!r}.")
+        for name, used, smallest in (
+            ("rescale_factor", kwargs["do_rescale"], 0),
+            ("image_mean", kwargs["do_normalize"], -math.inf),
+            ("image_std", kwargs["do_normalize"], 0),
+        ):
+            numbers = kwargs[name] if isinstance(kwargs[name], (list, tuple)) else [kwargs[name]]
+            if used and not all(isinstance(n, (int, float)) and smallest < n < math.inf for n in numbers):
+                raise ValueError(
+                    f"`{name}` must be made of finite numbers{'' if smallest else ' above 0'}, got {kwargs[name]!r}."
+                )
 
     def fetch_images(self, image_url_or_urls: ImageInput) -> ImageInput:
         """Read paths and URLs; images pass through."""
@@ -307,12 +294,19 @@ class _SegmenterImageProcessing:
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
         """A flat list of images, in which grey arrays (height, width) have a channel too."""
         images = self.fetch_images(images)
+        given = images if isinstance(images, (list, tuple)) else [images]
+        flat = [part for image in given for part in (image if isinstance(image, (list, tuple)) else [image])]
+        wrong = [type(image).__name__ for image in flat if not is_valid_image(image)]
+        if wrong or not flat:
+            raise ValueError(
+                "Expected one or more images or label maps (paths, PIL images, numpy arrays or torch tensors), got "
+                f"{wrong[0] if wrong else 'none'}."
+            )
+        if any(0 in (image.size if isinstance(image, PIL.Image.Image) else image.shape) for image in flat):
+            raise ValueError("Expected images and label maps of at least one pixel, got an empty one: leave it out.")
         if expected_ndims == 3:
-            single = not isinstance(images, (list, tuple))
-            images = [
-                image[None] if getattr(image, "ndim", 0) == 2 else image for image in ([images] if single else images)
-            ]
-            images = images[0] if single else images
+            given = [image[None] if getattr(image, "ndim", 0) == 2 else image for image in given]
+            images = given if isinstance(images, (list, tuple)) else given[0]
         return make_flat_list_of_images(images, expected_ndims=expected_ndims)
 
     def process_image(
@@ -326,14 +320,19 @@ class _SegmenterImageProcessing:
         """Bring one image to (channels, height, width), uint8 or float32."""
         if isinstance(image, PIL.Image.Image):
             image, input_data_format = pil_to_array(image, bool(do_convert_rgb)), ChannelDimension.FIRST
-        array = image.cpu().numpy() if is_torch_tensor(image) else np.asarray(image)
+        if is_torch_tensor(image):
+            image = image.detach().to("cpu")
+            image = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
+        array = np.asarray(image)
         if array.ndim == 2:
             array, input_data_format = array[None], ChannelDimension.FIRST
-        if array.ndim != 3 or 0 in array.shape:
-            raise ValueError(f"An image must have two or three dimensions, none of them empty; got {array.shape}.")
+        if array.ndim != 3:
+            raise ValueError(f"An image must have two or three dimensions, got the shape {array.shape}.")
+        if not (array.dtype == np.bool_ or issubclass(array.dtype.type, (np.integer, np.floating))):
+            raise ValueError(f"An image must hold integers, floats or booleans, got {array.dtype}.")
         if input_data_format is None:
             channels = len(self.image_mean) if isinstance(self.image_mean, Sequence) else 3
-            input_data_format = infer_channel_dimension_format(array, num_channels=(channels, 1, 3, 4))
+            input_data_format = channel_axis(array.shape, channels)
         if input_data_format == ChannelDimension.LAST:
             array = np.moveaxis(array, -1, 0)
         if np.issubdtype(array.dtype, np.floating):
@@ -346,11 +345,19 @@ class _SegmenterImageProcessing:
             array = np.repeat(array, 3, axis=0)
         elif do_convert_rgb and len(array) == 4:
             array = array[:3]
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device or "cpu")
+        flags = array.flags
+        if not (flags.c_contiguous and flags.writeable and min(array.strides) >= 0):  # -1 in a mirrored single column
+            array = array.copy()
+        return torch.from_numpy(array).to(device or "cpu")
 
     def process_segmentation_map(self, segmentation_map: ImageInput, do_reduce_labels: bool) -> torch.Tensor:
         """Bring one label map to (height, width), int64."""
-        labels = torch.as_tensor(np.array(segmentation_map))
+        array = np.array(segmentation_map.detach().cpu() if is_torch_tensor(segmentation_map) else segmentation_map)
+        if not (array.dtype == np.bool_ or issubclass(array.dtype.type, np.integer)):
+            raise ValueError(
+                f"A segmentation map must hold integers, got {array.dtype}. Convert it to class ids first."
+            )
+        labels = torch.from_numpy(array.astype(np.int64))
         if labels.ndim == 3 and 1 in (labels.shape[0], labels.shape[-1]):
             labels = labels.squeeze(0 if labels.shape[0] == 1 else -1)
         if labels.ndim != 2:
@@ -358,9 +365,6 @@ class _SegmenterImageProcessing:
                 f"A segmentation map must have the shape (height, width), got {tuple(labels.shape)}. Convert colour-coded "
                 "masks to class ids first."
             )
-        if labels.is_floating_point() or labels.is_complex():
-            raise ValueError(f"A segmentation map must hold integers, got {labels.dtype}.")
-        labels = labels.long()
         if do_reduce_labels:
             labels = torch.where((labels == 0) | (labels == 255), 255, labels - 1)
         return labels
@@ -463,6 +467,11 @@ class _SegmenterImageProcessing:
             height, width = resized_size(height, width, int(size.shortest_edge * scale), longest_edge)
         else:
             height, width = resized_size(height, width, min(height, width) * scale)
+        if height * width > max(MAX_RESIZED_PIXELS, image.shape[-2] * image.shape[-1]):
+            raise ValueError(
+                f"An image of {image.shape[-2]} x {image.shape[-1]} pixels would become one of {height} x {width}, expected at "
+                f'most {MAX_RESIZED_PIXELS} pixels: lower `size` or `scales`, or give `size` a "longest_edge".'
+            )
         pixels = resize_image(image, (height, width), INTERPOLATION[resample])
         labels = None if labels is None else resize_labels(labels, (height, width))
 
@@ -476,6 +485,11 @@ class _SegmenterImageProcessing:
             height, width = smallest_side, int(width / height * smallest_side)
         else:
             height, width = int(height / width * smallest_side), smallest_side
+        if height * width > MAX_ENLARGED_PIXELS:
+            raise ValueError(
+                f"An image of {image.shape[-2]} x {image.shape[-1]} pixels is too thin for windows of {smallest_side}: it "
+                f"would become one of {height} x {width}, expected at most {MAX_ENLARGED_PIXELS} pixels. Crop or pad it."
+            )
         labels = None if labels is None else resize_labels(labels, (height, width))
         return ScaledImage(resize_image(normalize(pixels), (height, width)), None, labels)
 

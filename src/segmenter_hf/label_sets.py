@@ -14,6 +14,7 @@ from .files import write_json
 
 
 LABEL_SET_FILE = "label_set.json"  # beside a model: the label set it was trained with
+MAX_TABLE = 2**20  # entries of a table of ids; a map with ids further apart is looked up one by one
 _FOLDER = Path(__file__).parent / "label_sets"
 _FILE_KEYS = {
     "name",
@@ -62,11 +63,18 @@ class LabelSet:
 
     def __post_init__(self) -> None:
         where = f"label set {self.name!r}"
+        if not isinstance(self.name, str) or not isinstance(self.title, str):
+            raise ValueError(f"{where}: name and title must be strings, got {self.name!r} and {self.title!r}.")
         if not self.labels or not all(isinstance(label, str) for label in self.labels):
             raise ValueError(f"{where}: expected at least one label and only strings, got {self.labels}.")
         repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
         if repeated:
             raise ValueError(f"{where}: label names must be different, got {repeated} more than once. Rename them.")
+        if not isinstance(self.ignore_index, int) or not isinstance(self.reduce_labels, bool):
+            raise ValueError(
+                f"{where}: ignore_index must be an integer and reduce_labels true or false, got {self.ignore_index!r} and "
+                f"{self.reduce_labels!r}."
+            )
         if len(self.colors) != self.num_labels:
             raise ValueError(f"{where}: expected {self.num_labels} colors, one per label, got {len(self.colors)}.")
         for label, color in zip(self.labels, self.colors):
@@ -80,6 +88,11 @@ class LabelSet:
         if self.label_id_to_train_id is not None:
             if self.reduce_labels:
                 raise ValueError(f"{where}: give either reduce_labels or label_id_to_train_id, got both.")
+            ids = [*self.label_id_to_train_id, *self.label_id_to_train_id.values()]
+            if not ids or not all(isinstance(i, int) and abs(i) < 2**31 for i in ids):
+                raise ValueError(
+                    f"{where}: label_id_to_train_id must map integers of 32 bits to such, got {ids[:10]}."
+                )
             wrong = set(self.label_id_to_train_id.values()) - set(range(self.num_labels)) - {self.ignore_index}
             if wrong:
                 raise ValueError(
@@ -159,11 +172,14 @@ def load_label_set(name_or_path: str | Path) -> LabelSet:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got a file that is not: {error}") from error
-    if isinstance(content, list):
-        return label_set_from_names(content, name=path.stem)
-    return _from_json_object(content, path)
+    try:
+        if isinstance(content, list):
+            return label_set_from_names(content, name=path.stem)
+        return _from_json_object(content, path)
+    except (TypeError, ValueError) as error:
+        raise ValueError(error if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def label_set_of_model(name_or_path: str | Path, id2label: dict[int, str]) -> LabelSet:
@@ -260,6 +276,10 @@ def map_labels(mask: np.ndarray, label_map: dict[int, int], ignore_index: int = 
     new_ids = [*label_map.values(), ignore_index]
     dtype = np.result_type(np.min_scalar_type(min(new_ids)), np.min_scalar_type(max(new_ids)))
     first, last = min(label_map), max(label_map)
+    if last - first > MAX_TABLE:
+        stored, places = np.unique(mask, return_inverse=True)
+        mapped = [label_map.get(stored_id, ignore_index) for stored_id in stored.tolist()]
+        return np.array(mapped, dtype=dtype)[places].reshape(mask.shape)
     table = np.full(last - first + 3, ignore_index, dtype=dtype)  # both ends stand for all ids beyond them
     for stored_id, new_id in label_map.items():
         table[stored_id - first + 1] = new_id
@@ -282,11 +302,13 @@ def _from_json_object(content: Any, path: Path) -> LabelSet:
         raise ValueError(f"{path}: num_labels is {content['num_labels']}, but there are {len(labels)} labels.")
     name = content.get("name", path.stem)
     label_map = content.get("label_id_to_train_id")
+    if not isinstance(label_map, (dict, type(None))):
+        raise ValueError(f"{path}: expected an object as label_id_to_train_id, got {label_map!r:.200}.")
     return LabelSet(
         name=name,
         title=content.get("title", name),
         labels=tuple(label["name"] for label in labels),
-        colors=tuple(tuple(label["color"]) for label in labels),
+        colors=tuple(tuple(label["color"]) for label in labels if isinstance(label["color"], list)),
         ignore_index=content.get("ignore_index", 255),
         reduce_labels=content.get("reduce_labels", False),
         label_id_to_train_id=None

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from transformers.image_processing_outputs import SemanticSegmentationPostProces
 
 from .attention import attention_picture
 from .files import replaced_file
-from .image_processing_segmenter import read_image
+from .image_processing_segmenter import ImageWindows
+from .image_reading import pil_to_array, read_image
 from .label_sets import LabelSet, label_set_of_model, load_label_set
 from .sliding_window import Window, WindowMerger
 from .visualization import label_map_image, overlay, with_legend
@@ -75,6 +75,11 @@ def describe_protocol(
     }
 
 
+def process_state() -> PartialState:
+    """Which of how many processes this is, as `accelerate launch` or `torch.distributed.run` started them."""
+    return PartialState(cpu=not torch.cuda.is_available())  # or else processes on CPUs do not know of each other
+
+
 def load_model(
     name_or_path: str | Path,
     label_set: str | None = None,
@@ -103,9 +108,7 @@ def load_model(
     Raises:
         ImportError: If `int8` is wanted and torchao is missing.
     """
-    device = device or (
-        PartialState().device if torch.cuda.is_available() else "cpu"
-    )  # of this process, if there are several
+    device = device or process_state().device
     arguments: dict[str, Any] = {"dtype": dtype}
     if int8:
         try:
@@ -114,10 +117,12 @@ def load_model(
         except ImportError as error:
             raise ImportError("8-bit weights need torchao: `pip install segmenter-hf[int8]`.") from error
         arguments["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
+    # The classes of this package, whatever code the configuration names: nobody is asked whether to run it.
+    arguments["trust_remote_code"] = False
     model = AutoModelForSemanticSegmentation.from_pretrained(name_or_path, **arguments).to(device).eval()
     if compile:
         model.compile(fullgraph=True)
-    processor = AutoImageProcessor.from_pretrained(name_or_path)
+    processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
     found = label_set_of_model(name_or_path, model.config.id2label) if label_set is None else load_label_set(label_set)
     return model, processor, found.with_background()
 
@@ -126,7 +131,7 @@ def load_model(
 def stream_segmentations(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
-    images: Iterable[Picture],
+    images: Iterable[Picture | ImageWindows],
     *,
     multi_scale_flip: bool = False,
     scales: Sequence[float] | None = None,
@@ -144,7 +149,8 @@ def stream_segmentations(
     Args:
         model (`PreTrainedModel`): A semantic segmentation model of this package, in evaluation mode.
         processor (`BaseImageProcessor`): Its image processor.
-        images (`Iterable` of PIL images, arrays, tensors or paths): The images, taken when they are needed.
+        images (`Iterable` of PIL images, arrays, tensors or paths): The images, taken when they are needed. What
+            `processor.lazy_windows` gives for one is taken as it is.
         multi_scale_flip (`bool`, defaults to `False`): Whether to average over six scales, each also mirrored.
         scales (`Sequence[float]`, *optional*): Other scales than these six, or than 1.
         full_resolution (`bool`, defaults to `False`): Whether images keep their size instead of being resized to that of
@@ -185,7 +191,9 @@ def stream_segmentations(
             else:
                 yield merger.segmentation
 
-    prepared = partial(processor.lazy_windows, **arguments)
+    def prepared(image: Picture | ImageWindows) -> ImageWindows:
+        return image if isinstance(image, ImageWindows) else processor.lazy_windows(image, **arguments)
+
     for source in map(prepared, images):  # which keeps no hold of the image as it came
         # From top to bottom in all views at once, so that rows can be merged and forgotten.
         windows = sorted(source.windows, key=lambda window: window.top / window.view_height)
@@ -263,20 +271,10 @@ def read_picture(path: Path, max_image_pixels: int) -> Image.Image:
     Raises:
         ValueError: If it has more pixels, or is none.
     """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-        if width * height > max_image_pixels:
-            raise ValueError(
-                f"{width} x {height} pixels are more than {max_image_pixels}, which guards against files made to fill "
-                "the memory: if the picture is meant to be that large, raise `--max_image_pixels`"
-            )
-        return read_image(path)
-    except (OSError, SyntaxError) as error:
+        return read_image(path, max_image_pixels)
+    except OSError as error:
         raise ValueError(str(error)) from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def save_label_map(segmentation: np.ndarray, label_set: LabelSet, path: Path) -> None:
@@ -292,6 +290,8 @@ def reduced(picture: Image.Image, segmentation: np.ndarray) -> tuple[Image.Image
         width, height = (side // factor for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BOX)
         segmentation = segmentation[factor // 2 :: factor, factor // 2 :: factor][:height, :width]
+    if picture.mode.startswith("I"):  # Pillow would clip 16 bits to 8; the model sees them scaled
+        picture = Image.fromarray(np.moveaxis(pil_to_array(picture, do_convert_rgb=True), 0, -1))
     return picture.convert("RGB"), segmentation
 
 
@@ -311,6 +311,9 @@ def predict_files(
     *,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     attention: bool = False,
+    multi_scale_flip: bool = False,
+    scales: Sequence[float] | None = None,
+    full_resolution: bool = False,
     show_progress: bool = True,
     **kwargs: Any,
 ) -> dict[str, Path]:
@@ -327,6 +330,7 @@ def predict_files(
         max_image_pixels (`int`, defaults to 178956970): Pictures with more pixels are not read.
         attention (`bool`, defaults to `False`): Whether to write `NAME_attention.png` too: what the largest classes of the
             picture attend to (see `attention_picture`).
+        multi_scale_flip, scales, full_resolution: As for `stream_segmentations`.
         show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
         kwargs: Further arguments of `stream_segmentations`.
 
@@ -335,22 +339,24 @@ def predict_files(
 
     Raises:
         FileNotFoundError: If a path does not exist or a folder holds no picture.
-        ValueError: If pictures cannot be read, after all others are done; names each.
+        ValueError: If pictures cannot be read or segmented, after all others are done; names each.
     """
     model.eval()
     pictures = find_pictures(paths)
     waiting: deque[str] = deque()
     unreadable: list[str] = []
 
-    def readable() -> Iterator[Image.Image]:
+    arguments = protocol_arguments(multi_scale_flip, scales, full_resolution)
+
+    def readable() -> Iterator[ImageWindows]:
         for name, path in pictures.items():
             try:
-                read = [read_picture(path, max_image_pixels)]
+                windows = [processor.lazy_windows(read_picture(path, max_image_pixels), **arguments)]
             except ValueError as error:
-                unreadable.append(f"{path}: {error}")
+                unreadable.append(str(error) if str(path) in str(error) else f"{path}: {error}")
                 continue
             waiting.append(name)
-            yield read.pop()  # a large picture is not held here too
+            yield windows.pop()  # a large picture is not held here too
 
     written: dict[str, Path] = {}
     dtype = torch.uint8 if model.config.num_labels <= 256 else torch.int32

@@ -14,7 +14,8 @@ needs are dropped: an image of any height needs the memory of about two rows of 
 """
 
 import math
-from collections import defaultdict
+import threading
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -27,6 +28,7 @@ import torch
 # Values of a tile: on the CPU as many as fit its cache, on a GPU enough to keep it busy.
 CPU_TILE_VALUES, GPU_TILE_VALUES = 2**17, 2**25
 CPU_TILE_HEIGHT = 32
+MAX_WINDOWS = 2**20  # of a view; their description alone takes some 100 MB
 # Softmax is taken without a pass for its maximum where no class is further than this below the best one of its patch:
 # the sum of a pixel is then at least e^-60, far from the smallest float32.
 LARGEST_SPREAD = 60.0
@@ -107,8 +109,13 @@ def window_corners(height: int, width: int, window_size: int, window_stride: int
     Raises:
         ValueError: If the windows cannot cover the image.
     """
-    lefts = window_starts(width, window_size, window_stride)
-    return [(top, left) for top in window_starts(height, window_size, window_stride) for left in lefts]
+    lefts, tops = (window_starts(side, window_size, window_stride) for side in (width, height))
+    if len(tops) * len(lefts) > MAX_WINDOWS:
+        raise ValueError(
+            f"An image of {height} x {width} pixels would have {len(tops) * len(lefts)} windows, expected at most "
+            f"{MAX_WINDOWS}: raise `window_stride`, which is {window_stride}."
+        )
+    return [(top, left) for top in tops for left in lefts]
 
 
 def linear_taps(
@@ -207,19 +214,30 @@ def tile_size(size: tuple[int, int], num_labels: int, device: torch.device) -> t
     return max(GPU_TILE_VALUES // (size[1] * num_labels), 1), size[1]
 
 
+_settings_lock = threading.Lock()
+_inside: Counter[str] = Counter()  # threads within `full_float32`
+_outside: dict[str, str] = {}  # the precision that they found
+
+
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Products of float32 in float32, not in TF32 or bfloat16, whatever is set outside."""
-    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    previous = matmul.fp32_precision
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    matmul = torch.backends.cuda.matmul if kind == "cuda" else torch.backends.mkldnn.matmul
+    with _settings_lock:  # one setting for all threads: the first one in changes it, the last one out puts it back
+        if _inside[kind] == 0:
+            _outside[kind] = matmul.fp32_precision
+            if _outside[kind] != "ieee":
+                matmul.fp32_precision = "ieee"
+        _inside[kind] += 1
     try:
-        if previous != "ieee":
-            matmul.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if previous != "ieee":
-            matmul.fp32_precision = previous
+        with _settings_lock:
+            _inside[kind] -= 1
+            if _inside[kind] == 0 and _outside[kind] != "ieee":
+                matmul.fp32_precision = _outside[kind]
 
 
 @contextmanager
@@ -230,7 +248,14 @@ def single_thread() -> Iterator[None]:
     process wants the cores.
     """
     previous = torch.get_num_threads()
+    if previous == 1:
+        yield
+        return
     torch.set_num_threads(1)
+    # That holds for this thread, and for good in all that are started from now on: for those another thread takes it back.
+    others = threading.Thread(target=torch.set_num_threads, args=(previous,))
+    others.start()
+    others.join()
     try:
         yield
     finally:
@@ -481,6 +506,11 @@ def merge_windows(
     Raises:
         ValueError: If windows are missing, or logits, windows and target sizes do not fit each other.
     """
+    if logits.ndim != 4 or 0 in logits.shape:
+        raise ValueError(
+            "`logits` must have the shape (num_windows, num_labels, patch_height, patch_width), nothing of it 0; got "
+            f"{tuple(logits.shape)}."
+        )
     if window_offsets.ndim != 2 or window_offsets.shape != (len(logits), len(Window._fields)):
         raise ValueError(
             f"`window_offsets` must have the shape ({len(logits)}, {len(Window._fields)}), a row for each window of the "
@@ -494,6 +524,8 @@ def merge_windows(
         raise ValueError(
             f"`target_sizes` must have one (height, width) for each of the {len(images)} images, got {len(target_sizes)}."
         )
+    if any(len(size) != 2 or min(size) < 1 for size in target_sizes or ()):
+        raise ValueError(f"`target_sizes` must be (height, width) of at least one pixel each, got {target_sizes}.")
     merged = []
     for position, image in enumerate(sorted(images)):
         indices = images[image]

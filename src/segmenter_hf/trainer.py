@@ -1,6 +1,7 @@
 """Trainer for segmentation: augmented crops in, counts of pixels out, checkpoints that are whole."""
 
 import itertools
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,18 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
 from .augmentation import SegmentationAugmentation
 from .data import decode_example
@@ -28,6 +37,8 @@ from .metrics import MeanIoU
 from .publishing import PREDICTIONS_PICTURE, publish_model
 from .visualization import training_curves
 
+
+logger = logging.getLogger(__name__)
 
 CURVES_PICTURE = "curves.png"
 SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled at once
@@ -57,11 +68,11 @@ class TrainingExamples(Dataset):
         self.augmentation = augmentation
         self.processor = processor
         self.seed = seed
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers may live for all epochs
 
     def set_epoch(self, epoch: int) -> None:
         """Give every epoch its own draws."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -73,20 +84,26 @@ class TrainingExamples(Dataset):
     def crop(self, row: dict[str, Any], *numbers: int) -> dict[str, torch.Tensor]:
         """An augmented crop of a row; the numbers tell its draws from those of other rows."""
         image, labels = decode_example(row, self.label_set)
-        image, labels = self.augmentation(image, labels, np.random.default_rng((self.seed, self.epoch, *numbers)))
+        image, labels = self.augmentation(
+            image, labels, np.random.default_rng((self.seed, int(self._epoch), *numbers))
+        )
         inputs = self.processor(image, labels, do_resize=False, do_split_windows=False)
         return {"pixel_values": inputs["pixel_values"][0], "labels": inputs["labels"][0]}
 
 
 class StreamedTrainingExamples(IterableDataset):
-    """[`TrainingExamples`] of a stream, shuffled in a buffer; workers share its files.
+    """[`TrainingExamples`] of a stream, shuffled in a buffer. Workers share its rows: each row comes once in an epoch.
 
     Args:
         examples (`TrainingExamples`): What makes crops of rows; its dataset is a `datasets.IterableDataset`.
+        share_files (`bool`, defaults to `True`): Whether workers may share the files of the stream, where these are enough.
+            Else each reads all rows and makes crops of its own. Of `dataset.take(n)`, files cannot be shared: `datasets`
+            would take a part of the n rows from each worker's files, however few they hold.
     """
 
-    def __init__(self, examples: TrainingExamples) -> None:
+    def __init__(self, examples: TrainingExamples, share_files: bool = True) -> None:
         self.examples = examples
+        self.share_files = share_files
         self._rows = examples.dataset.shuffle(seed=examples.seed, buffer_size=SHUFFLE_BUFFER)
 
     def set_epoch(self, epoch: int) -> None:
@@ -97,8 +114,10 @@ class StreamedTrainingExamples(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         info = get_worker_info()
         worker, rows = 0 if info is None else info.id, self._rows
-        if info is not None and rows.num_shards < info.num_workers:  # more workers than files: each takes its rows
-            rows = itertools.islice(rows, worker, None, info.num_workers)
+        if info is not None and not (self.share_files and rows.num_shards >= info.num_workers):
+            # A loop over the rows would get those of the worker's files alone; `iter` gives all of them to each worker.
+            batches = itertools.islice(rows.iter(batch_size=1), worker, None, info.num_workers)
+            rows = ({name: values[0] for name, values in batch.items()} for batch in batches)
         for number, row in enumerate(rows):
             yield self.examples.crop(row, worker, number)
 
@@ -132,8 +151,13 @@ class _ShowProgress(TrainerCallback):
             return
         if not trainer.is_in_train:
             return
-        output_dir = Path(args.output_dir)
-        curves = training_curves(state.log_history)
+        try:
+            self._draw(Path(args.output_dir), state)
+        except OSError as error:  # a full disk is a matter of the checkpoints, which say what to do
+            logger.warning("The pictures of step %d could not be written: %s.", state.global_step, error)
+
+    def _draw(self, output_dir: Path, state: TrainerState) -> None:
+        trainer, curves = self.trainer, training_curves(state.log_history)
         if curves is not None:
             with replaced_file(output_dir / CURVES_PICTURE) as temporary:
                 curves.save(temporary)
@@ -186,6 +210,7 @@ class SegmentationTrainer(Trainer):
         self.window_batch_size = window_batch_size
         self.metric = MeanIoU(label_set.num_labels, label_set.ignore_index)
         self._partial: Path | None = None
+        self._whole_model: PreTrainedModel | None = None
         super().__init__(compute_metrics=self.add_counts, callbacks=[_SetEpoch(), _StopAtNan()], **kwargs)
         self.add_callback(_ShowProgress(self))
 
@@ -244,6 +269,21 @@ class SegmentationTrainer(Trainer):
         finally:
             self.data_collator = training_collator
 
+    def whole_model(self) -> PreTrainedModel:
+        """The model as a process can run it alone; all processes must ask for it at once where FSDP shares it out.
+
+        Processes evaluate images of different sizes, so they cannot go through the layers in step.
+        """
+        return gathered_copy(self.model) if self.is_fsdp_enabled else self.accelerator.unwrap_model(self.model)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's loop, with the whole model at hand."""
+        self._whole_model = self.whole_model()
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._whole_model = None
+
     def prediction_step(
         self,
         model: torch.nn.Module,
@@ -254,7 +294,7 @@ class SegmentationTrainer(Trainer):
         """No loss, the count matrix of each image, and its number of counted pixels."""
         with self.compute_loss_context_manager():
             counts = count_pixels(
-                self.accelerator.unwrap_model(model),
+                self._whole_model,
                 self.processing_class,
                 inputs["images"],
                 inputs["label_maps"],
@@ -330,7 +370,7 @@ class SegmentationTrainer(Trainer):
     def _raise_if_not_finite(self) -> None:
         """No checkpoint holds what is no number."""
         for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter.detach()).all():
+            if not torch.isfinite(getattr(parameter, "to_local", parameter.detach)()).all():  # a part, with FSDP
                 raise FloatingPointError(_nan_message(f"`{name}` is not finite at step {self.state.global_step}."))
 
     @contextmanager
@@ -350,6 +390,14 @@ class SegmentationTrainer(Trainer):
                     else "There is no complete one yet. Make room and run the same command."
                 )
             ) from error
+
+
+def gathered_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy on this device of a model that FSDP shares out over the processes, all of which must call this at once."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    copy = AutoModelForSemanticSegmentation.from_config(model.config)
+    copy.load_state_dict(weights)
+    return copy.to(model.device).eval()
 
 
 def last_checkpoint(run_dir: str | Path) -> str | None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import datasets
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .augmentation import SegmentationAugmentation
@@ -21,6 +20,7 @@ from .files import move_files
 from .image_processing_segmenter import SegmenterImageProcessor
 from .label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, load_label_set
 from .model_card import CardFacts, hub_name, recorded_result, write_model_card
+from .prediction import process_state
 from .publishing import PREDICTIONS_PICTURE
 from .recipes import RECIPE_FILE, check_same_run, resolved_recipe, save_recipe
 from .trainer import (
@@ -68,6 +68,7 @@ def train_segmenter(
         ValueError: If the arguments contradict each other or those of the run that `output_dir` holds, or label maps cannot
             be trained on.
     """
+    set_seed(training_args.seed)  # Trainer does so too, but after the model is made
     recipe = resolved_recipe(model_args, data_args, training_args)
     checkpoint = prepare_output_dir(training_args, recipe)
     train_set, validation_set = load_splits(data_args, training_args)
@@ -87,11 +88,17 @@ def train_segmenter(
         ignore_index=label_set.ignore_index,
         pad_value=tuple(round(255 * mean) for mean in processor.image_mean),
     )
+    if (
+        training_args.ddp_find_unused_parameters is None
+    ):  # only the class token of a model that goes without it is unused
+        training_args.ddp_find_unused_parameters = not model.config.use_class_token
     examples = TrainingExamples(train_set, label_set, augmentation, processor, training_args.seed)
+    if data_args.streaming:
+        examples = StreamedTrainingExamples(examples, share_files=data_args.max_train_samples is None)
     trainer = SegmentationTrainer(
         model=model,
         args=training_args,
-        train_dataset=StreamedTrainingExamples(examples) if data_args.streaming else examples,
+        train_dataset=examples,
         eval_dataset=EvaluationExamples(validation_set, label_set),
         processing_class=processor,
         label_set=label_set,
@@ -104,14 +111,15 @@ def train_segmenter(
             f"{batch['accumulation']} accumulated."
         )
     trainer.train(resume_from_checkpoint=checkpoint)
+    whole_model = trainer.whole_model()
     results = evaluate_segmentation(
-        trainer.accelerator.unwrap_model(trainer.model),
+        whole_model,
         processor,
         validation_set,
         label_set,
         window_batch_size=data_args.window_batch_size,
     )
-    save_trained_model(trainer, results, recipe, data_args)
+    save_trained_model(trainer, whole_model, results, recipe, data_args)
     return results
 
 
@@ -225,7 +233,7 @@ def scan_masks(
         return None
     if limit is None and data_args.streaming:
         limit = STREAM_SCAN
-    state, reports = PartialState(), [None]
+    state, reports = process_state(), [None]
     if state.is_main_process:
         for split, dataset in ((data_args.train_split, train_set), (data_args.validation_split, validation_set)):
             reports.append(check_masks(dataset, label_set.num_labels, label_set, max_images=limit))
@@ -350,7 +358,11 @@ def build_model_and_processor(
 
 
 def save_trained_model(
-    trainer: SegmentationTrainer, results: dict[str, Any], recipe: dict[str, Any], data_args: DataArguments
+    trainer: SegmentationTrainer,
+    whole_model: PreTrainedModel,
+    results: dict[str, Any],
+    recipe: dict[str, Any],
+    data_args: DataArguments,
 ) -> None:
     """Put the model, its processor, results, card and pictures together, and move them into the output directory."""
     output_dir = Path(trainer.args.output_dir)
@@ -365,7 +377,7 @@ def save_trained_model(
         result = recorded_result(results, data_args.dataset_name, data_args.validation_split, trainer.label_set.name)
         save_results(folder, result, trainer.label_set.labels)
         save_prediction_grid(
-            trainer.accelerator.unwrap_model(trainer.model),
+            whole_model,
             trainer.processing_class,
             trainer.eval_dataset,
             trainer.label_set,
@@ -376,10 +388,10 @@ def save_trained_model(
             results=(result,),
             training=training_facts(trainer, recipe),
             datasets=tuple(filter(None, [hub_name(data_args.dataset_name)])),
-            base_model=hub_name(trainer.model.config.name_or_path),
+            base_model=hub_name(whole_model.config.name_or_path),
             picture=PREDICTIONS_PICTURE,
         )
-        write_model_card(folder, model=trainer.model, facts=facts, location=str(output_dir))
+        write_model_card(folder, model=whole_model, facts=facts, location=str(output_dir))
         move_files(folder, output_dir)
         shutil.rmtree(folder)
     if trainer.args.push_to_hub:

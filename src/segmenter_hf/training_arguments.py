@@ -158,8 +158,9 @@ class SegmentationTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Whether a loss that is no number is left out of the log; it is an error here."},
     )
-    report_to: None | str | list[str] = field(
-        default="none", metadata={"help": "Where to report: tensorboard, wandb, trackio."}
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Where to report: tensorboard, wandb, trackio; any of them."},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the checkpoints of an earlier run in output_dir and start anew."}

@@ -169,7 +169,7 @@ def build(
             model = conversion.model_class(conversion.model_class.config_class(**fields))
         reduce = {} if labels is None else {"do_reduce_labels": labels.reduce_labels}
         processor = SegmenterImageProcessor(**conversion.processor | reduce)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # sizes whose product overflows
         raise ValueError(f"{checkpoint.path}: what its configuration says is not valid. {error}") from error
     load_weights(model, weights, checkpoint.path)
     used = {weight.source for weight in weights.values()}

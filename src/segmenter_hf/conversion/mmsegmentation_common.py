@@ -73,7 +73,7 @@ def note(checkpoint: Checkpoint, name: str) -> Any:
 def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Class names that mmsegmentation 0.x and 1.x note beside the weights."""
     names = note(checkpoint, "classes")
-    return tuple(map(str, names)) if isinstance(names, (tuple, list)) else ()
+    return tuple(names) if isinstance(names, (tuple, list)) and all(isinstance(n, str) for n in names) else ()
 
 
 def palette(checkpoint: Checkpoint) -> tuple[tuple[int, int, int], ...]:

@@ -8,9 +8,11 @@ Every way in which a file can be wrong ends in a `ValueError` that names the fil
 import ast
 import hashlib
 import json
+import math
 import pickle
 import pickletools
 import re
+import reprlib
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -28,6 +30,9 @@ from safetensors.torch import load_file
 MAX_TEXT_BYTES = 1 << 20  # a configuration
 MAX_JSON_BYTES = 1 << 24  # a configuration with the names of 21,000 classes
 MAX_ARCHIVE_BYTES = 64 << 30  # all arrays of an .npz, unpacked
+MAX_COMPRESSION = 16  # weights hardly shrink: by more than that only files made to fill the memory do
+MAX_SHARING = 4  # how often the tensors of a file may use its bytes: tied weights twice
+MAX_YAML_NODES = 100_000  # with everything that aliases repeat
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
     state_dict = content[wrapper] if wrapper else content
     if not state_dict or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(f"{path}: expected weights under their names, got the keys {list(state_dict)[:5]}.")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values() if is_dense(tensor))
+    if path.suffix != ".npz" and size > MAX_SHARING * path.stat().st_size:
+        raise ValueError(
+            f"{path}: its tensors would fill {size} bytes, expected about the {path.stat().st_size} of the file: they repeat "
+            "what is in it. If you trust its author, save clones of the tensors."
+        )
     meta = content.get("meta") if wrapper else None
-    return Checkpoint(path, state_dict, wrapper, meta if isinstance(meta, dict) else {}, config)
+    notes = {key: note for key, note in meta.items() if not torch.is_tensor(note)} if isinstance(meta, dict) else {}
+    return Checkpoint(path, state_dict, wrapper, notes, config)
+
+
+def is_dense(value: Any) -> bool:
+    """Whether a value is a tensor with its values one after the other."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def weights_file(path: Path) -> Path:
@@ -240,10 +257,19 @@ class ArrayUnpickler(pickle.Unpickler):
         return self.known[f"{module}.{name}"]
 
 
+def _check_memo(path: Path) -> None:
+    """Refuse a pickle with an entry of its memo far beyond the others: Python would make room for all before it."""
+    with path.open("rb") as file:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if "PUT" in opcode.name and argument > number:
+                raise pickle.UnpicklingError(f"instruction {number} asks for {argument} entries of the memo")
+
+
 def _read_pdparams(path: Path) -> Any:
     if not _head(path).startswith(b"\x80"):
         raise ValueError(f"{path}: expected a file of paddle.save, got {_describe(path)}.")
     try:
+        _check_memo(path)
         with path.open("rb") as file:
             content = ArrayUnpickler(file).load()
     except Exception as error:  # a damaged pickle can fail in any way
@@ -264,8 +290,9 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
     if not all(member.filename.endswith(".npy") for member in members):
         raise ValueError(f"{path}: expected a NumPy archive, got {_describe(path)}.")
     size = sum(member.file_size for member in members)
-    if size > MAX_ARCHIVE_BYTES:
-        raise ValueError(f"{path}: its arrays unpack to {size} bytes, expected at most {MAX_ARCHIVE_BYTES}.")
+    largest = min(MAX_ARCHIVE_BYTES, MAX_COMPRESSION * path.stat().st_size)
+    if size > largest:
+        raise ValueError(f"{path}: its arrays unpack to {size} bytes, expected at most {largest}. Download it again.")
     tensors, name = {}, ""
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -292,10 +319,22 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 class VariantLoader(yaml.SafeLoader):
     """YAML of plain values, plus the tuples that yaml.dump writes."""
 
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Refuse merge keys: a short text of them unpacks to a gigantic one."""
-        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-            raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not supported", node.start_mark)
+    def get_single_node(self) -> yaml.Node | None:
+        """Refuse aliases and merge keys that repeat each other: a short text of them stands for a gigantic one."""
+        node = super().get_single_node()
+        if node is not None and _expanded_size(node, {}) > MAX_YAML_NODES:
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*) or merge keys (<<) repeat too much")
+        return node
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
+    """Number of nodes below a node with everything that aliases repeat; infinite if a node holds itself."""
+    if node not in sizes:
+        sizes[node] = math.inf
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        sizes[node] = 1 + sum(_expanded_size(part, sizes) for part in parts)
+    return sizes[node]
 
 
 VariantLoader.add_constructor(
@@ -405,7 +444,7 @@ def lookup(
     kinds = kind if isinstance(kind, tuple) else (float, int) if kind is float else (kind,)
     if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)
-        got = "nothing" if value is None else repr(value)[:100]
+        got = "nothing" if value is None else reprlib.repr(value)[:100]
         raise ValueError(f"{where}: expected `{name}` of type {expected}, got {got}.")
     return value
 

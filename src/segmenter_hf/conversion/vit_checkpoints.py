@@ -273,7 +273,7 @@ def transformers_config(checkpoint: Checkpoint, config: dict[str, Any] | None) -
 
 def timm_normalization(checkpoint: Checkpoint, config: dict[str, Any] | None) -> tuple[list[float], list[float]]:
     """Mean and standard deviation that timm's `config.json` says; else DeiT's for its files, AugReg's for the others."""
-    pretrained = (config or {}).get("pretrained_cfg") or config or {}
+    pretrained = lookup(config or {}, "pretrained_cfg", dict, "config.json", config or {})
     if "mean" in pretrained and "std" in pretrained:
         return tuple(lookup(pretrained, name, (list, tuple), "config.json") for name in ("mean", "std"))
     if is_deit(checkpoint):

@@ -1,0 +1,159 @@
+"""Image files of any kind to pictures, and pictures of any kind to arrays of 8 bits."""
+
+import io
+import os
+import urllib.request
+from typing import BinaryIO
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from transformers.image_utils import ChannelDimension
+
+
+# A large image is brought to 8 bits in parts: twice in memory it would be what limits its size.
+PIXELS_AT_ONCE = 2**22
+# Decoded by libraries alone. Pillow hands others to programs that run what is in them: PostScript to Ghostscript.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_DOWNLOAD_BYTES = 2**28
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+
+
+def to_uint8(values: np.ndarray, is_16_bit: bool = False) -> np.ndarray:
+    """Boolean and 16-bit pixel values to 8 bit, full range to full range; 8-bit ones in any integer dtype unchanged."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * 255
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"Integer images must hold values from 0 to 65535, got {low} to {high}.")
+    if is_16_bit or values.dtype == np.uint16 or high > 255:
+        return np.round(values / 257.0).astype(np.uint8)
+    return values.astype(np.uint8)
+
+
+def pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
+    """PIL image of any mode to (channels, height, width), 8 bit unless it holds floats; transparency is dropped."""
+    step = max(PIXELS_AT_ONCE // image.width, 1)
+    if image.height > step:
+        array = None
+        for top in range(0, image.height, step):
+            bottom = min(top + step, image.height)
+            rows = pil_to_array(image.crop((0, top, image.width, bottom)), do_convert_rgb)
+            if array is None:
+                array = np.empty((len(rows), image.height, image.width), rows.dtype)
+            array[:, top:bottom] = rows
+        return array
+    if image.mode.startswith("I"):
+        image = PIL.Image.fromarray(to_uint8(np.asarray(image), is_16_bit=True))
+    if do_convert_rgb and image.mode not in ("RGB", "F"):
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+    array = np.array(image)
+    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+
+
+def read_image(source: "str | os.PathLike", max_pixels: int | None = None) -> PIL.Image.Image:
+    """Read the first picture of an image file, turned upright by its EXIF orientation, in its own mode.
+
+    Args:
+        source (`str` or `os.PathLike`): A path, or an address that begins with `https://`, `http://` or `data:`.
+        max_pixels (`int`, *optional*): Larger images are refused before they are decoded; by default those that Pillow
+            refuses, of more than twice `PIL.Image.MAX_IMAGE_PIXELS`.
+
+    Returns:
+        `PIL.Image.Image`: The picture, decoded.
+
+    Raises:
+        OSError: If there is no such file, or the address cannot be reached.
+        ValueError: If it is no image of `IMAGE_FORMATS`, is damaged, or has too many pixels.
+    """
+    name = os.fspath(source)
+    name = name if len(name) <= 200 else f"{name[:200]}..."
+    if str(source).startswith(("http://", "https://", "data:")):
+        return decode_image(io.BytesIO(download(str(source), name)), name, max_pixels)
+    if os.path.isdir(source):
+        raise IsADirectoryError(f"{name}: expected an image file, got a folder. Give the files in it.")
+    if not os.path.isfile(source):
+        raise FileNotFoundError(f"{name}: expected an image file, but there is none. Check the path.")
+    with open(source, "rb") as file:
+        return decode_image(file, name, max_pixels)
+
+
+def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> PIL.Image.Image:
+    """Decode an opened image file: see [`read_image`]; `name` is what errors call it."""
+    if max_pixels is None and PIL.Image.MAX_IMAGE_PIXELS is not None:
+        max_pixels = 2 * PIL.Image.MAX_IMAGE_PIXELS
+    try:
+        image = _open_image(file)
+        too_large = max_pixels is not None and image.width * image.height > max_pixels
+        if not too_large:
+            image.load()
+            PIL.ImageOps.exif_transpose(image, in_place=True)
+            return image
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(
+            f"{name}: expected an image ({', '.join(IMAGE_FORMATS)}), got a file that is damaged or something else. "
+            f"Download or save it again. {type(error).__name__}: {error}"
+        ) from error
+    raise ValueError(
+        f"{name}: {image.width} x {image.height} pixels are more than {max_pixels}, which guards against files made to "
+        "fill the memory. If the picture is meant to be that large, raise `--max_image_pixels` of scripts/predict.py, or "
+        "`PIL.Image.MAX_IMAGE_PIXELS`."
+    )
+
+
+def _open_image(file: BinaryIO) -> PIL.Image.Image:
+    """`PIL.Image.open` for `IMAGE_FORMATS`, without its limit of pixels, which is one for all threads."""
+    PIL.Image.init()
+    prefix = file.read(16)
+    for name in IMAGE_FORMATS:
+        factory, accept = PIL.Image.OPEN[name]
+        if accept is None or accept(prefix) is True:
+            file.seek(0)
+            return factory(file, "")
+    raise ValueError(f"no image begins with {prefix[:8]!r}")
+
+
+def download(url: str, name: str) -> bytes:
+    """The bytes at an address.
+
+    Raises:
+        OSError: If it cannot be reached, does not answer in time, or holds too much to be an image.
+    """
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "segmenter-hf"})
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+            content = response.read(MAX_DOWNLOAD_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{name}: expected an image at this address, but it cannot be had ({type(error).__name__}: {error}). Check the "
+            "address and the network, or give a file."
+        ) from error
+    if len(content) > MAX_DOWNLOAD_BYTES:
+        raise OSError(
+            f"{name}: expected an image of at most {MAX_DOWNLOAD_BYTES} bytes, got more. Download it and give the file."
+        )
+    return content
+
+
+def channel_axis(shape: tuple[int, ...], num_channels: int) -> ChannelDimension:
+    """Where the channels of an image are: the axis of `num_channels`, or else of 3, 4 or 1, the first axis before the last.
+
+    Raises:
+        ValueError: If neither axis has as many.
+    """
+    for count in dict.fromkeys((num_channels, 3, 4, 1)):
+        if shape[0] == count:
+            return ChannelDimension.FIRST
+        if shape[-1] == count:
+            return ChannelDimension.LAST
+    raise ValueError(
+        f"Expected an image of {num_channels} channels (or 1, 3 or 4), first or last; got the shape {tuple(shape)}. For other "
+        "numbers of channels give `image_mean` and `image_std` one value for each and set `do_convert_rgb=False`."
+    )
+
+
+__all__ = ["IMAGE_FORMATS", "channel_axis", "decode_image", "pil_to_array", "read_image", "to_uint8"]
