@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from segmenter_hf import segmentation_loss
-from segmenter_hf.segmentation_loss import plain_upsampled_cross_entropy, upsampled_cross_entropy
+from segmenter_hf.segmentation_loss import plain_upsampled_cross_entropy, upsampled_cross_entropy, upsampled_dice_loss
 
 
 def make_inputs(
@@ -87,6 +87,9 @@ def test_the_gradient_is_that_of_the_loss_in_float64(options) -> None:
     got = value_and_gradient(upsampled_cross_entropy, logits, labels, **options)
     assert got[0].dtype == got[1].dtype == torch.float64
     assert_equal(got, reference(logits, labels, **options), tolerance)
+    plain = value_and_gradient(plain_upsampled_cross_entropy, logits, labels, **options)
+    assert plain[0].dtype == plain[1].dtype == torch.float64
+    assert_equal(plain, reference(logits, labels, **options), 1e-12)
 
 
 @pytest.mark.parametrize("logits_size", [(37, 50), (74, 100), (10, 13)])
@@ -114,17 +117,19 @@ def test_neighbours_may_contradict_each_other_by_any_spread() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_half_precision_is_computed_in_float32(dtype, tolerance) -> None:
     logits, labels = make_inputs(dtype=dtype)
-    loss, gradient = value_and_gradient(upsampled_cross_entropy, logits, labels)
     expected = reference(logits, labels)
-    assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
-    torch.testing.assert_close(loss.double(), expected[0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(gradient.double(), expected[1], rtol=tolerance, atol=tolerance * 1e-2)
+    for function in (upsampled_cross_entropy, plain_upsampled_cross_entropy):
+        loss, gradient = value_and_gradient(function, logits, labels)
+        assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
+        torch.testing.assert_close(loss.double(), expected[0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(gradient.double(), expected[1], rtol=tolerance, atol=tolerance * 1e-2)
 
 
-def test_a_batch_of_ignored_pixels_gives_zero_and_a_zero_gradient() -> None:
+@pytest.mark.parametrize("function", [upsampled_cross_entropy, plain_upsampled_cross_entropy])
+def test_a_batch_of_ignored_pixels_gives_zero_and_a_zero_gradient(function) -> None:
     logits, labels = make_inputs()
     for options in ({}, {"class_weights": torch.rand(5), "label_smoothing": 0.1}):
-        loss, gradient = value_and_gradient(upsampled_cross_entropy, logits, torch.full_like(labels, 255), **options)
+        loss, gradient = value_and_gradient(function, logits, torch.full_like(labels, 255), **options)
         assert loss == 0
         assert torch.equal(gradient, torch.zeros_like(logits))
 
@@ -136,6 +141,14 @@ def test_labels_without_weight_give_zero_and_a_zero_gradient(label_smoothing) ->
     loss, gradient = value_and_gradient(upsampled_cross_entropy, logits, labels.where(labels == 255, 0), **options)
     assert loss == 0
     assert torch.equal(gradient, torch.zeros_like(logits))
+
+
+def test_dice_of_one_pixel_is_that_of_its_class_alone() -> None:
+    logits, labels = make_inputs(ignored=1.0)
+    labels[1, 3, 4] = 2
+    upsampled = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear")
+    probability = upsampled.softmax(1)[1, 2, 3, 4]
+    torch.testing.assert_close(upsampled_dice_loss(logits, labels), 1 - 2 * probability / (probability + 1))
 
 
 def test_any_label_may_be_the_ignored_one() -> None:
