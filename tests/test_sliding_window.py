@@ -13,10 +13,12 @@ from torch.nn.functional import interpolate
 from segmenter_hf import sliding_window
 from segmenter_hf.sliding_window import (
     Window,
+    WindowMerger,
     full_float32,
     linear_taps,
     merge_matrix,
     merge_windows,
+    single_thread,
     tile_size,
     window_corners,
     window_starts,
@@ -48,6 +50,11 @@ def test_a_side_shorter_than_the_window_is_refused() -> None:
 
 def test_windows_go_row_by_row() -> None:
     assert window_corners(30, 50, 20, 20) == [(0, 0), (0, 20), (0, 30), (10, 0), (10, 20), (10, 30)]
+
+
+def test_more_windows_than_can_be_described_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"2000 x 1500 pixels would have 2947725 windows.*raise `window_stride`"):
+        window_corners(2000, 1500, window_size=16, window_stride=1)
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 11), (11, 4), (1, 3), (5, 5)])
@@ -184,8 +191,11 @@ def test_what_does_not_fit_together_is_refused() -> None:
     rows = torch.tensor(describe(0, 0, 0, [(0, 0)], (16, 16), (16, 16), (16, 16)))
     with pytest.raises(ValueError, match="window_offsets"):
         merge_windows(torch.randn(2, 3, 2, 2), rows, 8)
-    with pytest.raises(ValueError, match="target_sizes"):
-        merge_windows(torch.randn(1, 3, 2, 2), rows, 8, [(4, 4), (5, 5)])
+    with pytest.raises(ValueError, match="`logits` must have the shape"):
+        merge_windows(torch.randn(1, 0, 2, 2), rows, 8)
+    for target_sizes in ([(4, 4), (5, 5)], [(4, 4, 4)], [(0, 4)]):
+        with pytest.raises(ValueError, match="target_sizes"):
+            merge_windows(torch.randn(1, 3, 2, 2), rows, 8, target_sizes)
     with pytest.raises(ValueError, match="patch_size"):
         merge_windows(torch.randn(1, 3, 3, 3), rows, 8)
 
@@ -208,6 +218,26 @@ def test_whatever_is_set_outside_the_merge_is_in_float32_and_the_settings_stay()
         matmul.fp32_precision = previous
         torch.set_num_threads(threads)
     assert torch.equal(scores, expected)
+
+
+def test_a_map_may_have_one_pixel_and_scores_are_kept_only_if_they_are_wanted() -> None:
+    windows = describe(0, 0, 0, [(0, 0)], (16, 16), (16, 16), (16, 16))
+    merger = WindowMerger(windows, patch_size=8, size=(1, 1))
+    merger.add(windows, torch.randn(1, 3, 2, 2))
+    assert merger.segmentation.shape == (1, 1) and merger.scores is None
+    ((segmentation, _),) = merge_windows(torch.randn(1, 3, 2, 2), torch.tensor(windows), 8, [(1, 1)])
+    assert segmentation.shape == (1, 1)
+
+
+def test_the_merge_uses_one_thread() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with single_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_products_are_in_float32_and_the_settings_come_back() -> None:
