@@ -5,7 +5,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 DEMO = outputs/demo
 
-.PHONY: demo test bench style format clean
+.PHONY: demo test test-lowest coverage bench style format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,15 @@ demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, ev
 test: $(VENV)/installed  ## install and run all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
+test-lowest:  ## run all tests with the lowest versions that setup.cfg declares, in an environment of their own
+	$(PYTHON) -m venv $(VENV)-lowest
+	sed -nE 's/^ +([a-z0-9_-]+)>=([0-9.]+).*/\1==\2/p' setup.cfg > $(VENV)-lowest/lowest.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c $(VENV)-lowest/lowest.txt
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2
+
+coverage: $(VENV)/installed  ## run all tests and show which lines and branches of the package they leave out
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --cov --cov-fail-under=90
+
 bench: $(VENV)/installed  ## measure speed and memory beside peers; keep the machine quiet
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[bench]"
 	$(PY) scripts/benchmark.py --task all --output_dir outputs/benchmark
@@ -35,4 +44,4 @@ format: $(VENV)/installed  ## mend style
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) outputs .cache build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(VENV)-lowest outputs .cache build *.egg-info src/*.egg-info

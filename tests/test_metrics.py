@@ -114,6 +114,25 @@ def test_every_integer_dtype_of_arrays_and_tensors_gives_the_same_counts(dtype):
     assert confusion_matrix(*tensors, 7, 100).tolist() == expected
 
 
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 6, 255, 256])
+def test_maps_of_bytes_may_ignore_any_value(ignore_index):
+    stored = ignore_index if 0 <= ignore_index < 256 else 3
+    (prediction,), (reference,) = random_maps(0, [(13, 17)], num_labels=7, ignore_index=stored)
+    matrix = confusion_matrix(prediction, reference, 7, ignore_index)
+    assert matrix.tolist() == naive_confusion_matrix(prediction, reference, 7, ignore_index)
+    if ignore_index != 255:
+        with pytest.raises(ValueError, match="got 255"):
+            confusion_matrix(prediction, np.full_like(reference, 255), 7, ignore_index)
+
+
+@pytest.mark.parametrize("num_labels", [255, 256, 257, 300])
+def test_maps_of_bytes_may_have_more_labels_than_a_byte_holds(num_labels):
+    prediction = np.arange(num_labels, dtype=np.uint16)
+    reference = (prediction % 256).astype(np.uint8)
+    expected = naive_confusion_matrix(prediction, reference, num_labels, 254)
+    assert confusion_matrix(prediction, reference, num_labels, ignore_index=254).tolist() == expected
+
+
 def test_counts_do_not_change_the_inputs():
     (prediction,), (reference,) = random_maps(0, [(13, 17)], num_labels=7, dtype=np.int64)
     before = prediction.copy(), reference.copy()
@@ -155,6 +174,19 @@ def test_thousands_of_labels_are_counted_exactly():
 def test_wrong_maps_are_refused_by_value(prediction, reference, message):
     with pytest.raises(ValueError, match=message):
         confusion_matrix(prediction, reference, num_labels=5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_only_the_wrong_values_are_named_and_at_most_ten(dtype):
+    right, wrong = np.array([0, 4, 1]), np.array([0, 4, 9], dtype)
+    with pytest.raises(ValueError, match=r"predictions .* got 9\.$"):
+        confusion_matrix(wrong, right, num_labels=5)
+    with pytest.raises(ValueError, match=r"references .* got 9\. "):
+        confusion_matrix(right, wrong, num_labels=5)
+    for last, named in ((15, "14, 15"), (16, r"14, 15, \.\.\.")):
+        values = np.arange(6, last + 1, dtype=dtype)
+        with pytest.raises(ValueError, match=rf"got 6, 7, .*, {named}\. "):
+            confusion_matrix(np.zeros_like(values), values, num_labels=5)
 
 
 def test_a_prediction_out_of_range_is_refused_even_where_the_reference_is_ignored():
@@ -277,6 +309,18 @@ def test_an_added_confusion_matrix_is_copied():
 def test_no_classes_are_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         MeanIoU(num_labels=0)
+
+
+def test_one_class_is_enough():
+    zeros = np.zeros((2, 3), int)
+    assert MeanIoU(num_labels=1).compute(predictions=[zeros], references=[zeros])["mean_iou"] == 1
+
+
+def test_maps_are_given_by_name_so_that_they_cannot_be_swapped():
+    metric, zeros = MeanIoU(num_labels=2), np.zeros((1, 2, 3), int)
+    for call in (metric.add, metric.add_batch, metric.compute):
+        with pytest.raises(TypeError, match="positional"):
+            call(zeros, zeros)
 
 
 def test_nothing_is_written_to_disk(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from segmenter_hf import segmentation_loss
-from segmenter_hf.segmentation_loss import plain_upsampled_cross_entropy, upsampled_cross_entropy
+from segmenter_hf.segmentation_loss import plain_upsampled_cross_entropy, upsampled_cross_entropy, upsampled_dice_loss
 
 
 def make_inputs(
@@ -86,12 +87,16 @@ def test_the_gradient_is_that_of_the_loss_in_float64(options) -> None:
     got = value_and_gradient(upsampled_cross_entropy, logits, labels, **options)
     assert got[0].dtype == got[1].dtype == torch.float64
     assert_equal(got, reference(logits, labels, **options), tolerance)
+    plain = value_and_gradient(plain_upsampled_cross_entropy, logits, labels, **options)
+    assert plain[0].dtype == plain[1].dtype == torch.float64
+    assert_equal(plain, reference(logits, labels, **options), 1e-12)
 
 
 @pytest.mark.parametrize("logits_size", [(37, 50), (74, 100), (10, 13)])
 def test_logits_may_have_any_resolution(logits_size) -> None:
     logits, labels = make_inputs(logits_size=logits_size)
-    assert_equal(value_and_gradient(upsampled_cross_entropy, logits, labels), reference(logits, labels))
+    for function in (upsampled_cross_entropy, plain_upsampled_cross_entropy):
+        assert_equal(value_and_gradient(function, logits, labels), reference(logits, labels))
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e4])
@@ -102,26 +107,48 @@ def test_logits_may_have_any_spread(scale, label_smoothing) -> None:
     assert_equal(got, reference(logits, labels, label_smoothing=label_smoothing), 1e-4)
 
 
+def test_neighbours_may_contradict_each_other_by_any_spread() -> None:
+    """Between them no class is near the best one of either."""
+    logits = torch.tensor([[1000.0, -1000.0, 1000.0], [-1000.0, 1000.0, -1000.0]])[None, :, None].requires_grad_()
+    labels = torch.arange(15).view(1, 1, 15) % 2
+    assert_equal(value_and_gradient(upsampled_cross_entropy, logits, labels), reference(logits, labels))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_half_precision_is_computed_in_float32(dtype, tolerance) -> None:
     logits, labels = make_inputs(dtype=dtype)
-    loss, gradient = value_and_gradient(upsampled_cross_entropy, logits, labels)
     expected = reference(logits, labels)
-    assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
-    torch.testing.assert_close(loss.double(), expected[0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(gradient.double(), expected[1], rtol=tolerance, atol=tolerance * 1e-2)
+    for function in (upsampled_cross_entropy, plain_upsampled_cross_entropy):
+        loss, gradient = value_and_gradient(function, logits, labels)
+        assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
+        torch.testing.assert_close(loss.double(), expected[0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(gradient.double(), expected[1], rtol=tolerance, atol=tolerance * 1e-2)
 
 
-def test_a_batch_of_ignored_pixels_gives_zero_and_a_zero_gradient() -> None:
+@pytest.mark.parametrize("function", [upsampled_cross_entropy, plain_upsampled_cross_entropy])
+def test_a_batch_of_ignored_pixels_gives_zero_and_a_zero_gradient(function) -> None:
     logits, labels = make_inputs()
-    weights = torch.zeros(5)
     for options in ({}, {"class_weights": torch.rand(5), "label_smoothing": 0.1}):
-        loss, gradient = value_and_gradient(upsampled_cross_entropy, logits, torch.full_like(labels, 255), **options)
+        loss, gradient = value_and_gradient(function, logits, torch.full_like(labels, 255), **options)
         assert loss == 0
         assert torch.equal(gradient, torch.zeros_like(logits))
-    loss, gradient = value_and_gradient(upsampled_cross_entropy, logits, labels, class_weights=weights)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_labels_without_weight_give_zero_and_a_zero_gradient(label_smoothing) -> None:
+    logits, labels = make_inputs()
+    options = {"class_weights": torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]), "label_smoothing": label_smoothing}
+    loss, gradient = value_and_gradient(upsampled_cross_entropy, logits, labels.where(labels == 255, 0), **options)
     assert loss == 0
     assert torch.equal(gradient, torch.zeros_like(logits))
+
+
+def test_dice_of_one_pixel_is_that_of_its_class_alone() -> None:
+    logits, labels = make_inputs(ignored=1.0)
+    labels[1, 3, 4] = 2
+    upsampled = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear")
+    probability = upsampled.softmax(1)[1, 2, 3, 4]
+    torch.testing.assert_close(upsampled_dice_loss(logits, labels), 1 - 2 * probability / (probability + 1))
 
 
 def test_any_label_may_be_the_ignored_one() -> None:
@@ -147,10 +174,13 @@ def test_what_does_not_fit_is_refused(function) -> None:
     logits, labels = make_inputs()
     for arguments, message in (
         ((logits[0], labels), "Expected logits of shape"),
+        ((logits[:, 0], labels), "Expected logits of shape"),
+        ((logits, labels[:, 0]), "Expected logits of shape"),
         ((logits, labels[:1]), "Expected logits of shape"),
         ((logits, labels.float()), "integer type"),
         ((logits, labels, 255, torch.ones(4)), "Expected 5 class weights"),
         ((logits, labels, 255, None, 1.5), "from 0 to 1"),
+        ((logits, labels, 255, None, -0.5), "from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             function(*arguments)
@@ -164,16 +194,28 @@ def test_labels_that_are_no_class_are_refused(wrong) -> None:
         upsampled_cross_entropy(logits, labels)
 
 
-def test_without_gradient_only_the_loss_is_computed() -> None:
+def test_at_most_five_wrong_labels_are_named() -> None:
     logits, labels = make_inputs()
-    expected = upsampled_cross_entropy(logits, labels)
-    with torch.no_grad():
-        loss = upsampled_cross_entropy(logits, labels)
-    assert torch.equal(loss, expected)
-    assert not loss.requires_grad
-    assert not upsampled_cross_entropy(logits.detach(), labels).requires_grad
-    with torch.inference_mode():
-        assert torch.equal(upsampled_cross_entropy(logits, labels), expected)
+    labels[0, 0, :9] = torch.arange(9)
+    with pytest.raises(ValueError, match=r"got \[5, 6, 7, 8\]"):
+        upsampled_cross_entropy(logits, labels)
+    labels[0, 0, 9:12] = torch.arange(9, 12)
+    with pytest.raises(ValueError, match=r"got \[5, 6, 7, 8, 9\]"):
+        upsampled_cross_entropy(logits, labels)
+
+
+def test_without_gradient_only_the_loss_is_computed() -> None:
+    logits, labels = make_inputs(size=(37, 150))  # two tiles wide
+    with mock.patch.object(segmentation_loss, "_operator", wraps=segmentation_loss._operator) as operator:
+        expected = upsampled_cross_entropy(logits, labels)
+        with torch.no_grad():
+            loss = upsampled_cross_entropy(logits, labels)
+        assert torch.equal(loss, expected)
+        assert not loss.requires_grad
+        assert not upsampled_cross_entropy(logits.detach(), labels).requires_grad
+        with torch.inference_mode():
+            assert torch.equal(upsampled_cross_entropy(logits, labels), expected)
+    assert [call.args[-1] for call in operator.call_args_list] == [True, False, False, False]
 
 
 def test_second_derivatives_are_refused_and_not_wrong() -> None:
@@ -228,10 +270,11 @@ def test_the_loss_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(head.conv.weight.grad, expected)
 
 
-def test_the_operator_is_sound() -> None:
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_the_operator_is_sound(needs_gradient) -> None:
     logits, labels = make_inputs(size=(9, 12))
     operator = segmentation_loss._operator
-    arguments = (logits, labels, 255, torch.rand(5), 0.1, True)
+    arguments = (logits, labels, 255, torch.rand(5), 0.1, needs_gradient)
     torch.library.opcheck(
         operator, arguments, test_utils=["test_schema", "test_autograd_registration", "test_faketensor"]
     )

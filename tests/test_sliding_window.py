@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
 from segmenter_hf import sliding_window
-from segmenter_hf.sliding_window import Window, merge_matrix, merge_windows, tile_size, window_corners, window_starts
+from segmenter_hf.sliding_window import (
+    Window,
+    WindowMerger,
+    full_float32,
+    linear_taps,
+    merge_matrix,
+    merge_windows,
+    single_thread,
+    tile_size,
+    window_corners,
+    window_starts,
+)
 
 
 @given(st.integers(1, 60), st.data())
@@ -39,6 +50,19 @@ def test_a_side_shorter_than_the_window_is_refused() -> None:
 
 def test_windows_go_row_by_row() -> None:
     assert window_corners(30, 50, 20, 20) == [(0, 0), (0, 20), (0, 30), (10, 0), (10, 20), (10, 30)]
+
+
+def test_more_windows_than_can_be_described_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"2000 x 1500 pixels would have 2947725 windows.*raise `window_stride`"):
+        window_corners(2000, 1500, window_size=16, window_stride=1)
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 11), (11, 4), (1, 3), (5, 5)])
+def test_taps_are_those_of_linear_interpolation(old, new) -> None:
+    values = torch.randn(old, dtype=torch.float64)
+    lower, upper, share = linear_taps(old, new)
+    expected = interpolate(values[None, None], size=new, mode="linear")[0, 0]
+    np.testing.assert_allclose((1 - share) * values.numpy()[lower] + share * values.numpy()[upper], expected)
 
 
 def test_every_pixel_is_a_weighted_mean_of_patches() -> None:
@@ -75,7 +99,7 @@ def naive_merge(logits, rows, padded, size) -> torch.Tensor:
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_the_merge_equals_the_naive_loop_in_float64(data) -> None:
-    patch, per_patch = data.draw(st.sampled_from([(4, 1), (8, 1), (8, 2), (5, 1)]))
+    patch, per_patch = data.draw(st.sampled_from([(4, 1), (8, 1), (8, 2), (5, 1), (2, 6)]))
     window = patch * data.draw(st.integers(1, 4))
     stride = data.draw(st.integers(1, window))
     num_labels = data.draw(st.integers(2, 6))
@@ -105,11 +129,13 @@ def test_the_merge_equals_the_naive_loop_in_float64(data) -> None:
     assert torch.equal(without_scores[clear], expected.argmax(0)[clear])
 
 
-def test_a_whole_image_that_patches_do_not_fill_is_cut_after_upsampling() -> None:
-    rows = describe(0, 0, 0, [(0, 0)], (50, 77), (50, 77), (50, 77))
-    logits = torch.randn(1, 3, 4, 5)
+@pytest.mark.parametrize(("height", "width"), [(50, 77), (77, 50)])
+def test_a_whole_image_that_patches_do_not_fill_is_cut_after_upsampling(height, width) -> None:
+    rows = describe(0, 0, 0, [(0, 0)], (height, width), (height, width), (height, width))
+    padded = (-(-height // 16) * 16, -(-width // 16) * 16)
+    logits = torch.randn(1, 3, padded[0] // 16, padded[1] // 16)
     ((_, scores),) = merge_windows(logits, torch.tensor(rows), 16, return_scores=True)
-    expected = interpolate(logits, size=(64, 80), mode="bilinear")[0, :, :50, :77].softmax(0)
+    expected = interpolate(logits, size=padded, mode="bilinear")[0, :, :height, :width].softmax(0)
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
 
 
@@ -144,6 +170,15 @@ def test_extreme_logits_give_finite_probabilities() -> None:
     torch.testing.assert_close(scores.sum(0), torch.ones(16, 16))
 
 
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_a_constant_on_all_logits_changes_nothing(shift) -> None:
+    rows = torch.tensor(describe(0, 0, 0, [(0, 0)], (16, 16), (16, 16), (40, 30)))
+    logits = torch.randn(1, 3, 2, 2) + shift
+    ((_, scores),) = merge_windows(logits, rows, 8, return_scores=True)
+    ((_, expected),) = merge_windows(logits - shift, rows, 8, return_scores=True)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+
+
 def test_missing_and_repeated_windows_are_noticed() -> None:
     rows = describe(0, 0, 0, [(0, 0), (0, 16), (16, 0), (16, 16)], (16, 16), (32, 32), (32, 32))
     logits = torch.randn(4, 2, 2, 2)
@@ -156,8 +191,11 @@ def test_what_does_not_fit_together_is_refused() -> None:
     rows = torch.tensor(describe(0, 0, 0, [(0, 0)], (16, 16), (16, 16), (16, 16)))
     with pytest.raises(ValueError, match="window_offsets"):
         merge_windows(torch.randn(2, 3, 2, 2), rows, 8)
-    with pytest.raises(ValueError, match="target_sizes"):
-        merge_windows(torch.randn(1, 3, 2, 2), rows, 8, [(4, 4), (5, 5)])
+    with pytest.raises(ValueError, match="`logits` must have the shape"):
+        merge_windows(torch.randn(1, 0, 2, 2), rows, 8)
+    for target_sizes in ([(4, 4), (5, 5)], [(4, 4, 4)], [(0, 4)]):
+        with pytest.raises(ValueError, match="target_sizes"):
+            merge_windows(torch.randn(1, 3, 2, 2), rows, 8, target_sizes)
     with pytest.raises(ValueError, match="patch_size"):
         merge_windows(torch.randn(1, 3, 3, 3), rows, 8)
 
@@ -180,6 +218,39 @@ def test_whatever_is_set_outside_the_merge_is_in_float32_and_the_settings_stay()
         matmul.fp32_precision = previous
         torch.set_num_threads(threads)
     assert torch.equal(scores, expected)
+
+
+def test_a_map_may_have_one_pixel_and_scores_are_kept_only_if_they_are_wanted() -> None:
+    windows = describe(0, 0, 0, [(0, 0)], (16, 16), (16, 16), (16, 16))
+    merger = WindowMerger(windows, patch_size=8, size=(1, 1))
+    merger.add(windows, torch.randn(1, 3, 2, 2))
+    assert merger.segmentation.shape == (1, 1) and merger.scores is None
+    ((segmentation, _),) = merge_windows(torch.randn(1, 3, 2, 2), torch.tensor(windows), 8, [(1, 1)])
+    assert segmentation.shape == (1, 1)
+
+
+def test_the_merge_uses_one_thread() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with single_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_products_are_in_float32_and_the_settings_come_back() -> None:
+    matmul = torch.backends.mkldnn.matmul
+    previous = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        with torch.autocast("cpu", torch.bfloat16), full_float32(torch.device("cpu")):
+            assert matmul.fp32_precision == "ieee"
+            assert not torch.is_autocast_enabled("cpu")
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = previous
 
 
 def test_tiles_are_bounded_on_every_device() -> None:
