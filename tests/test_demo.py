@@ -2,7 +2,9 @@
 
 import base64
 import configparser
+import contextlib
 import io
+import itertools
 import json
 import runpy
 import shutil
@@ -26,7 +28,6 @@ from .tiny_models import tiny_scenes_config
 
 
 gr = pytest.importorskip("gradio", reason="the page needs the extra `demo`")
-from gradio_client import Client, handle_file  # noqa: E402
 
 from segmenter_hf.demo import (  # noqa: E402
     MAX_IMAGE_PIXELS,
@@ -162,19 +163,32 @@ def test_a_page_needs_a_model() -> None:
 
 
 def test_fifty_requests_at_once_are_answered_after_a_client_has_left(address, picture_path) -> None:
-    client = Client(address, verbose=False, analytics_enabled=False)
     config = httpx.get(f"{address}config").json()
     (segment,) = (event["id"] for event in config["dependencies"] if event["api_name"] == "segment")
     with picture_path.open("rb") as file:
         (uploaded,) = httpx.post(f"{address}gradio_api/upload", files={"files": file}).json()
     payload = {"path": uploaded, "meta": {"_type": "gradio.FileData"}}
-    joined = {"data": [payload, "tiny", True], "fn_index": segment, "session_hash": "leaves"}
-    httpx.post(f"{address}gradio_api/queue/join", json=joined).raise_for_status()
-    with httpx.stream("GET", f"{address}gradio_api/queue/data", params={"session_hash": "leaves"}) as response:
+
+    def join(visitor: str, multi_scale_flip: bool) -> None:
+        asked = {"data": [payload, "tiny", multi_scale_flip], "fn_index": segment, "session_hash": visitor}
+        httpx.post(f"{address}gradio_api/queue/join", json=asked, timeout=120).raise_for_status()
+
+    def messages(visitor: str) -> contextlib.AbstractContextManager[httpx.Response]:
+        return httpx.stream("GET", f"{address}gradio_api/queue/data", params={"session_hash": visitor}, timeout=120)
+
+    join("leaves", multi_scale_flip=True)
+    with messages("leaves") as response:
         response.raise_for_status()  # and nothing is read
 
     def answer(number: int) -> dict:
-        return client.predict(handle_file(picture_path), "tiny", number % 2 == 1, api_name="/segment")
+        join(f"visitor {number}", multi_scale_flip=number % 2 == 1)
+        with messages(f"visitor {number}") as response:
+            told = (
+                json.loads(line.removeprefix("data:")) for line in response.iter_lines() if line.startswith("data:")
+            )
+            (done,) = itertools.islice((each for each in told if each["msg"] == "process_completed"), 1)
+        assert done["success"], done
+        return done["output"]["data"][0]
 
     with ThreadPoolExecutor(50) as threads:
         answers = list(threads.map(answer, range(50)))
