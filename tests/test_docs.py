@@ -74,6 +74,7 @@ NOT_RUN = {
     "org/": "needs a model or data set of the Hub",
     "timm/": "needs a model of the Hub",
     "ADEChallengeData2016": "needs a data set that is not free",
+    "--dataset_name camvid": "needs a data set that is not free",
     "--recipe": "needs a data set of the Hub, or minutes",
     "scripts/demo.py": "serves a page until it is stopped; see test_demo.py",
     "scripts/benchmark.py": "takes minutes; see test_benchmark.py",
