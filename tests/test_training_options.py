@@ -129,3 +129,24 @@ def test_a_finished_directory_says_what_it_was_trained_with(tmp_path) -> None:
     recipe = json.loads((tmp_path / "recipe.json").read_text())
     assert recipe["recipe"] == "scenes" and recipe["arguments"]["adam_beta2"] == 0.95
     assert "| recipe | scenes |" in (tmp_path / "README.md").read_text()
+
+
+def test_classes_are_counted_where_no_label_set_is_named(leaves) -> None:
+    for mask in (leaves / "leaves" / "masks").rglob("b.png"):
+        Image.fromarray(2 * np.asarray(Image.open(mask))).save(mask)  # 0 and 2
+    train(leaves / "counted", "--dataset_name", str(leaves / "leaves"))
+    assert AutoConfig.from_pretrained(leaves / "counted").num_labels == 3
+    train(leaves / "reduced", "--dataset_name", str(leaves / "leaves"), "--do_reduce_labels", "--ignore_index", "254")
+    config = AutoConfig.from_pretrained(leaves / "reduced")
+    assert (config.num_labels, config.semantic_loss_ignore_index) == (2, 254)
+    label_set = json.loads((leaves / "reduced" / "label_set.json").read_text())
+    assert label_set["reduce_labels"] and label_set["ignore_index"] == 254
+
+
+def test_another_run_starts_anew_where_it_may_overwrite(tmp_path) -> None:
+    saving = ["--save_strategy", "steps", "--save_steps", "1"]
+    train(tmp_path, *saving)
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        train(tmp_path, *saving, "--learning_rate", "0.1")
+    train(tmp_path, *saving, "--learning_rate", "0.1", "--overwrite_output_dir", "--max_scanned_masks", "0")
+    assert json.loads((tmp_path / "recipe.json").read_text())["arguments"]["learning_rate"] == 0.1
