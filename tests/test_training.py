@@ -1,11 +1,14 @@
 """Fine-tuning from arguments to a finished directory, on a few small scenes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
 
@@ -14,7 +17,7 @@ from segmenter_hf.augmentation import SegmentationAugmentation
 from segmenter_hf.data import load_segmentation_datasets
 from segmenter_hf.evaluation import EvaluationExamples, evaluate_segmentation
 from segmenter_hf.image_processing_segmenter import SegmenterImageProcessor
-from segmenter_hf.label_sets import load_label_set
+from segmenter_hf.label_sets import label_set_from_names, load_label_set
 from segmenter_hf.scenes import save_scenes
 from segmenter_hf.training import (
     DataArguments,
@@ -111,6 +114,22 @@ def test_draws_depend_on_seed_epoch_and_row_alone() -> None:
         assert torch.equal(first[index]["labels"], second[index]["labels"])
     second.set_epoch(1)
     assert not torch.equal(first[0]["pixel_values"], second[0]["pixel_values"])
+
+
+def test_labels_are_reduced_once() -> None:
+    mask = np.zeros((48, 64), dtype=np.uint8)
+    mask[:, 20:], mask[:, 40:] = 1, 3
+    dataset = datasets.Dataset.from_dict(
+        {"image": [Image.new("RGB", (64, 48))], "annotation": [Image.fromarray(mask)]},
+        features=datasets.Features({"image": datasets.Image(), "annotation": datasets.Image()}),
+    )
+    label_set = dataclasses.replace(label_set_from_names(["a", "b", "c"]), reduce_labels=True)
+    augmentation = SegmentationAugmentation(
+        crop_size=64, size=48, max_ratio=4, ratio_range=(1, 1), flip_probability=0, photometric_distortion=False
+    )
+    processor = SegmenterImageProcessor(do_reduce_labels=True)
+    labels = TrainingExamples(dataset, label_set, augmentation, processor, seed=0)[0]["labels"]
+    assert labels[0, [0, 19, 20, 39, 40, 63]].tolist() == [255, 255, 0, 0, 2, 2]
 
 
 def test_crops_are_normalised_and_of_one_size() -> None:

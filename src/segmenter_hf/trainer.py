@@ -87,7 +87,8 @@ class TrainingExamples(Dataset):
         image, labels = self.augmentation(
             image, labels, np.random.default_rng((self.seed, int(self._epoch), *numbers))
         )
-        inputs = self.processor(image, labels, do_resize=False, do_split_windows=False)
+        # The labels are reduced already, once, where they were decoded.
+        inputs = self.processor(image, labels, do_resize=False, do_split_windows=False, do_reduce_labels=False)
         return {"pixel_values": inputs["pixel_values"][0], "labels": inputs["labels"][0]}
 
 
