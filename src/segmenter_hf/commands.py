@@ -2,11 +2,14 @@
 
 import difflib
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+import torch.distributed
 from transformers import HfArgumentParser
 
 
@@ -44,6 +47,12 @@ def command(*further_errors: type[Exception]) -> Callable[[Callable[..., None]],
                     raise SystemExit(message) from error
                 print(message, file=sys.stderr)
                 raise SystemExit(2) from error
+            finally:
+                # A stream of a parquet file that is not at its end would abort the interpreter as it ends
+                # (https://github.com/apache/arrow/issues/45214).
+                gc.collect()
+                if torch.distributed.is_initialized():
+                    torch.distributed.destroy_process_group()
 
         return ending
 
