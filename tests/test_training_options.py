@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoConfig
 
 from segmenter_hf.data import load_segmentation_datasets
+from segmenter_hf.evaluation import evaluate_segmentation
 from segmenter_hf.prediction import load_model, predict_files
 from segmenter_hf.recipes import parse_training_arguments
 from segmenter_hf.training import class_weights, train_segmenter
@@ -150,3 +151,11 @@ def test_another_run_starts_anew_where_it_may_overwrite(tmp_path) -> None:
         train(tmp_path, *saving, "--learning_rate", "0.1")
     train(tmp_path, *saving, "--learning_rate", "0.1", "--overwrite_output_dir", "--max_scanned_masks", "0")
     assert json.loads((tmp_path / "recipe.json").read_text())["arguments"]["learning_rate"] == 0.1
+
+
+def test_the_recorded_results_are_those_of_the_saved_model_after_mixed_precision_too(tmp_path) -> None:
+    results = train(tmp_path, "--bf16", "true", "--max_steps", "12", "--scenes_validation", "5")
+    model, processor, label_set = load_model(tmp_path)
+    (dataset,) = load_segmentation_datasets(splits=["validation"], scenes_validation=5).values()
+    again = evaluate_segmentation(model, processor, dataset, label_set, show_progress=False)
+    assert results["per_category_iou"] == pytest.approx(again["per_category_iou"], abs=1e-6, nan_ok=True)

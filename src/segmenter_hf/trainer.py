@@ -272,12 +272,15 @@ class SegmentationTrainer(Trainer):
         finally:
             self.data_collator = training_collator
 
-    def whole_model(self) -> PreTrainedModel:
+    def whole_model(self, mixed_precision: bool = True) -> PreTrainedModel:
         """The model as a process can run it alone; all processes must ask for it at once where FSDP shares it out.
 
-        Processes evaluate images of different sizes, so they cannot go through the layers in step.
+        Processes evaluate images of different sizes, so they cannot go through the layers in step. Without
+        `mixed_precision` it computes as it will be saved, from then on.
         """
-        return gathered_copy(self.model) if self.is_fsdp_enabled else self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled:
+            return gathered_copy(self.model)
+        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=mixed_precision)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with the whole model at hand."""

@@ -111,7 +111,7 @@ def train_segmenter(
             f"{batch['accumulation']} accumulated."
         )
     trainer.train(resume_from_checkpoint=checkpoint)
-    whole_model = trainer.whole_model()
+    whole_model = trainer.whole_model(mixed_precision=False)
     results = evaluate_segmentation(
         whole_model,
         processor,
