@@ -1,7 +1,9 @@
 """Trains a tiny model on a few scenes, for the tests that start processes: `python -m tests.run_training DIR ARGUMENT...`."""
 
 import sys
+from pathlib import Path
 
+from segmenter_hf.commands import command
 from segmenter_hf.recipes import parse_training_arguments
 from segmenter_hf.training import train_segmenter
 
@@ -34,5 +36,17 @@ def words(output_dir: str, *more: str) -> list[str]:
     return [*given, "--use_cpu", "--disable_tqdm", "true", "--output_dir", output_dir, *more]
 
 
-if __name__ == "__main__":
+@command()
+def main() -> None:
     train_segmenter(*parse_training_arguments(words(*sys.argv[1:])))
+
+
+def gloo_threads() -> list[str]:
+    """Threads of the process group, where the system tells them."""
+    names = (path.read_text(encoding="utf-8") for path in Path("/proc/self/task").glob("*/comm"))
+    return [name.strip() for name in names if "gloo" in name]
+
+
+if __name__ == "__main__":
+    main()
+    assert not gloo_threads(), "they could abort the interpreter as it ends"

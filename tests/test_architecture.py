@@ -44,7 +44,16 @@ ALLOWED = {
     "training": MODEL_FILES
     | {"augmentation", "data", "evaluation", "files", "label_sets", "model_card", "prediction", "publishing"}
     | {"recipes", "trainer", "training_arguments"},
-    "demo": {"attention", "label_sets", "prediction", "recipes", "scenes", "training", "visualization"},
+    "demo": {
+        "attention",
+        "image_reading",
+        "label_sets",
+        "prediction",
+        "recipes",
+        "scenes",
+        "training",
+        "visualization",
+    },
     "__init__": MODEL_FILES | {"conversion"},
 }
 

@@ -447,7 +447,7 @@ def test_an_image_that_cannot_be_fetched_now_stops_the_run(predict, tmp_path, mo
     def no_answer(*args):
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr(dataset_prediction.fsspec, "open", no_answer)
+    monkeypatch.setattr("segmenter_hf.data.fsspec.open", no_answer)
     with pytest.raises(TimeoutError, match="no answer"):
         predict(tmp_path, dataset)
     assert [file.name for file in tmp_path.iterdir()] == ["prediction.json"]

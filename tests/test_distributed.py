@@ -73,39 +73,11 @@ def test_two_processes_count_what_one_counts_of_three_images(runs) -> None:
 
 
 def test_the_script_for_evaluation_gives_the_same_results_in_two_processes(runs) -> None:
-    launched = runs["one"].parent / "evaluated"
-    printed = launch(
-        "scripts/evaluate.py",
-        "--model_name_or_path",
-        str(runs["one"]),
-        "--dataset_name",
-        "scenes",
-        "--max_samples",
-        "3",
-        "--output_dir",
-        str(launched),
-        "--device",
-        "cpu",
-    )
-    alone = launched.with_name("alone")
+    launched, alone = (runs["one"].parent / name for name in ("launched", "alone"))
+    common = ["scripts/evaluate.py", "--model_name_or_path", str(runs["one"]), "--max_samples", "3", "--device", "cpu"]
+    printed = launch(*common, "--output_dir", str(launched))
     subprocess.run(
-        [
-            sys.executable,
-            "scripts/evaluate.py",
-            "--model_name_or_path",
-            str(runs["one"]),
-            "--dataset_name",
-            "scenes",
-            "--max_samples",
-            "3",
-            "--output_dir",
-            str(alone),
-            "--device",
-            "cpu",
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
+        [sys.executable, *common, "--output_dir", str(alone)], cwd=ROOT, check=True, capture_output=True, timeout=500
     )
     assert "2/2" in printed and "3/3" not in printed  # each took its share
     together, expected = (json.loads((folder / "results.json").read_text()) for folder in (launched, alone))

@@ -49,7 +49,7 @@ def attention_rows(
     Raises:
         ValueError: If there is no such layer or token.
     """
-    attention = _layers(model, decoder)[_index(layer, len(_layers(model, decoder)))].attention
+    attention = _layer(model, layer, decoder).attention
     thread, captured = threading.get_ident(), []
 
     def capture(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -196,19 +196,16 @@ def _whole_image(
     return pixel_values, (rows, columns), (window.image_height, window.image_width)
 
 
-def _layers(model: PreTrainedModel, decoder: bool) -> nn.ModuleList:
+def _layer(model: PreTrainedModel, index: int, decoder: bool) -> nn.Module:
     if decoder and not has_class_attention(model):
         raise ValueError(
             f"A decoder of type {model.config.decoder_type!r} has no class embeddings: class attention needs a Segmenter "
             "with the decoder 'mask_transformer'."
         )
-    return model.decode_head.layers if decoder else model.base_model.layers
-
-
-def _index(layer: int, num_layers: int) -> int:
-    if not -num_layers <= layer < num_layers:
-        raise ValueError(f"`layer` must be from {-num_layers} to {num_layers - 1}, got {layer}.")
-    return layer
+    layers = model.decode_head.layers if decoder else model.base_model.layers
+    if not -len(layers) <= index < len(layers):
+        raise ValueError(f"`layer` must be from {-len(layers)} to {len(layers) - 1}, got {index}.")
+    return layers[index]
 
 
 __all__ = ["attention_picture", "attention_rows", "class_attention", "has_class_attention", "patch_attention"]

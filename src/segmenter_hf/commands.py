@@ -51,12 +51,22 @@ def command(*further_errors: type[Exception]) -> Callable[[Callable[..., None]],
                 # A stream of a parquet file that is not at its end would abort the interpreter as it ends
                 # (https://github.com/apache/arrow/issues/45214).
                 gc.collect()
-                if torch.distributed.is_initialized():
-                    torch.distributed.destroy_process_group()
+                _leave_process_group(failed=sys.exc_info()[0] is not None)
 
         return ending
 
     return decorate
+
+
+def _leave_process_group(failed: bool) -> None:
+    """End the threads of the process group while the interpreter is whole: Gloo's may abort it otherwise.
+
+    NCCL would wait here for processes that are still at work, and hide the error of this one from the launcher.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    if not failed or "nccl" not in torch.distributed.get_backend():
+        torch.distributed.destroy_process_group()
 
 
 def parse_arguments(parser: HfArgumentParser, words: Sequence[str] | None = None) -> tuple[Any, ...]:

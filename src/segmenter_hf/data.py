@@ -9,7 +9,7 @@ import io
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,10 +116,9 @@ def load_segmentation_datasets(
             label_column=label_column,
             streaming=streaming,
         )
-    elif Path(dataset_name).is_absolute() or dataset_name.startswith(("./", "../", "~")):
-        raise FileNotFoundError(f"{dataset_name}: no such folder. Expected a folder, a Hub dataset or 'scenes'.")
     else:
-        found = _load_from_hub(dataset_name, dataset_config, revision, streaming)
+        check_name(dataset_name)
+        found = dict(load_from_hub(dataset_name, dataset_config, revision, streaming))
 
     if "validation" in splits and "validation" not in found and "train" in found and validation_fraction is not None:
         if isinstance(found["train"], datasets.IterableDataset):
@@ -131,7 +130,13 @@ def load_segmentation_datasets(
         if missing == ["validation"]:
             advice += " Give a validation_fraction to split off a part of train."
         raise ValueError(f"{dataset_name or 'scenes'} has no split {missing}, only {sorted(found)}.{advice}")
-    return {split: _normalise(found[split], image_column, label_column, streaming) for split in splits}
+    kept = {split: keep_columns(found[split], {image_column: "image", label_column: "annotation"}) for split in splits}
+    if not streaming:
+        return kept
+    return {
+        split: dataset.to_iterable_dataset() if isinstance(dataset, datasets.Dataset) else dataset
+        for split, dataset in kept.items()
+    }
 
 
 def split_train_validation(
@@ -171,9 +176,22 @@ def split_train_validation(
 # Sources
 
 
-def _load_from_hub(name: str, config: str | None, revision: str | None, streaming: bool) -> dict[str, AnyDataset]:
+def check_name(name: str) -> None:
+    """Refuses a name that can only be a path, where there is no folder.
+
+    Raises:
+        `FileNotFoundError`: If there is none.
+    """
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(("./", "../", "~"))):
+        raise FileNotFoundError(f"{name}: no such folder. Expected a folder, a Hub dataset or 'scenes'.")
+
+
+def load_from_hub(
+    name: str, config: str | None, revision: str | None, streaming: bool, split: str | None = None
+) -> Any:
+    """What `datasets.load_dataset` gives for these arguments; where it cannot be reached, an `OSError` says what to do."""
     try:
-        return dict(datasets.load_dataset(name, config, revision=revision, streaming=streaming))
+        return datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
     except OSError as error:  # no connection, offline mode, no such dataset: all are OSErrors
         raise OSError(
             f"Dataset {name!r} is no local folder, and could not be loaded from the Hub: {error}\n"
@@ -182,26 +200,47 @@ def _load_from_hub(name: str, config: str | None, revision: str | None, streamin
         ) from error
 
 
-def _normalise(dataset: AnyDataset, image_column: str, label_column: str, streaming: bool) -> AnyDataset:
-    """Keeps the two columns, renamed to `image` and `annotation`, and `id` where there is one.
+def column_names(dataset: AnyDataset) -> list[str]:
+    """The columns of a dataset; those of its first row where a stream does not say."""
+    return dataset.column_names or list(next(iter(dataset), {}))
+
+
+def keep_columns(dataset: AnyDataset, columns: Mapping[str, str]) -> AnyDataset:
+    """Keeps columns of images under new names, and `id` where there is one.
 
     Decoding is left to `decode_example`, as `datasets.Image` would turn a mask by an EXIF tag that its image lacks.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            The dataset.
+        columns (`Mapping[str, str]`):
+            New name of each column, `image` or `annotation`.
+
+    Raises:
+        `ValueError`: If a column is missing.
     """
-    present = dataset.column_names or list(next(iter(dataset)))
-    missing = [column for column in (image_column, label_column) if column not in present]
+    present = column_names(dataset)
+    missing = [column for column in columns if column not in present]
     if missing:
+        options = {"image": "--image_column", "annotation": "--label_column"}
         raise ValueError(
             f"The dataset has no column {' or '.join(map(repr, missing))}, only {present}. "
-            "Name them with --image_column and --label_column."
+            f"Name the columns with {' and '.join(options[name] for name in columns.values())}."
         )
-    dataset = dataset.select_columns([image_column, label_column] + (["id"] if "id" in present else []))
-    renamed = {image_column: "image", label_column: "annotation"}
-    dataset = dataset.rename_columns({old: new for old, new in renamed.items() if old != new})
-    if streaming and isinstance(dataset, datasets.Dataset):
-        dataset = dataset.to_iterable_dataset()
-    for column in ("image", "annotation"):
+    dataset = dataset.select_columns([*columns, *(["id"] if "id" in present else [])])
+    dataset = dataset.rename_columns({old: new for old, new in columns.items() if old != new})
+    for column in columns.values():
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
     return dataset
+
+
+def first_rows(dataset: AnyDataset, limit: int | None) -> AnyDataset:
+    """The first so many rows of a dataset, or all."""
+    if limit is None:
+        return dataset
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.select(range(min(limit, len(dataset))))
+    return dataset.take(limit)
 
 
 # Decoding
@@ -272,13 +311,25 @@ def _open_image(example: dict[str, Any], column: str) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     with _naming_damaged_files(_name_of(example, column)):
-        content = value["bytes"]
-        if content is None:
-            if str(value["path"]).startswith(("http://", "https://", "ftp://")):  # a stranger's rows ask no servers
-                raise ValueError(f"{value['path']}: expected an image in the row, got an address. Download it first.")
-            with fsspec.open(value["path"], "rb") as file:
-                content = file.read()
-        return Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        return Image.open(io.BytesIO(encoded_bytes(value)), formats=IMAGE_FORMATS)
+
+
+def encoded_bytes(value: dict[str, Any]) -> bytes:
+    """The bytes of an encoded image, `{"bytes", "path"}`.
+
+    Raises:
+        `FileNotFoundError`: If its file is missing.
+        `ValueError`: If there is neither, or the path is an address: a stranger's rows ask no servers.
+    """
+    content, path = value["bytes"], value["path"]
+    if content is not None:
+        return content
+    if path is None:
+        raise ValueError("the row has no image")
+    if str(path).startswith(("http://", "https://", "ftp://")):
+        raise ValueError(f"{path}: expected an image in the row, got an address. Download it first.")
+    with fsspec.open(path, "rb") as file:
+        return file.read()
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -21,7 +20,15 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .data import AnyDataset, load_segmentation_datasets
+from .data import (
+    AnyDataset,
+    check_name,
+    column_names,
+    encoded_bytes,
+    keep_columns,
+    load_from_hub,
+    load_segmentation_datasets,
+)
 from .files import replaced_file, write_json
 from .image_processing_segmenter import ImageWindows
 from .image_reading import decode_image
@@ -144,25 +151,10 @@ def load_image_dataset(
         columns = {image_column: [str(path) for path in pictures.values()], "id": list(pictures)}
         features = datasets.Features({image_column: datasets.Image(), "id": datasets.Value("string")})
         dataset = datasets.Dataset.from_dict(columns, features=features)
-    elif not root.is_dir() and (root.is_absolute() or dataset_name.startswith(("./", "../", "~"))):
-        raise FileNotFoundError(f"{dataset_name}: no such folder. Expected a folder, a Hub data set or 'scenes'.")
     else:
-        try:
-            dataset = datasets.load_dataset(
-                dataset_name, dataset_config, split=split, revision=revision, streaming=streaming
-            )
-        except OSError as error:  # no connection, offline mode, no such data set: all are OSErrors
-            raise OSError(
-                f"Data set {dataset_name!r} is no local folder, and could not be loaded from the Hub: {error}\n"
-                "Check the name and the connection."
-            ) from error
-    present = _column_names(dataset)
-    if image_column not in present:
-        raise ValueError(f"The data set has no column {image_column!r}, only {present}: name it with --image_column.")
-    dataset = dataset.select_columns([image_column] + (["id"] if "id" in present else []))
-    if image_column != "image":
-        dataset = dataset.rename_column(image_column, "image")
-    return dataset.cast_column("image", datasets.Image(decode=False))
+        check_name(dataset_name)
+        dataset = load_from_hub(dataset_name, dataset_config, revision, streaming, split)
+    return keep_columns(dataset, {image_column: "image"})
 
 
 def _picture_folder(root: Path, split: str) -> Path:
@@ -174,10 +166,6 @@ def _picture_folder(root: Path, split: str) -> Path:
         expected = ", ".join(map(str, candidates))
         raise ValueError(f"{root} has no split {split!r}: expected parquet files, or pictures in {expected}.")
     return found
-
-
-def _column_names(dataset: AnyDataset) -> list[str]:
-    return dataset.column_names or list(next(iter(dataset), {}))
 
 
 def numbered_rows(dataset: AnyDataset) -> Iterator[Row]:
@@ -208,24 +196,6 @@ def named_rows(rows: Iterable[Row]) -> Iterator[Row]:
         times[name.casefold()] += 1  # some file systems hold capitals equal
         count = times[name.casefold()]
         yield replace(row, name=name if count == 1 else f"{name}+{count}")
-
-
-def encoded_bytes(value: Any) -> bytes:
-    """The bytes of an encoded image, `{"bytes", "path"}`.
-
-    Raises:
-        ValueError: If there is none, or its file is missing. Other errors of reading may pass by and are left as they
-            are: the row must not be taken for one without an image.
-    """
-    if value is None or (value["bytes"] is None and value["path"] is None):
-        raise ValueError("the row has no image")
-    if value["bytes"] is not None:
-        return value["bytes"]
-    try:
-        with fsspec.open(value["path"], "rb") as file:
-            return file.read()
-    except FileNotFoundError as error:
-        raise ValueError(f"no file {value['path']}") from error
 
 
 # Labelling
@@ -317,7 +287,7 @@ def predict_dataset(
     state.wait_for_everyone()  # all must see the same before one adds to it
 
     columns = {"index": datasets.Value("int64")}
-    columns |= {"id": datasets.Value("string")} if "id" in _column_names(dataset) else {}
+    columns |= {"id": datasets.Value("string")} if "id" in column_names(dataset) else {}
     columns |= {"image": datasets.Image()} if with_images else {}
     schema = datasets.Features({**columns, "label_map": datasets.Image()}).arrow_schema
     rows = numbered_rows(dataset) if output_format == "parquet" else named_rows(numbered_rows(dataset))
@@ -407,17 +377,16 @@ def label_rows(
         `tuple[Row, bytes, bytes]`: A row, its encoded image, and its label map as a PNG file.
     """
     waiting: deque[tuple[Row, bytes]] = deque()
-
     arguments = protocol_arguments(multi_scale_flip, scales, full_resolution)
 
     def readable() -> Iterator[ImageWindows]:
         for row in rows:
             try:
-                content = encoded_bytes(row.encoded())
+                content = encoded_bytes(row.encoded() or {"bytes": None, "path": None})
                 image = decode_image(io.BytesIO(content), f"row {row.index}", max_image_pixels)
                 windows = [processor.lazy_windows(image, **arguments)]
                 del image
-            except ValueError as error:
+            except (FileNotFoundError, ValueError) as error:  # others may pass by: the row may yet have an image
                 failures.append({"index": row.index, "id": row.id, "reason": str(error)})
                 progress.update()
                 continue

@@ -21,6 +21,7 @@ except ImportError as error:
     raise ImportError("The page needs Gradio: `pip install segmenter-hf[demo]`.") from error
 
 from .attention import class_attention, has_class_attention, patch_attention
+from .image_reading import IMAGE_FORMATS
 from .label_sets import LabelSet
 from .prediction import load_model, read_picture, stream_segmentations
 from .recipes import parse_training_arguments
@@ -182,7 +183,7 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
         gr.Error: If it is no picture, too large or too narrow.
     """
     try:
-        with Image.open(path) as header:
+        with Image.open(path, formats=IMAGE_FORMATS) as header:
             width, height = header.size
     except FileNotFoundError as error:
         raise refusal("The picture has been deleted after an hour: choose it again.") from error

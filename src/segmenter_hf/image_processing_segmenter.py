@@ -27,7 +27,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import ModelOutput, TensorType
 
-from .image_reading import channel_axis, pil_to_array, read_image, to_uint8
+from .image_reading import PIXELS_AT_ONCE, channel_axis, pil_to_array, read_image, to_uint8
 from .sliding_window import Window, linear_taps, merge_windows, window_corners
 
 
@@ -36,8 +36,6 @@ INTERPOLATION = {
     PILImageResampling.BILINEAR: "bilinear",
     PILImageResampling.BICUBIC: "bicubic",
 }
-# Whole images in float32 would be what limits the size of an image: larger ones go in parts.
-PIXELS_AT_ONCE = 2**22
 # What an image may be resized to, and enlarged to as float32 where it is shorter than a window: what is far beyond any
 # real use would only fill the memory.
 MAX_RESIZED_PIXELS, MAX_ENLARGED_PIXELS = 2**30, 2**26

@@ -11,7 +11,7 @@ import PIL.ImageOps
 from transformers.image_utils import ChannelDimension
 
 
-# A large image is brought to 8 bits in parts: twice in memory it would be what limits its size.
+# A large image is brought to 8 bits, and resized, in parts: twice in memory it would be what limits its size.
 PIXELS_AT_ONCE = 2**22
 # Decoded by libraries alone. Pillow hands others to programs that run what is in them: PostScript to Ghostscript.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -156,4 +156,4 @@ def channel_axis(shape: tuple[int, ...], num_channels: int) -> ChannelDimension:
     )
 
 
-__all__ = ["IMAGE_FORMATS", "channel_axis", "decode_image", "pil_to_array", "read_image", "to_uint8"]
+__all__ = ["IMAGE_FORMATS", "PIXELS_AT_ONCE", "channel_axis", "decode_image", "pil_to_array", "read_image", "to_uint8"]

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 from huggingface_hub import CommitInfo
+from PIL import Image
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -163,14 +164,7 @@ class _ShowProgress(TrainerCallback):
         if curves is not None:
             with replaced_file(output_dir / CURVES_PICTURE) as temporary:
                 curves.save(temporary)
-        save_prediction_grid(
-            trainer.model,
-            trainer.processing_class,
-            trainer.eval_dataset,
-            trainer.label_set,
-            output_dir / PREDICTIONS_PICTURE,
-            window_batch_size=trainer.window_batch_size,
-        )
+        trainer.save_predictions(trainer.model, output_dir / PREDICTIONS_PICTURE)
         _report_picture(trainer, output_dir / PREDICTIONS_PICTURE, state.global_step)
 
 
@@ -178,8 +172,6 @@ def _report_picture(trainer: "SegmentationTrainer", path: Path, step: int) -> No
     """Send a picture of predictions to the trackers that Trainer reports to."""
     reporters = {type(callback).__name__: callback for callback in trainer.callback_handler.callbacks}
     if "TensorBoardCallback" in reporters and reporters["TensorBoardCallback"].tb_writer is not None:
-        from PIL import Image
-
         with Image.open(path) as picture:
             pixels = np.asarray(picture.convert("RGB"))
         reporters["TensorBoardCallback"].tb_writer.add_image("eval/predictions", pixels, step, dataformats="HWC")
@@ -316,6 +308,17 @@ class SegmentationTrainer(Trainer):
             return {}
         scores = self.metric.compute()
         return {name: scores[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy")}
+
+    def save_predictions(self, model: PreTrainedModel, path: Path) -> None:
+        """Draw the first images of the evaluation set with truth and prediction of a whole model."""
+        save_prediction_grid(
+            model,
+            self.processing_class,
+            self.eval_dataset,
+            self.label_set,
+            path,
+            window_batch_size=self.window_batch_size,
+        )
 
     def push_to_hub(
         self,

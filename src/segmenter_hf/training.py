@@ -14,8 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .augmentation import SegmentationAugmentation
 from .configuration_vit_encoder import VitEncoderConfig
-from .data import AnyDataset, MaskReport, check_masks, infer_num_labels, load_segmentation_datasets
-from .evaluation import EvaluationExamples, evaluate_segmentation, save_prediction_grid, save_results
+from .data import AnyDataset, MaskReport, check_masks, first_rows, infer_num_labels, load_segmentation_datasets
+from .evaluation import EvaluationExamples, evaluate_segmentation, save_results
 from .files import move_files
 from .image_processing_segmenter import SegmenterImageProcessor
 from .label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, load_label_set
@@ -184,17 +184,6 @@ def load_splits(
         if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
             raise ValueError(f"The split {split!r} of {data_args.dataset_name} has no images.")
     return train_set, validation_set
-
-
-def first_rows(dataset: AnyDataset, limit: int | None) -> AnyDataset:
-    """The first so many rows of a dataset, or all."""
-    if limit is None:
-        return dataset
-    return (
-        dataset.select(range(min(limit, len(dataset))))
-        if isinstance(dataset, datasets.Dataset)
-        else dataset.take(limit)
-    )
 
 
 def resolve_label_set(data_args: DataArguments, train_set: AnyDataset) -> LabelSet:
@@ -376,14 +365,7 @@ def save_trained_model(
         trainer.label_set.save(folder / LABEL_SET_FILE)
         result = recorded_result(results, data_args.dataset_name, data_args.validation_split, trainer.label_set.name)
         save_results(folder, result, trainer.label_set.labels)
-        save_prediction_grid(
-            whole_model,
-            trainer.processing_class,
-            trainer.eval_dataset,
-            trainer.label_set,
-            folder / PREDICTIONS_PICTURE,
-            window_batch_size=trainer.window_batch_size,
-        )
+        trainer.save_predictions(whole_model, folder / PREDICTIONS_PICTURE)
         facts = CardFacts(
             results=(result,),
             training=training_facts(trainer, recipe),
