@@ -20,6 +20,7 @@ from segmenter_hf.estimates import estimate_training
 from segmenter_hf.label_sets import load_label_set
 from segmenter_hf.recipes import parse_training_arguments
 from segmenter_hf.training import build_model_and_processor
+from segmenter_hf.training_arguments import share_out_batch
 
 
 @dataclass
@@ -38,18 +39,12 @@ class Arguments:
 @command()
 def main() -> None:
     (args,) = parse_arguments(HfArgumentParser(Arguments))
-    words = [
-        "--recipe",
-        args.recipe,
-        "--output_dir",
-        "",
-        *(["--model_size", args.model_size] if args.model_size else []),
-    ]
+    words = ["--recipe", args.recipe, "--output_dir", "", "--use_cpu"]
+    words += ["--model_size", args.model_size] if args.model_size else []
     model_args, data_args, training_args = parse_training_arguments(words)
     model, _ = build_model_and_processor(model_args, data_args, load_label_set(data_args.label_set or "scenes"))
     total = training_args.total_batch_size
-    per_device = args.per_device_train_batch_size or max(total // args.num_devices, 1)
-    accumulation = max(total // (per_device * args.num_devices), 1)
+    per_device, accumulation = share_out_batch(total, args.num_devices, args.per_device_train_batch_size)
     steps = training_args.max_steps
     if steps < 1:
         if args.num_images is None:

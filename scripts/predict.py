@@ -21,18 +21,16 @@ from typing import Literal
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
-import torch
-from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from segmenter_hf.commands import command, parse_arguments
 from segmenter_hf.dataset_prediction import load_image_dataset, predict_dataset
-from segmenter_hf.prediction import MAX_IMAGE_PIXELS, load_model, predict_files
+from segmenter_hf.prediction import MAX_IMAGE_PIXELS, predict_files, process_state
+from segmenter_hf.prediction_arguments import PredictionArguments
 
 
 @dataclass
 class Arguments:
-    model_name_or_path: str = field(metadata={"help": "Directory or Hub name of the model."})
     output_dir: str = field(metadata={"help": "Directory for the label maps and overlays."})
     images: list[str] | None = field(default=None, metadata={"help": "Pictures, and folders of pictures."})
     dataset_name: str | None = field(
@@ -54,12 +52,6 @@ class Arguments:
         default=False,
         metadata={"help": "Remove the label maps that an earlier run left in output_dir, and begin anew."},
     )
-    label_set: str | None = field(
-        default=None, metadata={"help": "Name or JSON file of a label set, for its colours."}
-    )
-    multi_scale_flip: bool = field(default=False, metadata={"help": "Average over six scales, each also mirrored."})
-    scales: list[float] | None = field(default=None, metadata={"help": "Average over these scales instead."})
-    window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network."})
     full_resolution: bool = field(
         default=False, metadata={"help": "Keep the size of the pictures instead of resizing them for the model."}
     )
@@ -70,32 +62,19 @@ class Arguments:
     attention: bool = field(
         default=False, metadata={"help": "Write NAME_attention.png too: what the largest classes attend to."}
     )
-    device: str | None = field(default=None, metadata={"help": "Device of the model; a GPU where there is one."})
-    bf16: bool = field(default=False, metadata={"help": "Weights and arithmetic in bfloat16: approximate, faster."})
-    int8: bool = field(default=False, metadata={"help": "Weights in 8 bits: approximate, less memory. Needs torchao."})
-    compile: bool = field(default=False, metadata={"help": "Compile the network first; pays for many images."})
 
 
 @command()
 def main() -> None:
-    parser = HfArgumentParser(Arguments)
-    (args,) = parse_arguments(parser)
+    parser = HfArgumentParser((PredictionArguments, Arguments))
+    prediction_args, args = parse_arguments(parser)
     if (args.images is None) == (args.dataset_name is None):
         parser.error("give either --images or --dataset_name")
     if args.attention and args.dataset_name is not None:
         parser.error("--attention is for --images only")
-    model, processor, label_set = load_model(
-        args.model_name_or_path,
-        args.label_set,
-        args.device,
-        dtype=torch.bfloat16 if args.bf16 else torch.float32,
-        int8=args.int8,
-        compile=args.compile,
-    )
+    model, processor, label_set = prediction_args.load_model()
     options = {
-        "multi_scale_flip": args.multi_scale_flip,
-        "scales": args.scales,
-        "window_batch_size": args.window_batch_size,
+        **prediction_args.options,
         "full_resolution": args.full_resolution,
         "max_image_pixels": args.max_image_pixels,
     }
@@ -125,7 +104,7 @@ def main() -> None:
             "dataset_config": args.dataset_config,
             "revision": args.dataset_revision,
             "image_column": args.image_column,
-            "int8_weights": args.int8,
+            "int8_weights": prediction_args.int8,
         },
         output_format=args.output_format,
         rows_per_file=args.rows_per_file,
@@ -133,7 +112,7 @@ def main() -> None:
         overwrite=args.overwrite,
         **options,
     )
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         print(result.describe())
         print(f"Written to {args.output_dir}.")
         result.raise_if_unreadable()

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 
 from segmenter_hf.commands import command, parse_arguments
 from segmenter_hf.model_card import read_card_facts, save_card_facts
+from segmenter_hf.prediction_arguments import EvaluationDataArguments
 from segmenter_hf.publishing import (
     PublishingError,
     build_repository,
@@ -59,16 +60,10 @@ class Arguments:
 
 
 @dataclass
-class EvaluationArguments:
-    split: str = field(default="validation", metadata={"help": "Split to evaluate."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(default="annotation", metadata={"help": "Column of the label maps."})
+class EvaluationArguments(EvaluationDataArguments):
     label_set: str | None = field(
         default=None, metadata={"help": "Name or JSON file; says how stored labels map to the model's classes."}
     )
-    max_samples: int | None = field(default=None, metadata={"help": "Evaluate the first so many images only."})
     multi_scale_flip: bool = field(default=False, metadata={"help": "Measure multi-scale + flip too."})
     window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network."})
     device: str | None = field(default=None, metadata={"help": "Device of the model; a GPU where there is one."})

@@ -30,6 +30,7 @@ ALLOWED = {
     "data": {"folder_layouts", "image_reading", "scenes", "label_sets"},
     "attention": MODEL_FILES | {"label_sets", "visualization"},
     "prediction": MODEL_FILES | {"attention", "files", "label_sets", "visualization"},
+    "prediction_arguments": {"label_sets", "prediction"},
     "evaluation": {"data", "files", "label_sets", "metrics", "prediction", "visualization"},
     "dataset_prediction": MODEL_FILES | {"data", "files", "label_sets", "prediction", "visualization"},
     "onnx_export": {"files", "label_sets", "prediction"},

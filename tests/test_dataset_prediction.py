@@ -13,34 +13,17 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor, dataset_prediction
+from segmenter_hf import dataset_prediction
 from segmenter_hf.data import decode_example, load_segmentation_datasets
 from segmenter_hf.dataset_prediction import Row, load_image_dataset, named_rows, predict_dataset
 from segmenter_hf.label_sets import load_label_set
 from segmenter_hf.prediction import segment_images
 
-from .tiny_models import tiny_scenes_config
-
 
 ROOT = Path(__file__).parents[1]
 SCENES = load_label_set("scenes")
-
-
-@pytest.fixture
-def model() -> SegmenterForSemanticSegmentation:
-    model = SegmenterForSemanticSegmentation(tiny_scenes_config()).eval()
-    with torch.no_grad():  # far from uniform, so that differences would show
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.5)
-    return model
-
-
-@pytest.fixture
-def processor() -> SegmenterImageProcessor:
-    return SegmenterImageProcessor(size={"shortest_edge": 40}, window_size=32, window_stride=16, patch_size=8)
 
 
 def encoded(height: int, width: int, seed: int, **options) -> dict:

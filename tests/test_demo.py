@@ -19,12 +19,12 @@ import torch
 import yaml
 from PIL import Image
 
-from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
+from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation
 from segmenter_hf.attention import class_attention, patch_attention
 from segmenter_hf.label_sets import load_label_set
 from segmenter_hf.prediction import segment_images
 
-from .tiny_models import tiny_scenes_config
+from .tiny_models import tiny_scenes_config, tiny_scenes_processor
 
 
 gr = pytest.importorskip("gradio", reason="the page needs the extra `demo`")
@@ -57,8 +57,9 @@ def loaded() -> LoadedModel:
     """A model that sees several classes in noise."""
     torch.manual_seed(0)
     config = SegmenterConfig(**tiny_scenes_config().to_dict() | {"initializer_range": 0.5})
-    processor = SegmenterImageProcessor(size={"shortest_edge": 40}, window_size=32, window_stride=16, patch_size=8)
-    return LoadedModel(SegmenterForSemanticSegmentation(config).eval(), processor, load_label_set("scenes"))
+    return LoadedModel(
+        SegmenterForSemanticSegmentation(config).eval(), tiny_scenes_processor(), load_label_set("scenes")
+    )
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import segmenter_hf
-from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.label_sets import load_label_set
 from segmenter_hf.scenes import save_scenes
 
 from .script_help import help_of, run_script
-from .tiny_models import tiny_scenes_config
+from .tiny_models import save_tiny_scenes_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -41,10 +40,7 @@ def commands(text: str) -> list[list[str]]:
 def workplace(tmp_path) -> Path:
     """A directory with what the pages expect: models, checkpoints, photographs with masks, class names."""
     for name in ("demo/model", "my_model", "segmenter-b"):
-        model = tmp_path / "outputs" / name
-        SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(model)
-        processor = SegmenterImageProcessor(size={"shortest_edge": 40}, window_size=32, window_stride=16, patch_size=8)
-        processor.save_pretrained(model)
+        save_tiny_scenes_model(tmp_path / "outputs" / name)
     save_scenes(tmp_path / "my_photos" / "train", 2, (40, 56))
     save_scenes(tmp_path / "my_photos" / "validation", 2, (40, 56), seed=1)
     save_scenes(tmp_path / "photos", 1, (40, 56), seed=2)

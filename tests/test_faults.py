@@ -25,7 +25,7 @@ from segmenter_hf.files import replaced_directory, write_text
 from segmenter_hf.prediction import find_pictures, segment_images
 
 from .hub_server import TOKEN, Handler, running_hub
-from .tiny_models import tiny_scenes_config
+from .tiny_models import save_tiny_scenes_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -129,10 +129,7 @@ def publish_to(endpoint: str, folder: Path) -> None:
 
 def make_folder(folder: Path) -> Path:
     """A model, a picture, and a data set of two."""
-    torch.manual_seed(0)
-    SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(folder / "model")
-    processor = SegmenterImageProcessor(size={"shortest_edge": 40}, window_size=32, window_stride=16, patch_size=8)
-    processor.save_pretrained(folder / "model")
+    save_tiny_scenes_model(folder / "model")
     generator = np.random.default_rng(0)
     for path, shape in {
         "a.png": (40, 56, 3),

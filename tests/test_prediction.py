@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor, prediction
+from segmenter_hf import prediction
 from segmenter_hf.data import decode_example, load_segmentation_datasets
 from segmenter_hf.evaluation import evaluate_segmentation, per_class_table, save_results
 from segmenter_hf.label_sets import LABEL_SET_FILE, label_set_from_names, label_set_of_model, load_label_set
@@ -21,24 +21,8 @@ from segmenter_hf.prediction import (
     segment_images,
 )
 
-from .tiny_models import tiny_scenes_config
-
 
 SCENES = load_label_set("scenes")
-
-
-@pytest.fixture
-def model() -> SegmenterForSemanticSegmentation:
-    model = SegmenterForSemanticSegmentation(tiny_scenes_config()).eval()
-    with torch.no_grad():  # far from uniform, so that differences would show
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.5)
-    return model
-
-
-@pytest.fixture
-def processor() -> SegmenterImageProcessor:
-    return SegmenterImageProcessor(size={"shortest_edge": 40}, window_size=32, window_stride=16, patch_size=8)
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:

@@ -115,6 +115,8 @@ def test_what_cannot_be_is_refused(tmp_path) -> None:
         parse(tmp_path, "--recipe", "ade")
     with pytest.raises(ValueError, match="is not 1 devices x a whole batch"):
         parse(tmp_path, "--total_batch_size", "10", "--per_device_train_batch_size", "4")
+    with pytest.raises(ValueError, match="must be positive, got `total_batch_size` 10, 1 devices"):
+        parse(tmp_path, "--total_batch_size", "10", "--per_device_train_batch_size", "0")
     with pytest.raises(ValueError, match="use `--label_smoothing`"):
         parse(tmp_path, "--label_smoothing_factor", "0.1")
     (tmp_path / "wrong.json").write_text('{"crop": 3}')

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from segmenter_hf import (
     SegmenterConfig,
     SegmenterForSemanticSegmentation,
-    SegmenterImageProcessor,
     SetrConfig,
     SetrForSemanticSegmentation,
 )
+
+from .tiny_models import tiny_scenes_processor
 
 
 # For each directory that is named: not trusted, both processor backends, the pipeline, and saved again.
@@ -74,7 +75,7 @@ MODELS = {
         SetrConfig(decoder_type="mla", num_hidden_layers=4, decoder_hidden_size=8, **ENCODER),
     ),
 }
-PROCESSOR = SegmenterImageProcessor(size={"shortest_edge": 40}, window_size=32, window_stride=16, patch_size=8)
+PROCESSOR = tiny_scenes_processor()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from segmenter_hf import (
 from segmenter_hf.prediction import segment_images, stream_segmentations
 from segmenter_hf.sliding_window import Window, WindowMerger, merge_windows, window_corners
 
+from .tiny_models import spread_weights
+
 
 FIELDS = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
 FIELDS |= {"image_size": 32, "patch_size": 8, "num_labels": 5}
@@ -29,10 +31,7 @@ def make_model(name: str) -> torch.nn.Module:
     else:
         heads = {"decoder_type": "pup", "decoder_hidden_size": 8, "out_indices": [0, 1], "auxiliary_loss_weight": 0}
         model = SetrForSemanticSegmentation(SetrConfig(**FIELDS, **heads))
-    with torch.no_grad():  # far from uniform, so that differences would show
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.5)
-    return model.eval()
+    return spread_weights(model)
 
 
 @pytest.fixture(params=["segmenter", "setr"])

@@ -10,30 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.conversion import convert_checkpoint
 from segmenter_hf.prediction import read_picture, segment_images
 from segmenter_hf.sliding_window import full_float32, single_thread
 
-from .tiny_models import tiny_scenes_config
-
 
 THREADS = 4
 SIZES = [(48, 64), (90, 41), (33, 33), (64, 48), (50, 120), (32, 70), (41, 41), (77, 60)]
-
-
-@pytest.fixture
-def model() -> SegmenterForSemanticSegmentation:
-    model = SegmenterForSemanticSegmentation(tiny_scenes_config()).eval()
-    with torch.no_grad():  # far from uniform, so that differences would show
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.5)
-    return model
-
-
-@pytest.fixture
-def processor() -> SegmenterImageProcessor:
-    return SegmenterImageProcessor(size={"shortest_edge": 40}, window_size=32, window_stride=16, patch_size=8)
 
 
 @pytest.fixture

@@ -211,7 +211,7 @@ def test_a_full_disk_stops_with_what_is_left_and_what_to_do(tmp_path) -> None:
     run = start(tmp_path / "run", preexec_fn=limited)
     printed, _ = run.communicate(timeout=300)
     assert run.returncode == 1
-    assert "OSError: The checkpoint of step 2 could not be written to" in printed and "MB are free" in printed
+    assert "error: The checkpoint of step 2 could not be written to" in printed and "MB are free" in printed
     assert "Make room and run the same command" in printed
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 

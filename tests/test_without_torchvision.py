@@ -13,9 +13,9 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
 
 import segmenter_hf
-from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor, SegmenterImageProcessorPil
+from segmenter_hf import SegmenterImageProcessor, SegmenterImageProcessorPil
 
-from .tiny_models import tiny_scenes_config
+from .tiny_models import save_tiny_scenes_model
 
 
 PROGRAM = """
@@ -70,10 +70,7 @@ def results_of(directory: Path, file: Path) -> None:
 def directory(tmp_path_factory) -> Path:
     """A model, its processor with the backend left open, and a picture of several windows."""
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(folder)
-    processor = SegmenterImageProcessor(size={"shortest_edge": 40}, window_size=32, window_stride=16, patch_size=8)
-    processor.save_pretrained(folder)
+    save_tiny_scenes_model(folder)
     pixels = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(folder / "picture.png")
     return folder

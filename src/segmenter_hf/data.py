@@ -139,6 +139,38 @@ def load_segmentation_datasets(
     }
 
 
+def load_split(
+    dataset_name: str,
+    split: str,
+    *,
+    dataset_config: str | None = None,
+    dataset_revision: str | None = None,
+    image_column: str = "image",
+    label_column: str = "annotation",
+    max_samples: int | None = None,
+) -> AnyDataset:
+    """Load one split, or its first images, as [`load_segmentation_datasets`] does.
+
+    Args:
+        dataset_name (`str`), dataset_config (`str`), dataset_revision (`str`), image_column (`str`), label_column (`str`):
+            Where and how the images are found: see [`load_segmentation_datasets`].
+        split (`str`): The split.
+        max_samples (`int`, *optional*): Keep the first so many images only.
+
+    Returns:
+        `datasets.Dataset`: Columns `image`, `annotation`, and `id` where there is one.
+    """
+    loaded = load_segmentation_datasets(
+        dataset_name,
+        splits=[split],
+        dataset_config=dataset_config,
+        revision=dataset_revision,
+        image_column=image_column,
+        label_column=label_column,
+    )
+    return first_rows(loaded[split], max_samples)
+
+
 def split_train_validation(
     dataset: datasets.Dataset, fraction: float = 0.1, seed: int = 0
 ) -> tuple[datasets.Dataset, datasets.Dataset]:

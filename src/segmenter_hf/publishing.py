@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel
 
-from .data import load_segmentation_datasets
+from .data import load_segmentation_datasets, load_split
 from .evaluation import EvaluationExamples, evaluate_segmentation, save_prediction_grid
 from .files import replaced_directory
 from .label_sets import LABEL_SET_FILE, LabelSet, label_set_of_model, list_label_sets, load_label_set
@@ -155,24 +155,18 @@ def measure(
     dataset_name: str,
     *,
     split: str = "validation",
-    dataset_config: str | None = None,
-    dataset_revision: str | None = None,
-    image_column: str = "image",
-    label_column: str = "annotation",
     label_set: str | None = None,
-    max_samples: int | None = None,
     multi_scale_flip: bool = False,
     window_batch_size: int = 8,
     device: str | None = None,
+    **data_arguments: Any,
 ) -> list[dict[str, Any]]:
     """Evaluate a model for its card, single scale and, if asked for, multi-scale + flip too.
 
     Args:
         checkpoint_dir (`str` or `Path`): The directory of the model.
-        dataset_name (`str`), split (`str`), dataset_config (`str`), dataset_revision (`str`), image_column (`str`),
-            label_column (`str`): The data: see `load_segmentation_datasets`.
+        dataset_name (`str`), split (`str`), data_arguments (`Any`): The data: see `load_split`.
         label_set (`str`, *optional*): Name or JSON file of a label set; by default the one that belongs to the model.
-        max_samples (`int`, *optional*): Evaluate the first so many images only.
         multi_scale_flip (`bool`, defaults to `False`): Whether to measure multi-scale + flip as well.
         window_batch_size (`int`, defaults to 8): Windows that go through the network at once.
         device (`str`, *optional*): Where the model goes; by default a GPU where there is one.
@@ -184,15 +178,7 @@ def measure(
         ValueError: If the label set does not fit the model, or a mask is impossible.
     """
     model, processor, labels = load_model(checkpoint_dir, label_set, device)
-    dataset = load_segmentation_datasets(
-        dataset_name,
-        splits=[split],
-        dataset_config=dataset_config,
-        revision=dataset_revision,
-        image_column=image_column,
-        label_column=label_column,
-    )[split]
-    dataset = dataset.select(range(min(max_samples or len(dataset), len(dataset))))
+    dataset = load_split(dataset_name, split, **data_arguments)
     return [
         recorded_result(
             evaluate_segmentation(

@@ -191,14 +191,41 @@ class SegmentationTrainingArguments(TrainingArguments):
         if total is None:
             self.per_device_train_batch_size = self.per_device_train_batch_size or 8
             return
-        if self.per_device_train_batch_size is None:
-            self.per_device_train_batch_size = total // (devices * self.gradient_accumulation_steps)
-        else:
-            self.gradient_accumulation_steps = total // (devices * self.per_device_train_batch_size)
-        if not self.gradient_accumulation_steps or self.effective_batch_size != total:
-            raise ValueError(
-                f"`total_batch_size` {total} is not {devices} devices x a whole batch: got "
-                f"{self.per_device_train_batch_size} crops per device and {self.gradient_accumulation_steps} accumulated "
-                "batches. Give other values of `--per_device_train_batch_size`, `--gradient_accumulation_steps` or "
-                "`--total_batch_size`."
-            )
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = share_out_batch(
+            total, devices, self.per_device_train_batch_size, self.gradient_accumulation_steps
+        )
+
+
+def share_out_batch(
+    total_batch_size: int, num_devices: int, per_device: int | None = None, accumulation: int = 1
+) -> tuple[int, int]:
+    """Put an effective batch together from what the devices take at once.
+
+    Args:
+        total_batch_size (`int`): Crops of a step: `num_devices` x `per_device` x `accumulation`.
+        num_devices (`int`): Devices that share it.
+        per_device (`int`, *optional*): Crops at once on a device. Where it is given, `accumulation` follows from it.
+        accumulation (`int`, defaults to 1): Batches that are accumulated for a step.
+
+    Returns:
+        `tuple[int, int]`: Crops at once on a device, and accumulated batches.
+
+    Raises:
+        ValueError: If a number is not positive, or no whole ones give the batch.
+    """
+    if min(total_batch_size, num_devices, accumulation, 1 if per_device is None else per_device) < 1:
+        raise ValueError(
+            f"Batches and numbers of devices must be positive, got `total_batch_size` {total_batch_size}, {num_devices} "
+            f"devices, `per_device_train_batch_size` {per_device}, `gradient_accumulation_steps` {accumulation}."
+        )
+    if per_device is None:
+        per_device = total_batch_size // (num_devices * accumulation)
+    else:
+        accumulation = total_batch_size // (num_devices * per_device)
+    if not accumulation or num_devices * per_device * accumulation != total_batch_size:
+        raise ValueError(
+            f"`total_batch_size` {total_batch_size} is not {num_devices} devices x a whole batch: got {per_device} crops per "
+            f"device and {accumulation} accumulated batches. Give other values of `--per_device_train_batch_size`, "
+            "`--gradient_accumulation_steps` or `--total_batch_size`."
+        )
+    return per_device, accumulation
