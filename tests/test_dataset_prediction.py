@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from segmenter_hf import dataset_prediction
@@ -250,8 +251,8 @@ def test_two_real_processes_write_what_one_does(model, processor, tmp_path, monk
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     processes = [  # what torchrun starts
         subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / "predict.py"), *arguments, str(tmp_path / "two")],

@@ -155,7 +155,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path) -> None:
 
 
 def start(output_dir: Path, *more: str, **kwargs) -> subprocess.Popen:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "tests.run_training", str(output_dir), *more]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
