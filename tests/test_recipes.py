@@ -65,6 +65,24 @@ def test_the_table_of_segmenter(name, expected, tmp_path) -> None:
     assert (model_args.drop_path_rate, training_args.weight_decay, training_args.max_grad_norm) == (0.1, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "rate", "auxiliary_convs"),
+    [
+        ("setr_naive_ade20k", 1e-2, 2),
+        ("setr_pup_ade20k", 1e-3, 2),
+        ("setr_mla_ade20k", 1e-3, 0),
+        ("setr_naive_cityscapes", 1e-2, 1),
+        ("setr_pup_cityscapes", 1e-2, 2),
+        ("setr_mla_cityscapes", 2e-3, 0),
+    ],
+)
+def test_the_table_of_setr(name, rate, auxiliary_convs, tmp_path) -> None:
+    model_args, data_args, training_args = parse(tmp_path, "--recipe", name, "--model_size", "tiny")
+    model, _ = build_model_and_processor(model_args, data_args, load_label_set(data_args.label_set))
+    assert (training_args.learning_rate, training_args.min_learning_rate) == (rate, 1e-4)
+    assert model.config.auxiliary_num_convs == auxiliary_convs
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_heads_of_setr_learn_ten_times_as_fast(name, tmp_path) -> None:
     _, _, training_args = parse(tmp_path, "--recipe", name)

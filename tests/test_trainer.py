@@ -4,12 +4,15 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation, TrainerCallback
 
 from segmenter_hf import SetrConfig, SetrForSemanticSegmentation, convert_checkpoint
+from segmenter_hf.data import load_segmentation_datasets
 from segmenter_hf.label_sets import label_set_from_names
 from segmenter_hf.recipes import parse_training_arguments
 from segmenter_hf.trainer import SegmentationTrainer, last_checkpoint
@@ -123,9 +127,11 @@ def test_heads_have_their_own_rate_and_necks_that_of_the_encoder(tmp_path) -> No
     assert seen["decode_head.classifier.weight"] == seen["auxiliary_heads.0.classifier.weight"] == (0.1, 0.5)
     assert seen["decode_head.classifier.bias"] == (0.1, 0.0)
     assert seen["neck.convs.0.convolution.weight"] == seen["setr.layers.0.mlp.fc1.weight"] == (0.01, 0.5)
-    trainer.lr_scheduler.step()
-    first, *_, last = sorted(group["lr"] for group in trainer.optimizer.param_groups)
-    assert last == pytest.approx(10 * first) and first < 0.01
+    for step in (0, 5, 9, 10):  # PolyLR of mmsegmentation: one `eta_min` for all
+        rates = {round(group["lr"], 9) for group in trainer.optimizer.param_groups}
+        assert rates == {round((first - 1e-6) * (1 - step / 10) ** 0.9 + 1e-6, 9) for first in (0.01, 0.1)}
+        for _ in range({0: 5, 5: 4, 9: 1, 10: 0}[step]):
+            trainer.lr_scheduler.step()
 
 
 def broken_trainer(output_dir: Path, value: float) -> SegmentationTrainer:
@@ -200,6 +206,45 @@ def test_a_half_written_checkpoint_is_never_chosen_and_removed(undisturbed, tmp_
     (tmp_path / ".checkpoint-9-partial" / "checkpoint-9").mkdir(parents=True)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("kind", ["a stream", "workers that stay"])
+def test_what_feeds_a_run_finds_its_place_again(tmp_path, monkeypatch, kind) -> None:
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after each visit of a stream
+    more = [
+        "--dataloader_num_workers",
+        "2",
+        "--save_steps",
+        "4",
+        "--save_total_limit",
+        "9",
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+    ]
+    if kind == "a stream":
+        (tmp_path / "data").mkdir()
+        for split, dataset in load_segmentation_datasets(scenes_train=5, scenes_validation=2).items():
+            dataset.to_parquet(tmp_path / "data" / f"{split}-00000.parquet")
+        more += ["--dataset_name", str(tmp_path / "data"), "--label_set", "scenes", "--streaming", "--max_steps", "8"]
+    else:
+        more += ["--dataloader_persistent_workers", "true"]
+    fed, compute_loss = [], SegmentationTrainer.compute_loss
+
+    def record(self, model, inputs, **kwargs) -> Any:
+        state = bytes(torch.get_rng_state().numpy())
+        fed.append((inputs["pixel_values"].double().sum().item(), inputs["labels"].sum().item(), state))
+        return compute_loss(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(SegmentationTrainer, "compute_loss", record)
+    train_segmenter(*parse_training_arguments(words(str(tmp_path / "whole"), *more)))
+    whole = fed.copy()
+    fed.clear()
+    (tmp_path / "again").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    train_segmenter(*parse_training_arguments(words(str(tmp_path / "again"), *more)))
+    assert len(set(whole)) == len(whole) and len(fed) == len(whole) - 4 and fed == whole[4:]
 
 
 def test_a_full_disk_stops_with_what_is_left_and_what_to_do(tmp_path) -> None:

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,10 @@ class TrainingExamples(Dataset):
 
 
 class StreamedTrainingExamples(IterableDataset):
-    """[`TrainingExamples`] of a stream, shuffled in a buffer. Workers share its rows: each row comes once in an epoch.
+    """[`TrainingExamples`] of a stream without end, which begins anew, in another order, when all rows were there.
+
+    It is shuffled in a buffer. Workers share its rows: each row comes once in a visit. As there is one epoch, a run that goes
+    on finds its place by passing over as many batches as it had.
 
     Args:
         examples (`TrainingExamples`): What makes crops of rows; its dataset is a `datasets.IterableDataset`.
@@ -106,22 +110,21 @@ class StreamedTrainingExamples(IterableDataset):
     def __init__(self, examples: TrainingExamples, share_files: bool = True) -> None:
         self.examples = examples
         self.share_files = share_files
-        self._rows = examples.dataset.shuffle(seed=examples.seed, buffer_size=SHUFFLE_BUFFER)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Give every epoch its own order and draws."""
-        self.examples.set_epoch(epoch)
-        self._rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         info = get_worker_info()
-        worker, rows = 0 if info is None else info.id, self._rows
-        if info is not None and not (self.share_files and rows.num_shards >= info.num_workers):
-            # A loop over the rows would get those of the worker's files alone; `iter` gives all of them to each worker.
-            batches = itertools.islice(rows.iter(batch_size=1), worker, None, info.num_workers)
-            rows = ({name: values[0] for name, values in batch.items()} for batch in batches)
-        for number, row in enumerate(rows):
-            yield self.examples.crop(row, worker, number)
+        worker = 0 if info is None else info.id
+        for visit in itertools.count():
+            rows = self.examples.dataset.shuffle(seed=self.examples.seed + visit, buffer_size=SHUFFLE_BUFFER)
+            if info is not None and not (self.share_files and rows.num_shards >= info.num_workers):
+                # A loop over the rows would get those of the worker's files alone; `iter` gives all to each worker.
+                batches = itertools.islice(rows.iter(batch_size=1), worker, None, info.num_workers)
+                rows = ({name: values[0] for name, values in batch.items()} for batch in batches)
+            number = -1
+            for number, row in enumerate(rows):
+                yield self.examples.crop(row, visit, worker, number)
+            if number < 0:
+                return
 
 
 class _SetEpoch(TrainerCallback):
@@ -211,16 +214,19 @@ class SegmentationTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimiser, with a learning rate of their own for the heads where the arguments say so."""
-        factor = getattr(self.args, "head_learning_rate_factor", 1.0)
-        if self.optimizer is None and factor != 1:
+        if self.optimizer is None and self._has_head_rate:
             model = self.model if model is None else model
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
             decayed = set(self.get_decay_parameter_names(model))
-            self.optimizer = optimizer_class(self.parameter_groups(model, decayed, factor), **arguments)
+            self.optimizer = optimizer_class(self.parameter_groups(model, decayed), **arguments)
         return super().create_optimizer(model)
 
-    def parameter_groups(self, model: torch.nn.Module, decayed: set[str], head_factor: float) -> list[dict[str, Any]]:
-        """Parameters by whether they are of a head and whether they decay; heads learn `head_factor` times as fast."""
+    @property
+    def _has_head_rate(self) -> bool:
+        return getattr(self.args, "head_learning_rate_factor", 1.0) != 1
+
+    def parameter_groups(self, model: torch.nn.Module, decayed: set[str]) -> list[dict[str, Any]]:
+        """Parameters by whether they are of a head, which learn at a rate of their own, and whether they decay."""
         groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -230,11 +236,44 @@ class SegmentationTrainer(Trainer):
         return [
             {
                 "params": parameters,
-                "lr": rate * head_factor if is_head else rate,
+                "lr": rate * self.args.head_learning_rate_factor if is_head else rate,
                 "weight_decay": self.args.weight_decay if decays else 0.0,
             }
             for (is_head, decays), parameters in groups.items()
         ]
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Trainer's schedule. Where heads have a rate of their own, all rates of the polynomial one end at the same value.
+
+        That is the law of mmsegmentation's `PolyLR`, whose `eta_min` holds for every group of parameters.
+        """
+        if self.lr_scheduler is None and self.args.lr_scheduler_type == "polynomial" and self._has_head_rate:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            shape = {
+                "num_steps": num_training_steps,
+                "num_warmup_steps": self.args.get_warmup_steps(num_training_steps),
+                "power": self.args.lr_scheduler_kwargs["power"],
+            }
+            final_rate = self.args.lr_scheduler_kwargs["lr_end"]
+            factors = [
+                partial(polynomial_factor, final_factor=final_rate / group["lr"], **shape)
+                for group in optimizer.param_groups
+            ]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's loader. Workers that live for all epochs draw from a generator of its own.
+
+        A run that goes on starts them once more, and must not draw from the one of the model for that.
+        """
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_persistent_workers:
+            getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **kwargs: Any
@@ -401,6 +440,14 @@ class SegmentationTrainer(Trainer):
             ) from error
 
 
+def polynomial_factor(step: int, *, num_steps: int, num_warmup_steps: int, power: float, final_factor: float) -> float:
+    """Factor of a learning rate at a step: linear from 0 in the warm-up, then polynomial from 1 to `final_factor`."""
+    if step < num_warmup_steps:
+        return step / num_warmup_steps
+    left = max(0.0, 1 - (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps))
+    return left**power * (1 - final_factor) + final_factor
+
+
 def gathered_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy on this device of a model that FSDP shares out over the processes, all of which must call this at once."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
@@ -416,8 +463,8 @@ def last_checkpoint(run_dir: str | Path) -> str | None:
 
 def remove_partial_checkpoints(run_dir: Path) -> None:
     """Delete what killed runs have left of checkpoints that they were writing."""
-    for partial in run_dir.glob(f".{PREFIX_CHECKPOINT_DIR}-*-partial"):
-        shutil.rmtree(partial)
+    for leftover in run_dir.glob(f".{PREFIX_CHECKPOINT_DIR}-*-partial"):
+        shutil.rmtree(leftover)
 
 
 def _nan_message(what: str) -> str:

@@ -95,6 +95,11 @@ def train_segmenter(
     examples = TrainingExamples(train_set, label_set, augmentation, processor, training_args.seed)
     if data_args.streaming:
         examples = StreamedTrainingExamples(examples, share_files=data_args.max_train_samples is None)
+        if "epoch" in (training_args.eval_strategy, training_args.save_strategy):
+            logger.warning(
+                "A stream has no epochs: evaluation and checkpoints come at the end only. Give --eval_strategy steps "
+                "--save_strategy steps with --eval_steps and --save_steps for more."
+            )
     trainer = SegmentationTrainer(
         model=model,
         args=training_args,
