@@ -194,6 +194,12 @@ def test_flip_mirrors_image_and_mask():
         assert np.array_equal(flipped_mask[:, x], mask[:, 7 - x])
 
 
+@pytest.mark.parametrize("ignore_index", [-100, -1, 256])
+def test_padding_of_8_bits_holds_any_ignore_index(ignore_index):
+    _, mask = pad_to_crop(noise_image(2, 3), np.full((2, 3), 255, np.uint8), (4, 3), 127, ignore_index)
+    assert np.unique(mask).tolist() == sorted([255, ignore_index])
+
+
 def test_padding_goes_right_and_down_with_the_given_colour_and_the_ignore_index():
     image, mask = noise_image(5, 8), blocks_mask(5, 8)
     padded_image, padded_mask = pad_to_crop(image, mask, (7, 12), (124, 116, 104), 254)

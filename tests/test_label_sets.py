@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,6 +148,7 @@ def test_a_file_that_is_not_json_is_named(tmp_path):
         ({"colors": ((1, 2, 3), (4, 5, 256))}, "color of 'road' .* got .*256"),
         ({"colors": ((1, 2, 3), (4, 5))}, "color of 'road' must be 3 integers"),
         ({"ignore_index": 1}, "ignore_index 1 is also the id of 'road'"),
+        ({"labels": ("leaf",), "colors": ((0, 0, 0),), "ignore_index": 1}, "ignore_index 1 is also the id of 'leaf'"),
         ({"label_id_to_train_id": {0: 0, 1: 2}}, r"must map to \[0, 2\) or to the ignore_index 255, got \[2\]"),
         ({"label_id_to_train_id": {0: 0}, "reduce_labels": True}, "either reduce_labels or label_id_to_train_id"),
     ],
@@ -216,3 +218,10 @@ def test_map_labels_refuses_what_it_cannot_map():
         map_labels(np.zeros((2, 3)), {0: 1})
     with pytest.raises(ValueError, match="label_map must not be empty"):
         map_labels(np.zeros((2, 3), int), {})
+
+
+def test_masks_of_one_class_may_store_any_two_numbers() -> None:
+    one = LabelSet("one", "One", ("leaf",), ((0, 255, 0),), ignore_index=254, label_id_to_train_id={0: 0, 255: 1})
+    assert one.with_background().labels == ("background", "leaf")
+    assert map_labels(np.array([0, 255, 7]), one.label_id_to_train_id, one.ignore_index).tolist() == [0, 1, 254]
+    assert replace(one, labels=("background",)).with_background().labels == ("foreground", "background")

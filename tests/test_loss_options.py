@@ -124,8 +124,9 @@ def test_a_label_set_of_one_class_gets_a_background() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"semantic_loss_class_weights": [1.0, 2.0]}, "must be 3 numbers"),
+        ({"semantic_loss_class_weights": [1.0, 2.0]}, "must be 3 finite numbers"),
         ({"semantic_loss_class_weights": [1.0, -2.0, 1.0]}, "none below 0"),
+        ({"semantic_loss_class_weights": [1.0, float("nan"), 1.0]}, "must be 3 finite numbers"),
         ({"semantic_loss_label_smoothing": 1.5}, "from 0 to 1, got 1.5"),
         ({"semantic_loss_dice_weight": -1.0}, "at least 0, got -1.0"),
     ],

@@ -160,6 +160,15 @@ def test_the_example_gives_the_map_of_the_image_processor_without_torch(size, ex
     assert f"labels.png: {most} " in printed.stdout
 
 
+def test_the_example_says_what_it_cannot_read(exported, tmp_path) -> None:
+    _, export = exported("mask_transformer")
+    (tmp_path / "text.jpg").write_text("no picture")
+    for name in ("text.jpg", "nowhere.jpg"):
+        command = [sys.executable, export.directory / "run_onnx.py", tmp_path / name, tmp_path / "labels.png"]
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert printed.returncode == 1 and printed.stderr.startswith(f"error: {tmp_path / name} cannot be read: ")
+
+
 def test_a_model_that_differs_leaves_nothing(exported, tmp_path, monkeypatch) -> None:
     _, export = exported("mask_transformer")
     other = save_model("mask_transformer", tmp_path / "model", seed=1)

@@ -12,6 +12,7 @@ from segmenter_hf.visualization import (
     colorize,
     label_map_image,
     overlay,
+    picture_table,
     prediction_grid,
     with_legend,
 )
@@ -295,3 +296,8 @@ def test_the_grid_has_one_legend_of_all_maps():
 def test_a_grid_without_rows_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         prediction_grid([], PALETTE, NAMES)
+
+
+def test_a_table_of_very_long_pictures_stays_narrow() -> None:
+    table = picture_table({"row": [Image.new("RGB", (5000, 4))] * 2}, ["a", "b"], height=100)
+    assert table.width < 2 * 4 * 100 + 200 and table.height < 200

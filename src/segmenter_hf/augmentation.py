@@ -321,6 +321,7 @@ def pad_to_crop(
     if (height, width) == tuple(crop_size):
         return np.ascontiguousarray(image), np.ascontiguousarray(mask)
     padded_image = np.full((*crop_size, 3), pad_value, dtype=np.uint8)
-    padded_mask = np.full(crop_size, ignore_index, dtype=mask.dtype)
+    labels = np.result_type(mask.dtype, np.min_scalar_type(ignore_index))  # ids of 8 bits do not hold every index
+    padded_mask = np.full(crop_size, ignore_index, dtype=labels)
     padded_image[:height, :width], padded_mask[:height, :width] = image, mask
     return padded_image, padded_mask

@@ -154,9 +154,12 @@ class VitEncoderConfig(PreTrainedConfig):
     def validate_loss(self) -> None:
         """The options of the loss are in range, with one weight for each class."""
         weights, expected = self.semantic_loss_class_weights, max(self.num_labels, 2)
-        if weights is not None and (len(weights) != expected or min(weights) < 0 or max(weights) <= 0):
+        usable = (
+            weights is None or all(0 <= weight < float("inf") for weight in weights) and max(weights, default=0) > 0
+        )
+        if not usable or weights is not None and len(weights) != expected:
             raise ValueError(
-                f"`semantic_loss_class_weights` must be {expected} numbers, none below 0 and one above, got {weights}."
+                f"`semantic_loss_class_weights` must be {expected} finite numbers, none below 0 and one above, got {weights}."
             )
         if not 0 <= self.semantic_loss_label_smoothing <= 1:
             raise ValueError(

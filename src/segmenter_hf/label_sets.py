@@ -80,10 +80,12 @@ class LabelSet:
         for label, color in zip(self.labels, self.colors):
             if len(color) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in color):
                 raise ValueError(f"{where}: the color of {label!r} must be 3 integers in [0, 255], got {color}.")
-        if 0 <= self.ignore_index < self.num_labels:
+        # Masks of one class hold 0 for the background and 1 for the class.
+        stored = self.labels if self.num_labels > 1 else ("background", *self.labels)
+        if 0 <= self.ignore_index < len(stored):
             raise ValueError(
-                f"{where}: ignore_index {self.ignore_index} is also the id of {self.labels[self.ignore_index]!r}. "
-                f"Choose one outside of [0, {self.num_labels})."
+                f"{where}: ignore_index {self.ignore_index} is also the id of {stored[self.ignore_index]!r}. "
+                f"Choose one outside of [0, {len(stored)})."
             )
         if self.label_id_to_train_id is not None:
             if self.reduce_labels:
@@ -93,10 +95,10 @@ class LabelSet:
                 raise ValueError(
                     f"{where}: label_id_to_train_id must map integers of 32 bits to such, got {ids[:10]}."
                 )
-            wrong = set(self.label_id_to_train_id.values()) - set(range(self.num_labels)) - {self.ignore_index}
+            wrong = set(self.label_id_to_train_id.values()) - set(range(len(stored))) - {self.ignore_index}
             if wrong:
                 raise ValueError(
-                    f"{where}: label_id_to_train_id must map to [0, {self.num_labels}) or to the ignore_index "
+                    f"{where}: label_id_to_train_id must map to [0, {len(stored)}) or to the ignore_index "
                     f"{self.ignore_index}, got {sorted(wrong)}."
                 )
 
@@ -124,7 +126,8 @@ class LabelSet:
         """Of one class: the two that its masks and maps hold, 0 for the background and 1 for the class; else itself."""
         if self.num_labels > 1:
             return self
-        return replace(self, labels=("background", *self.labels), colors=((64, 64, 64), *self.colors))
+        background = "background" if self.labels[0] != "background" else "foreground"
+        return replace(self, labels=(background, *self.labels), colors=((64, 64, 64), *self.colors))
 
     def save(self, path: str | Path) -> None:
         """Writes the label set as a JSON file that `load_label_set` reads."""

@@ -405,8 +405,10 @@ def _check_sizes(picture: Image.Image, segmentation: np.ndarray) -> None:
 
 
 def _thumbnail(picture: Image.Image, height: int) -> Image.Image:
-    width = max(1, round(picture.width * height / picture.height))
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+    """The picture at this height, or lower where it would be longer than four times that."""
+    factor = min(height / picture.height, 4 * height / picture.width)
+    size = (max(1, round(side * factor)) for side in picture.size)
+    return picture.resize(tuple(size), Image.Resampling.LANCZOS)
 
 
 def _boundaries(ids: np.ndarray, thickness: int) -> np.ndarray:

@@ -118,8 +118,12 @@ def main() -> None:
     labels = json.loads((HERE / "label_set.json").read_text(encoding="utf-8"))["labels"]
     # On a GPU: the package onnxruntime-gpu, and "CUDAExecutionProvider" before this one.
     session = onnxruntime.InferenceSession(HERE / "model.onnx", providers=["CPUExecutionProvider"])
-    with Image.open(args.picture) as picture:
-        ids = segment(ImageOps.exif_transpose(picture), session, settings)
+    try:
+        with Image.open(args.picture) as opened:
+            picture = ImageOps.exif_transpose(opened)
+    except OSError as error:  # also what is no picture
+        raise SystemExit(f"error: {args.picture} cannot be read: {error}") from error
+    ids = segment(picture, session, settings)
     label_map(ids, [label["color"] for label in labels]).save(args.output)
     present = sorted(((ids == label["id"]).mean(), label["name"]) for label in labels)[::-1]
     print(f"Wrote {args.output}: {', '.join(f'{name} {share:.1%}' for share, name in present if share)}")
