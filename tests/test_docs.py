@@ -32,7 +32,7 @@ def commands(text: str) -> list[list[str]]:
     """The commands of a text that run a script, in words from the script on, with continued lines joined."""
     joined = re.sub(r"\\\s*\n\s*", " ", text)
     starts = r"\$\(PY\)|\s*(?:\S+/)?python|\s*accelerate launch"
-    found = re.findall(rf"^(?:{starts}) .*?\b(scripts/\w+\.py.*)$", joined, re.MULTILINE)
+    found = re.findall(rf"^(?:{starts}) .*?\b((?:scripts|outputs/demo/onnx)/\w+\.py.*)$", joined, re.MULTILINE)
     return [shlex.split(command.partition("#")[0]) for command in found]
 
 
@@ -98,14 +98,15 @@ def test_commands_run_as_they_stand(path, workplace, monkeypatch) -> None:
             continue
         if script == CONVERTING and "--output_dir" in arguments:  # the page may start from what it makes further down
             shutil.rmtree(arguments[arguments.index("--output_dir") + 1], ignore_errors=True)
-        run_script(ROOT / script, arguments + (SHORT.split() if script == "scripts/train.py" else []))
+        path = ROOT / script if script.startswith("scripts/") else Path(script)
+        run_script(path, arguments + (SHORT.split() if script == "scripts/train.py" else []))
 
 
 def test_commands_have_the_flags_that_pages_and_scripts_show() -> None:
     texts = [block for path in PAGES for block in blocks(path, "shell")]
     texts += [path.read_text(encoding="utf-8").split('"""')[1] for path in sorted((ROOT / "scripts").glob("*.py"))]
     texts += [(ROOT / "Makefile").read_text(encoding="utf-8").replace("\t", "")]
-    shown = [words for text in texts for words in commands(text)]
+    shown = [words for text in texts for words in commands(text) if words[0].startswith("scripts/")]
     scripts = sorted({words[0] for words in shown})
     assert len(shown) > 30 and {"scripts/train.py", "scripts/convert_checkpoint.py"} <= set(scripts)
     known = {script: help_of(ROOT / script) for script in scripts}
