@@ -36,6 +36,8 @@ class Arguments:
 @command()
 def main() -> None:
     (args,) = parse_arguments(HfArgumentParser(Arguments))
+    if args.port is not None and not 1 <= args.port <= 65535:
+        raise ValueError(f"--port must be from 1 to 65535, got {args.port}.")
     from segmenter_hf.demo import build_page, launch_page, load_models, train_scenes_model  # needs the extra
 
     if not args.model_name_or_path and not (Path(args.output_dir) / "results.json").is_file():

@@ -43,7 +43,7 @@ class Arguments:
     commit_message: str = field(default="Publish the model", metadata={"help": "First line of the commit."})
     dry_run: bool = field(default=False, metadata={"help": "Only write what would be pushed into output_dir."})
     output_dir: str | None = field(default=None, metadata={"help": "Directory to write with --dry_run."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what output_dir holds."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the model that output_dir holds."})
     published_model: str | None = field(
         default=None, metadata={"help": "Model of published_models.json whose converted weights these are."}
     )

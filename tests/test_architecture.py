@@ -24,7 +24,7 @@ ALLOWED = {
     "metrics": set(),
     "augmentation": set(),
     "label_sets": {"files"},
-    "visualization": {"label_sets"},
+    "visualization": {"image_reading"},
     "scenes": {"files"},
     "folder_layouts": set(),
     "data": {"folder_layouts", "image_reading", "scenes", "label_sets"},

@@ -27,7 +27,7 @@ from .prediction import load_model, read_picture, stream_segmentations
 from .recipes import parse_training_arguments
 from .scenes import draw_scene
 from .training import train_segmenter
-from .visualization import label_map_image
+from .visualization import as_rgb, label_map_image
 
 
 MAX_IMAGE_PIXELS = 50_000_000  # what the cameras of phones make
@@ -209,7 +209,7 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
         raise refusal("The picture is damaged or incomplete: it cannot be read to its end.") from error
     full_size = picture.size
     factor = min(1.0, MAX_SHOWN_SIDE / max(full_size))
-    picture = picture.convert("RGB")
+    picture = as_rgb(picture)
     if factor < 1:
         width, height = (max(1, round(factor * side)) for side in full_size)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)

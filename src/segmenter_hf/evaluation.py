@@ -17,7 +17,14 @@ from .data import decode_example
 from .files import replaced_file, write_json, write_text
 from .label_sets import LabelSet
 from .metrics import MeanIoU, confusion_matrix
-from .prediction import Picture, describe_protocol, process_state, segment_images, stream_segmentations
+from .prediction import (
+    Picture,
+    check_label_set,
+    describe_protocol,
+    process_state,
+    segment_images,
+    stream_segmentations,
+)
 from .visualization import prediction_grid
 
 
@@ -110,21 +117,19 @@ def evaluate_segmentation(
         `worst_images`: `index`, `id` (or `None`) and `mean_iou` of each, the worst first.
 
     Raises:
-        ValueError: If the label set has another number of classes than the model, a mask is impossible, or the split is
-            empty or has no pixel of a class.
+        ValueError: If the label set does not fit the model, `num_worst` is negative, a mask is impossible, or the split is empty
+            or has no pixel of a class.
     """
-    num_labels = label_set.num_labels
-    if num_labels != max(model.config.num_labels, 2):
-        raise ValueError(
-            f"The model has {model.config.num_labels} classes and the label set {label_set.name!r} "
-            f"{num_labels}: choose the label set that the model was trained with."
-        )
+    check_label_set(model, label_set)
+    if num_worst < 0:
+        raise ValueError(f"`num_worst` must be at least 0, got {num_worst}.")
     if len(dataset) == 0:
         raise ValueError("The split has no images: check the name of the data set and of the split.")
     model.eval()
     state = process_state()
     rows = EvaluationExamples(dataset, label_set)
     share = range(state.process_index, len(rows), state.num_processes)
+    num_labels = label_set.num_labels
     total = np.zeros((num_labels, num_labels), dtype=np.int64)
     worst: list[tuple[float, int]] = []
     references: deque[np.ndarray] = deque()

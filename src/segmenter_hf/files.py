@@ -12,8 +12,9 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+MAX_STEM_BYTES = 180  # of a name in a temporary one: file systems take 255
+
+MODEL_TYPES = ("segmenter", "setr")
+# What the directory of a saved or published model holds.
+MODEL_FILES = (
+    *("README.md", "config.json", "label_set.json", "model_card.json", "preprocessor_config.json"),
+    *("model*.safetensors", "model.safetensors.index.json", "sample.png", "predictions.png", ".eval_results"),
+    *("configuration_*.py", "modeling_*.py", "image_*.py", "segmentation_loss.py", "sliding_window.py"),
+)
 
 
 @contextmanager
@@ -49,7 +59,8 @@ def explained_writing(path: str | os.PathLike) -> Iterator[None]:
                 message += f"still writes it: {', '.join(partial)}."
             raise OSError(f"{path} could not be written: {error}. {message}") from error
         if getattr(error, "errno", None) in FORBIDDEN:
-            raise type(error)(f"{path} could not be written: {error}. Give a place that can be written.") from error
+            advice = "a shorter name" if error.errno == errno.ENAMETOOLONG else "a place that can be written"
+            raise type(error)(f"{path} could not be written: {error}. Give {advice}.") from error
         raise
 
 
@@ -64,7 +75,7 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
         `Path`: Where to write.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}-partial-{uuid.uuid4().hex}{path.suffix}")
+    temporary = path.with_name(f".{_short(path.stem)}-partial-{uuid.uuid4().hex}{path.suffix}")
     with explained_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -87,11 +98,51 @@ def replaced_directory(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     with explained_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-partial-") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{_short(path.name)}-partial-") as folder:
             temporary, old = Path(folder) / "new", Path(folder) / "old"
             temporary.mkdir()
             yield temporary
             move_directory(temporary, path, old)
+
+
+def check_replaceable(directory: Path, overwrite: bool, names: Sequence[str]) -> None:
+    """Refuse to write over anything but a directory of a model of this package, and that only when told to.
+
+    Args:
+        directory (`Path`): The directory to write.
+        overwrite (`bool`): Whether it may be replaced.
+        names (`Sequence[str]`): Patterns of all names that such a directory holds.
+
+    Raises:
+        FileExistsError: If it must not be written.
+    """
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not directory.is_dir():
+        raise FileExistsError(f"{directory} is not the directory of a model but a file: give a directory.")
+    if not overwrite:
+        raise FileExistsError(
+            f"{directory} exists and is not empty: give a new directory, or `--overwrite` to replace it."
+        )
+    held = sorted(path.name for path in directory.iterdir())
+    others = [name for name in held if not any(fnmatch(name, pattern) for pattern in names)]
+    if others or not _is_model(directory):
+        raise FileExistsError(
+            f"{directory} is not the directory of a model of this package alone: it holds {(others or held)[0]}, which would "
+            "be lost. Give a new directory."
+        )
+
+
+def _is_model(directory: Path) -> bool:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
+
+
+def _short(name: str) -> str:
+    return os.fsencode(name)[:MAX_STEM_BYTES].decode(errors="ignore")
 
 
 def move_directory(directory: Path, path: Path, old: Path) -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from .files import replaced_directory, write_json
+from .files import check_replaceable, replaced_directory, write_json
 from .label_sets import LABEL_SET_FILE
 from .prediction import load_model
 
 
 MODEL_FILE = "model.onnx"
 EXAMPLE_FILE = "run_onnx.py"
-FILES = {MODEL_FILE, f"{MODEL_FILE}.data", "config.json", "preprocessor_config.json", LABEL_SET_FILE, EXAMPLE_FILE}
+FILES = (MODEL_FILE, f"{MODEL_FILE}.data", "config.json", "preprocessor_config.json", LABEL_SET_FILE, EXAMPLE_FILE)
 # Float32 in another order of summation; of the largest logit. A wrong operator is further off by far.
 TOLERANCE = 1e-4
 
@@ -141,21 +141,6 @@ def fields_of(part: PreTrainedConfig | BaseImageProcessor) -> dict[str, Any]:
     return fields
 
 
-def check_output(output_dir: Path, overwrite: bool) -> None:
-    """Refuse to write over anything but an earlier export, and that only when told to.
-
-    Raises:
-        FileExistsError: If `output_dir` must not be written.
-    """
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return
-    if not (output_dir.is_dir() and overwrite):
-        raise FileExistsError(f"{output_dir} exists: give a new directory, or `--overwrite` to replace it.")
-    others = sorted({path.name for path in output_dir.iterdir()} - FILES)
-    if others:
-        raise FileExistsError(f"{output_dir} holds {others[0]}, which would be lost: give a new directory.")
-
-
 def export_onnx(
     model_name_or_path: str | Path, output_dir: str | Path, *, opset: int | None = None, overwrite: bool = False
 ) -> OnnxExport:
@@ -187,7 +172,7 @@ def export_onnx(
             f"The export needs onnx, onnxruntime and onnxscript: `pip install segmenter-hf[onnx]` ({error})."
         ) from error
     output_dir = Path(output_dir)
-    check_output(output_dir, overwrite)
+    check_replaceable(output_dir, overwrite, FILES)
     model, processor, label_set = load_model(model_name_or_path, device="cpu")
     with replaced_directory(output_dir.absolute()) as temporary:
         opset = write_onnx(model, temporary / MODEL_FILE, opset)

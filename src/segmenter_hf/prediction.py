@@ -1,7 +1,8 @@
 """Prediction with the published protocol: images in memory, and files to label maps and overlays."""
 
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
+from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import (
     AutoImageProcessor,
@@ -18,22 +20,25 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
+from transformers.utils import CONFIG_NAME, cached_file
 
 from .attention import attention_picture
 from .files import replaced_file
 from .image_processing_segmenter import ImageWindows
-from .image_reading import pil_to_array, read_image
+from .image_reading import read_image
 from .label_sets import LabelSet, label_set_of_model, load_label_set
 from .sliding_window import Window, WindowMerger
-from .visualization import label_map_image, overlay, with_legend
+from .visualization import as_rgb, label_map_image, overlay, with_legend
 
 
 MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 MAX_IMAGE_PIXELS = 2 * 89_478_485  # what Pillow refuses by itself
+MAX_NAME_BYTES = 255  # of a file, on nearly all file systems
 MAX_OVERLAY_SIDE = 4096  # pixels; larger pictures are reduced before they are painted
 # What libraries say instead of raising `MemoryError` or `torch.OutOfMemoryError`, in lower case.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "bad_alloc")
+REMEDY = "Download or save it again, or convert the checkpoint with scripts/convert_checkpoint.py."
 
 Picture = Image.Image | np.ndarray | torch.Tensor
 
@@ -92,7 +97,7 @@ def load_model(
     int8: bool = False,
     compile: bool = False,
 ) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:
-    """Load a model with its image processor and label set.
+    """Load a model with its image processor and label set: whole, finite, and of this package, or not at all.
 
     Args:
         name_or_path (`str` or `Path`): Directory or Hub name of the model.
@@ -110,8 +115,9 @@ def load_model(
 
     Raises:
         ImportError: If `int8` is wanted and torchao is missing.
+        ValueError: If there is no such device, the label set does not fit, or as [`load_model_and_processor`].
     """
-    device = device or process_state().device
+    place = find_device(device)
     arguments: dict[str, Any] = {"dtype": dtype}
     if int8:
         try:
@@ -120,14 +126,150 @@ def load_model(
         except ImportError as error:
             raise ImportError("8-bit weights need torchao: `pip install segmenter-hf[int8]`.") from error
         arguments["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
-    # The classes of this package, whatever code the configuration names: nobody is asked whether to run it.
-    arguments["trust_remote_code"] = False
-    model = AutoModelForSemanticSegmentation.from_pretrained(name_or_path, **arguments).to(device).eval()
+    model, processor = load_model_and_processor(name_or_path, **arguments)
+    found = label_set_of_model(name_or_path, model.config.id2label) if label_set is None else load_label_set(label_set)
+    found = found.with_background()
+    check_label_set(model, found)
+    model = model.to(place).eval()
     if compile:
         model.compile(fullgraph=True)
-    processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
-    found = label_set_of_model(name_or_path, model.config.id2label) if label_set is None else load_label_set(label_set)
-    return model, processor, found.with_background()
+    return model, processor, found
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, or by default a GPU where there is one.
+
+    Raises:
+        ValueError: If there is no such device here; names those that there are.
+    """
+    if name is None:
+        return process_state().device
+    names = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        names += [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))]
+    if name not in names:
+        raise ValueError(f"`device` must be {' or '.join(names)} on this machine, got {name!r}.")
+    return torch.device(name)
+
+
+def load_model_and_processor(name_or_path: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load a semantic segmentation model of this package with its image processor, and none of its repository's code.
+
+    Args:
+        name_or_path (`str` or `Path`): Directory or Hub name of the model.
+        kwargs: Further arguments of the model's `from_pretrained`.
+
+    Returns:
+        `tuple[PreTrainedModel, BaseImageProcessor]`: The model and its image processor.
+
+    Raises:
+        OSError: If there is no such model, or a file is missing.
+        ValueError: If it is damaged or of another kind, or weights are missing, left over, of another shape or not finite.
+    """
+    with explained_loading(name_or_path):
+        # The classes of this package, whatever code the configuration names: nobody is asked whether to run it.
+        model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
+            name_or_path,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **kwargs,
+        )
+        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+        for part, expected in ((model, "Segmenter or SETR model"), (processor, "SegmenterImageProcessor")):
+            if not type(part).__module__.startswith(f"{__package__}."):
+                raise ValueError(f"{name_or_path}: expected a {expected}, got a {type(part).__name__}. {REMEDY}")
+        check_weights(name_or_path, model, loading_info)
+    return model, processor
+
+
+@contextmanager
+def explained_loading(name_or_path: str | Path) -> Iterator[None]:
+    """Whatever a model that is damaged or something else raises, as a `ValueError` that names it.
+
+    Here, and only here, files of strangers go through transformers, safetensors, torch and their readers of JSON and pickles.
+    Each of them fails in ways of its own, which are documented nowhere, so that any `Exception` may come of a bad file.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError, OSError, ValueError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"{name_or_path}: the memory does not suffice for the model. {error}") from error
+        raise ValueError(
+            f"{name_or_path}: expected a model of this package, got one that is damaged or something else. {REMEDY} "
+            f"{type(error).__name__}: {str(error):.500}"
+        ) from error
+
+
+def check_weights(
+    name_or_path: str | Path, model: PreTrainedModel, loading_info: Mapping[str, Any], *, new_heads: bool = False
+) -> None:
+    """Refuse a model whose weights are not all from its file, or are no finite floating-point numbers.
+
+    Args:
+        name_or_path (`str` or `Path`): Where it was loaded from.
+        model (`PreTrainedModel`): The model.
+        loading_info (`dict`): What `from_pretrained` returned beside it with `output_loading_info=True`.
+        new_heads (`bool`, defaults to `False`): Whether only the encoder must be from the file, and weights may be left over,
+            for training goes on with other heads.
+
+    Raises:
+        ValueError: If weights are missing, left over, of another shape or no finite floating-point numbers.
+    """
+    wrong = {
+        "missing": loading_info["missing_keys"],
+        "of another shape": {key for key, *_ in loading_info["mismatched_keys"]},
+    }
+    if new_heads:
+        encoder = f"{model.base_model_prefix}."
+        wrong = {problem: [key for key in keys if key.startswith(encoder)] for problem, keys in wrong.items()}
+    else:
+        wrong["left over"] = loading_info["unexpected_keys"]
+    weights = dict(model.named_parameters())
+    expected = weights.keys() | dict(model.base_model.named_parameters()).keys()
+    wrong["no floating-point numbers"] = stored_integers(name_or_path) & expected
+    # Those in 8 bits are back in floats for a moment, others are as they were.
+    wrong["NaN or infinite"] = [key for key in weights if not torch.isfinite(weights[key].dequantize()).all()]
+    listed = [
+        f"{len(keys)} {problem} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
+        for problem, keys in wrong.items()
+        if keys
+    ]
+    if listed:
+        raise ValueError(f"{name_or_path}: the weights are not those of the model: {'; '.join(listed)}. {REMEDY}")
+
+
+def stored_integers(name_or_path: str | Path) -> set[str]:
+    """The weights that the safetensors files of a model hold as integers; a loaded model has them as floats."""
+    folder, found = Path(cached_file(str(name_or_path), CONFIG_NAME)).parent, set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {key for key in file.keys() if "F" not in file.get_slice(key).get_dtype()}  # noqa: SIM118
+    return found
+
+
+def check_label_set(model: PreTrainedModel, label_set: LabelSet) -> None:
+    """Refuse a label set that is not for the model, or whose names cannot be written.
+
+    Raises:
+        ValueError: If it has another number of classes (two for a model of one), or a name is no text.
+    """
+    if label_set.num_labels != max(model.config.num_labels, 2):
+        raise ValueError(
+            f"The model has {model.config.num_labels} classes and the label set {label_set.name!r} "
+            f"{label_set.num_labels}: choose the label set that the model was trained with."
+        )
+    for name in label_set.labels:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The label set {label_set.name!r} has the name {name!r:.200}, which holds half a character and cannot be "
+                "written: rename the class."
+            ) from error
 
 
 @torch.no_grad()
@@ -181,7 +323,7 @@ def stream_segmentations(
     def finished() -> Iterator["torch.Tensor | SemanticSegmentationPostProcessorOutput"]:
         """Take the batch through the network; the maps that are then complete."""
         pixel_values = torch.stack([pixels for _, _, pixels in batch]).to(model.device, model.dtype)
-        logits = model(pixel_values=pixel_values).logits
+        logits = model(pixel_values=pixel_values, return_dict=True).logits
         for merger in mergers:
             indices = [index for index, (of_window, _, _) in enumerate(batch) if of_window is merger]
             if indices:
@@ -216,14 +358,19 @@ def stream_segmentations(
             yield from finished()
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory does not suffice."""
+    is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_memory or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
 @contextmanager
 def explained_memory(window_batch_size: int) -> Iterator[None]:
     """Errors of memory that does not suffice for a segmentation, with what needs less."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not is_memory and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         fewer = f"`--window_batch_size 1` instead of {window_batch_size}, " if window_batch_size > 1 else ""
@@ -273,6 +420,7 @@ def find_pictures(paths: Sequence[str | Path]) -> dict[str, Path]:
     for path in map(Path, paths):
         if path.is_dir():
             files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            files = [file for file in files if not file.is_dir()]
             names = [file.relative_to(path).with_suffix("") for file in files]
         else:
             files, names = [path] if path.is_file() else [], [Path(path.stem)]
@@ -287,6 +435,45 @@ def find_pictures(paths: Sequence[str | Path]) -> dict[str, Path]:
                 unique = f"{name.as_posix()}-{number}"
             found[unique] = file
     return found
+
+
+def plan_results(pictures: Mapping[str, Path], output_dir: Path, endings: Sequence[str]) -> dict[str, list[Path]]:
+    """The files to write for each picture, before anything is written.
+
+    Args:
+        pictures (`Mapping[str, Path]`): The file of each name, as from `find_pictures`.
+        output_dir (`Path`): Where the results go.
+        endings (`Sequence[str]`): What follows the name in the name of each result.
+
+    Returns:
+        `dict[str, list[Path]]`: By the name of the picture, in the order of `endings`.
+
+    Raises:
+        ValueError: If one would replace a picture or another, or its name is too long.
+    """
+    inputs = {_identity(path) for path in pictures.values() if path.exists()}
+    planned: dict[Path, str] = {}
+    results: dict[str, list[Path]] = {}
+    for name, picture in pictures.items():
+        results[name] = [output_dir / f"{name}{ending}" for ending in endings]
+        for path in results[name]:
+            if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+                raise ValueError(
+                    f"{picture}: the name of its result {path.name} would be too long: rename the picture."
+                )
+            if path.exists() and _identity(path) in inputs:
+                raise ValueError(f"{path} is one of the pictures and would be lost: give another `--output_dir`.")
+            if path in planned:
+                both = f"{pictures[planned[path]]} and {picture}"
+                raise ValueError(f"{both} would both be written to {path}: rename one, or give them one by one.")
+            planned[path] = name
+    return results
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What files have in common that are one, whatever they are called."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def read_picture(path: Path, max_image_pixels: int) -> Image.Image:
@@ -314,9 +501,7 @@ def reduced(picture: Image.Image, segmentation: np.ndarray) -> tuple[Image.Image
         width, height = (side // factor for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BOX)
         segmentation = segmentation[factor // 2 :: factor, factor // 2 :: factor][:height, :width]
-    if picture.mode.startswith("I"):  # Pillow would clip 16 bits to 8; the model sees them scaled
-        picture = Image.fromarray(np.moveaxis(pil_to_array(picture, do_convert_rgb=True), 0, -1))
-    return picture.convert("RGB"), segmentation
+    return as_rgb(picture), segmentation
 
 
 def save_overlay(picture: Image.Image, segmentation: np.ndarray, label_set: LabelSet, path: Path) -> None:
@@ -363,10 +548,14 @@ def predict_files(
 
     Raises:
         FileNotFoundError: If a path does not exist or a folder holds no picture.
-        ValueError: If pictures cannot be read or segmented, after all others are done; names each.
+        ValueError: If the label set does not fit the model, or a result would replace a picture or another result, before
+            anything is written. If pictures cannot be read or segmented, after all others are done; names each.
     """
+    check_label_set(model, label_set)
     model.eval()
     pictures = find_pictures(paths)
+    endings = [".png", "_overlay.png", *(["_attention.png"] if attention else [])]
+    results = plan_results(pictures, Path(output_dir), endings)
     waiting: deque[str] = deque()
     unreadable: list[str] = []
 
@@ -388,14 +577,14 @@ def predict_files(
     with tqdm(total=len(pictures), desc="Segmenting", unit="image", disable=not show_progress) as progress:
         for segmentation in segmentations:
             name, segmentation = waiting.popleft(), segmentation.cpu().numpy()
-            label_map = Path(output_dir) / f"{name}.png"
+            label_map, overlaid, *attended = results[name]
             save_label_map(segmentation, label_set, label_map)
             # Read again: to keep large pictures until their maps are there would take more than the maps.
             picture, segmentation = reduced(read_picture(pictures[name], max_image_pixels), segmentation)
-            save_overlay(picture, segmentation, label_set, label_map.with_name(f"{label_map.stem}_overlay.png"))
-            if attention:
+            save_overlay(picture, segmentation, label_set, overlaid)
+            for path in attended:
                 shown = attention_picture(model, processor, picture, segmentation, label_set)
-                with replaced_file(label_map.with_name(f"{label_map.stem}_attention.png")) as temporary:
+                with replaced_file(path) as temporary:
                     shown.save(temporary)
             del picture
             written[name] = label_map

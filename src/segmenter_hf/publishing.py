@@ -13,14 +13,14 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from .data import load_segmentation_datasets, load_split
 from .evaluation import EvaluationExamples, evaluate_segmentation, save_prediction_grid
-from .files import replaced_directory
+from .files import MODEL_FILES, check_replaceable, replaced_directory
 from .label_sets import LABEL_SET_FILE, LabelSet, label_set_of_model, list_label_sets, load_label_set
 from .model_card import SAMPLE_PICTURE, CardFacts, read_card_facts, recorded_result, write_model_card
-from .prediction import load_model
+from .prediction import load_model, load_model_and_processor
 
 
 PREDICTIONS_PICTURE = "predictions.png"
@@ -111,21 +111,20 @@ def build_repository(
         output_dir (`str` or `Path`): The directory to write; appears when it is complete.
         facts (`CardFacts`, *optional*): What the card says; by default what `model_card.json` in the directory says.
         hub_model_id (`str`, *optional*): Name on the Hub for the card's examples; `output_dir` by default.
-        overwrite (`bool`, defaults to `False`): Whether to replace what `output_dir` holds.
+        overwrite (`bool`, defaults to `False`): Whether to replace a model that `output_dir` holds.
 
     Returns:
         `Path`: `output_dir`.
 
     Raises:
-        FileExistsError: If `output_dir` holds anything and is not to be overwritten.
+        FileExistsError: If `output_dir` holds anything but a model that is to be overwritten.
         FileNotFoundError: If `checkpoint_dir` lacks a part of the model.
         ValueError: If it does not hold a whole model of this package, or would be overwritten.
     """
     checkpoint_dir, output_dir = Path(checkpoint_dir), Path(output_dir)
     if checkpoint_dir.resolve().is_relative_to(output_dir.resolve()):
         raise ValueError(f"{output_dir} holds the checkpoint, which would be lost: give another `output_dir`.")
-    if output_dir.exists() and any(output_dir.iterdir()) and not overwrite:
-        raise FileExistsError(f"{output_dir} is not empty: give a new directory, or `--overwrite` to replace it.")
+    check_replaceable(output_dir, overwrite, MODEL_FILES)
     model, processor, label_set = _load_whole_model(checkpoint_dir)
     facts = facts or read_card_facts(checkpoint_dir)
     with replaced_directory(output_dir.absolute()) as temporary:
@@ -223,15 +222,7 @@ def _load_whole_model(directory: Path) -> tuple[PreTrainedModel, BaseImageProces
     ):
         if not any((directory / name).is_file() for name in names):
             raise FileNotFoundError(f"{directory}: expected {' or '.join(names)} there, found none; {remedy}.")
-    model, info = AutoModelForSemanticSegmentation.from_pretrained(
-        directory, output_loading_info=True, trust_remote_code=False
-    )
-    if not type(model).__module__.startswith(__package__):
-        raise ValueError(f"{directory}: expected a Segmenter or SETR model, got {type(model).__name__}.")
-    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-    if wrong:
-        raise ValueError(f"{directory}: the weights are not those of config.json, {len(wrong)} differ: {wrong[:5]}.")
-    processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
+    model, processor = load_model_and_processor(directory)
     return model, processor, label_set_of_model(directory, model.config.id2label)
 
 

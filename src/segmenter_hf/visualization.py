@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .image_reading import pil_to_array
+
 
 Picture = Image.Image | np.ndarray
 Segmentation = np.ndarray | torch.Tensor
@@ -16,7 +18,23 @@ _TEXT, _FAINT_TEXT, _BACKGROUND = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 # Black over red and orange to white, 256 steps: readable in grey too, as its brightness only rises.
 _HEAT = np.stack([np.clip(np.arange(256) * 3 - 255 * channel, 0, 255) for channel in range(3)], 1).astype(np.uint8)
 _SMALLEST_FONT = 14  # pixels; smaller ones of the built-in font are hard to read
+_LONGEST_NAME = 200  # characters; more of a class name are not shown, and Pillow measures a million only
 _SMALLEST_SIDE = 400  # pixels, geometric mean of width and height of a picture beside a legend
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """A picture in RGB as the models see it: 16 bits are scaled to 8, where Pillow and `pipeline` clip them.
+
+    Args:
+        picture (`PIL.Image.Image`):
+            Picture of any mode.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture.
+    """
+    if picture.mode.startswith("I"):
+        return Image.fromarray(np.moveaxis(pil_to_array(picture, do_convert_rgb=True), 0, -1))
+    return picture.convert("RGB")
 
 
 def colorize(segmentation: Segmentation, palette: np.ndarray, ignore_index: int = 255) -> Image.Image:
@@ -386,7 +404,7 @@ def _class_ids(segmentation: Segmentation, num_labels: int, ignore_index: int) -
 
 def _rgb(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        return as_rgb(picture)
     if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
         raise ValueError(
             "expected a PIL image, or a uint8 array of shape (height, width, 3) or (height, width), "
@@ -492,7 +510,8 @@ def _font(size: float) -> ImageFont.FreeTypeFont:
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """Cuts a text to a width in pixels, with an ellipsis at the end if something is missing."""
-    if font.getlength(text) <= width:
+    text = " ".join(text[: _LONGEST_NAME + 1].split())  # in one line
+    if len(text) <= _LONGEST_NAME and font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
         text = text[:-1].rstrip()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ..files import replaced_directory
+from ..files import MODEL_FILES, check_replaceable, replaced_directory
 from ..image_processing_segmenter import SegmenterImageProcessor
 from ..label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, list_label_sets, load_label_set
 from . import mmsegmentation, paddlevit, rstrudel, setr, vit_checkpoints
@@ -257,16 +257,9 @@ def check_output(output_dir: Path, overwrite: bool, checkpoint_path: Path) -> No
     Raises:
         FileExistsError: If `output_dir` must not be written.
     """
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{output_dir} exists and is not empty. Choose another directory, or set overwrite.")
-    if not (output_dir / "config.json").is_file():
-        raise FileExistsError(
-            f"{output_dir} is not the directory of a model, so it is not overwritten. Choose another."
-        )
     if checkpoint_path.resolve().is_relative_to(output_dir.resolve()):
         raise FileExistsError(f"{output_dir} holds the checkpoint itself. Choose another directory.")
+    check_replaceable(output_dir, overwrite, MODEL_FILES)
 
 
 __all__ = ["SOURCE_FORMATS", "Verification", "convert_checkpoint", "verify_conversion"]
