@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 from transformers import HfArgumentParser
 
 from .commands import parse_arguments
-from .files import write_json
+from .files import check_types, read_json_object, write_json
 from .training_arguments import DataArguments, ModelArguments, SegmentationTrainingArguments
 
 
@@ -99,23 +99,38 @@ def parse_training_arguments(
         `tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]`: The arguments.
 
     Raises:
-        ValueError: If the recipe, an option or an argument in the file is not known.
+        ValueError: If the recipe, an option or an argument in the file is not known, or one in the file is of another type.
     """
     words, from_file = list(words), {}
     if words and words[0].endswith(".json"):
-        from_file = json.loads(Path(words.pop(0)).read_text(encoding="utf-8"))
-        if not isinstance(from_file, dict):
-            raise ValueError(f"Expected a JSON object of arguments, got a {type(from_file).__name__}.")
-        from_file = from_file.get("arguments", from_file)
-    known = {field.name for each in ARGUMENTS for field in fields(each)}
-    if wrong := sorted(from_file.keys() - known):
-        raise ValueError(f"The JSON file has arguments that training does not know: {', '.join(wrong)}.")
+        from_file = read_arguments(words.pop(0))
     only_recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_recipe.add_argument("--recipe", default=from_file.get("recipe"))
     name = only_recipe.parse_known_args(words)[0].recipe
     parser = argument_parser(show_all="--help_all" in words)
     parser.set_defaults(**({} if name is None else recipe_arguments(name)) | from_file)
     return parse_arguments(parser, words)
+
+
+def read_arguments(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file of arguments of training, such as a `recipe.json`.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it does not hold arguments of training with values of their types; names the file.
+    """
+    content = read_json_object(path)
+    check_types(path, content, {"arguments": dict})
+    arguments = content.get("arguments", content)
+    types: dict[str, Any] = {}
+    for each in ARGUMENTS:
+        types |= get_type_hints(each)
+        chosen = [field for field in fields(each) if "choices" in field.metadata]
+        types |= {field.name: Literal[(*field.metadata["choices"], field.default)] for field in chosen}
+    if wrong := sorted(arguments.keys() - types):
+        raise ValueError(f"{path} has arguments that training does not know: {', '.join(wrong)}.")
+    check_types(path, arguments, types)
+    return arguments
 
 
 def argument_parser(show_all: bool = False) -> HfArgumentParser:
@@ -215,12 +230,12 @@ def check_same_run(directory: str | Path, recipe: dict[str, Any]) -> None:
     """What a directory was trained with is what is about to be trained there again.
 
     Raises:
-        ValueError: If arguments that matter differ; names them.
+        ValueError: If arguments that matter differ, which it names, or the directory's recipe is not one.
     """
     path = Path(directory) / RECIPE_FILE
-    if not path.is_file():
-        return
-    before, now = json.loads(path.read_text(encoding="utf-8"))["arguments"], recipe["arguments"]
+    before, now = read_json_object(path).get("arguments"), recipe["arguments"]
+    if not isinstance(before, dict):
+        raise ValueError(f"{path}: expected the arguments of a run, got {before!r:.200}. Give another --output_dir.")
     differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if differing:
         shown = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in differing[:5])

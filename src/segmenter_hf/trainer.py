@@ -139,9 +139,12 @@ class _StopAtNan(TrainerCallback):
     """A loss that is no number ends the training: nothing good comes after it."""
 
     def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(float(loss)):
-            raise FloatingPointError(_nan_message(f"The loss became {loss} at or before step {state.global_step}."))
+        for name in ("loss", "train_loss"):  # since the last log; at the end, of all steps, also those of no log
+            loss = (logs or {}).get(name, 0.0)
+            if not math.isfinite(float(loss)):
+                raise FloatingPointError(
+                    _nan_message(f"The loss became {loss} at or before step {state.global_step}.")
+                )
 
 
 class _ShowProgress(TrainerCallback):
@@ -384,6 +387,17 @@ class SegmentationTrainer(Trainer):
             commit_message=commit_message,
         )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's saving, of what is finite only.
+
+        Raises:
+            FloatingPointError: If a weight is NaN or infinite.
+        """
+        for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
+            if not torch.isfinite(getattr(tensor, "to_local", tensor.detach)()).all():  # a part, with FSDP
+                raise FloatingPointError(_nan_message(f"`{name}` is not finite at step {self.state.global_step}."))
+        super().save_model(output_dir, _internal_call)
+
     # Checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -392,7 +406,6 @@ class SegmentationTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save a checkpoint under another name, and give it its own when all processes have written their part."""
         run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._raise_if_not_finite()
         with self._explained(run_dir):
             if self.args.should_save:
                 remove_partial_checkpoints(run_dir)
@@ -414,12 +427,6 @@ class SegmentationTrainer(Trainer):
                 best = self.state.best_model_checkpoint
                 rotate_checkpoints(str(run_dir), self.args.save_total_limit, best_model_checkpoint=best)
             self.accelerator.wait_for_everyone()
-
-    def _raise_if_not_finite(self) -> None:
-        """No checkpoint holds what is no number."""
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(getattr(parameter, "to_local", parameter.detach)()).all():  # a part, with FSDP
-                raise FloatingPointError(_nan_message(f"`{name}` is not finite at step {self.state.global_step}."))
 
     @contextmanager
     def _explained(self, run_dir: Path) -> Iterator[None]:

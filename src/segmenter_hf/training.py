@@ -9,7 +9,14 @@ from typing import Any
 import datasets
 import numpy as np
 from accelerate.utils import broadcast_object_list
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    PreTrainedModel,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .augmentation import SegmentationAugmentation
@@ -42,6 +49,7 @@ from .training_arguments import (
 
 logger = logging.getLogger(__name__)
 
+TRACKER_FOLDERS = ("runs", "wandb", "mlruns")
 FINISHED = ".finished-partial"  # where the results of a run are put together
 STREAM_SCAN = 1000  # masks of a stream that are checked where nothing else is said
 
@@ -63,6 +71,7 @@ def train_segmenter(
         `dict`: The results on the validation split: see `evaluate_segmentation`.
 
     Raises:
+        FileExistsError: If `output_dir` holds files that are of no run.
         FloatingPointError: If the loss or a weight becomes NaN or infinite.
         OSError: If a checkpoint cannot be written.
         ValueError: If the arguments contradict each other or those of the run that `output_dir` holds, or label maps cannot
@@ -70,7 +79,7 @@ def train_segmenter(
     """
     set_seed(training_args.seed)  # Trainer does so too, but after the model is made
     recipe = resolved_recipe(model_args, data_args, training_args)
-    checkpoint = prepare_output_dir(training_args, recipe)
+    checkpoint = find_checkpoint(training_args, recipe)
     train_set, validation_set = load_splits(data_args, training_args)
     label_set = resolve_label_set(data_args, train_set)
     one_class, label_set = label_set, label_set.with_background()
@@ -108,6 +117,7 @@ def train_segmenter(
         processing_class=processor,
         label_set=label_set,
         window_batch_size=data_args.window_batch_size,
+        callbacks=[_StartRun(recipe)],
     )
     if trainer.is_world_process_zero():
         batch = recipe["batch"]
@@ -128,31 +138,51 @@ def train_segmenter(
     return results
 
 
-def prepare_output_dir(training_args: SegmentationTrainingArguments, recipe: dict[str, Any]) -> str | None:
-    """Find the checkpoint to go on from, if there is one, and note what is being trained.
+def find_checkpoint(training_args: SegmentationTrainingArguments, recipe: dict[str, Any]) -> str | None:
+    """Find the checkpoint to go on from, if there is one; nothing is changed yet.
 
     Returns:
         `str`, *optional*: The directory of the checkpoint.
 
     Raises:
-        ValueError: If the output directory holds a run with other arguments.
+        FileExistsError: If the output directory holds files that are of no run, and they may not be replaced.
+        ValueError: If it holds a run with other arguments, or the checkpoint to go on from would be deleted.
     """
-    output_dir = Path(training_args.output_dir)
-    with training_args.main_process_first(desc="preparing the output directory"):
-        if training_args.should_save:
-            remove_partial_checkpoints(output_dir)
-            if training_args.overwrite_output_dir:
-                for old in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                    shutil.rmtree(old)
-                (output_dir / RECIPE_FILE).unlink(missing_ok=True)
-        checkpoint = training_args.resume_from_checkpoint
-        if checkpoint is None and (checkpoint := last_checkpoint(output_dir)) is not None:
-            check_same_run(output_dir, recipe)
-            if training_args.should_save:
-                print(f"Going on from {checkpoint}; --overwrite_output_dir starts anew.")
-        if training_args.should_save:
-            save_recipe(output_dir, recipe)
+    output_dir, checkpoint = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    if training_args.overwrite_output_dir:
+        if checkpoint is not None and Path(checkpoint).resolve().is_relative_to(output_dir.resolve()):
+            raise ValueError(f"--overwrite_output_dir would delete {checkpoint}, from which to go on: leave out one.")
+        return checkpoint
+    if not (output_dir / RECIPE_FILE).is_file():
+        names = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
+        if found := [name for name in names if not name.startswith(".") and name not in TRACKER_FOLDERS]:
+            raise FileExistsError(
+                f"{output_dir} holds files that are of no run: {', '.join(found[:5])}. Give another --output_dir, or "
+                "--overwrite_output_dir to replace those whose names the run needs."
+            )
+    elif checkpoint is None:
+        check_same_run(output_dir, recipe)
+        checkpoint = last_checkpoint(output_dir)
+        if checkpoint is not None and training_args.should_save:
+            print(f"Going on from {checkpoint}; --overwrite_output_dir starts anew.")
     return checkpoint
+
+
+class _StartRun(TrainerCallback):
+    """Deletes what the run replaces and notes what is trained, now that no mistake in the arguments can end it."""
+
+    def __init__(self, recipe: dict[str, Any]) -> None:
+        self.recipe = recipe
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not args.should_save:
+            return
+        output_dir = Path(args.output_dir)
+        remove_partial_checkpoints(output_dir)
+        if args.overwrite_output_dir:
+            for old in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                shutil.rmtree(old)
+        save_recipe(output_dir, self.recipe)
 
 
 def load_splits(
@@ -201,10 +231,9 @@ def resolve_label_set(data_args: DataArguments, train_set: AnyDataset) -> LabelS
         changes["ignore_index"] = data_args.ignore_index
     if data_args.do_reduce_labels:
         changes["reduce_labels"] = True
-    if data_args.label_set is not None:
-        return replace(load_label_set(data_args.label_set), **changes)
-    if data_args.dataset_name == "scenes":
-        return load_label_set("scenes")
+    named = data_args.label_set or ("scenes" if data_args.dataset_name == "scenes" else None)
+    if named is not None:
+        return replace(load_label_set(named), **changes)
     limit = data_args.max_scanned_masks or (STREAM_SCAN if data_args.streaming else None)
     num_labels = infer_num_labels(train_set, max_images=limit, **changes)
     logger.warning("Found %d classes in the label maps; name them with --label_set.", num_labels)
@@ -320,7 +349,7 @@ def build_model_and_processor(
             "longest_edge": int(data_args.max_ratio * data_args.image_size),
         },
         "window_size": data_args.crop_size,
-        "window_stride": data_args.window_stride or data_args.crop_size,
+        "window_stride": data_args.crop_size if data_args.window_stride is None else data_args.window_stride,
         "do_reduce_labels": label_set.reduce_labels,
     }
     if model_args.normalization is not None:

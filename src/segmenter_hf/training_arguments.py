@@ -1,6 +1,8 @@
 """The arguments of training, as `scripts/train.py` takes them."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -17,6 +19,18 @@ NORMALIZATIONS = {
     "half": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
 }
+METRICS = ("mean_iou", "mean_accuracy", "overall_accuracy")  # of an evaluation while training
+
+
+def check_finite(arguments: Any) -> None:
+    """No argument is NaN or infinite.
+
+    Raises:
+        ValueError: If one is.
+    """
+    for name, value in vars(arguments).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`--{name}` must be a finite number, got {value}.")
 
 
 @dataclass
@@ -61,6 +75,9 @@ class ModelArguments:
         default=None,
         metadata={"help": "Attention: sdpa, flash_attention_2, eager; eager is fastest for bf16 on a CPU."},
     )
+
+    def __post_init__(self) -> None:
+        check_finite(self)
 
 
 @dataclass
@@ -115,6 +132,9 @@ class DataArguments:
     photometric_distortion: bool = field(default=True, metadata={"help": "Change colours at random in training."})
     window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network in evaluation."})
 
+    def __post_init__(self) -> None:
+        check_finite(self)
+
 
 @dataclass
 class SegmentationTrainingArguments(TrainingArguments):
@@ -124,7 +144,7 @@ class SegmentationTrainingArguments(TrainingArguments):
     it is given, the accumulation follows from it and the batch of a device, or, without that, the batch of a device.
 
     Raises:
-        ValueError: If the batch cannot be put together so, or arguments are not for segmentation.
+        ValueError: If the batch cannot be put together so, nothing would be trained, or arguments are not for segmentation.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate at the first step."})
@@ -167,6 +187,14 @@ class SegmentationTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        if self.max_steps < 1 and (self.max_steps != -1 or self.num_train_epochs <= 0):
+            raise ValueError(
+                f"Nothing would be trained in {self.num_train_epochs} epochs or {self.max_steps} steps: give a positive "
+                "`--num_train_epochs` or `--max_steps`."
+            )
+        if wrong := [item for item in (self.optim_args or "=").split(",") if item.count("=") != 1]:
+            raise ValueError(f'`--optim_args` must be as in "momentum=0.9,nesterov=true", got {wrong[0]!r}.')
         if self.label_smoothing_factor:
             raise ValueError(
                 "`label_smoothing_factor` is for text: use `--label_smoothing`, which leaves ignored pixels out."
@@ -174,6 +202,10 @@ class SegmentationTrainingArguments(TrainingArguments):
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"power": self.poly_power, "lr_end": self.min_learning_rate}
         super().__post_init__()
+        if self.metric_for_best_model is not None and self.metric_for_best_model.removeprefix("eval_") not in METRICS:
+            raise ValueError(
+                f"`--metric_for_best_model` must be one of {', '.join(METRICS)}, got {self.metric_for_best_model!r}."
+            )
         self._share_out_batch()
 
     @property
@@ -188,11 +220,12 @@ class SegmentationTrainingArguments(TrainingArguments):
 
     def _share_out_batch(self) -> None:
         total, devices = self.total_batch_size, self.num_devices
+        per_device, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
         if total is None:
-            self.per_device_train_batch_size = self.per_device_train_batch_size or 8
-            return
+            per_device = 8 if per_device is None else per_device
+            total = devices * per_device * accumulation
         self.per_device_train_batch_size, self.gradient_accumulation_steps = share_out_batch(
-            total, devices, self.per_device_train_batch_size, self.gradient_accumulation_steps
+            total, devices, per_device, accumulation
         )
 
 
