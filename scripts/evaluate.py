@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from transformers import HfArgumentParser
 
 from segmenter_hf.commands import command, parse_arguments
-from segmenter_hf.data import load_split
+from segmenter_hf.data import limited_split, load_split
 from segmenter_hf.evaluation import (
     EvaluationExamples,
     as_percent,
@@ -53,7 +53,7 @@ def main() -> None:
         return
     results |= {
         "dataset": args.dataset_name,
-        "split": data_args.split,
+        "split": limited_split(data_args.split, data_args.max_samples),
         "model": prediction_args.model_name_or_path,
         "dtype": str(model.dtype).removeprefix("torch."),
         "int8_weights": prediction_args.int8,

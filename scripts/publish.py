@@ -96,6 +96,7 @@ def main() -> None:
             args.output_dir,
             facts=facts,
             hub_model_id=args.hub_model_id,
+            revision=args.revision,
             overwrite=args.overwrite,
         )
         files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
@@ -110,7 +111,8 @@ def main() -> None:
         commit_message=args.commit_message,
     )
     print(f"Published {args.hub_model_id}: {commit.commit_url}")
-    print(f'Next: pipeline("image-segmentation", "{args.hub_model_id}", trust_remote_code=True)')
+    at = f', revision="{args.revision}"' if args.revision else ""
+    print(f'Next: pipeline("image-segmentation", "{args.hub_model_id}"{at}, trust_remote_code=True)')
 
 
 if __name__ == "__main__":

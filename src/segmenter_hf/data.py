@@ -275,6 +275,11 @@ def first_rows(dataset: AnyDataset, limit: int | None) -> AnyDataset:
     return dataset.take(limit)
 
 
+def limited_split(split: str, limit: int | None) -> str:
+    """Name of the first so many rows of a split, as `datasets` writes it."""
+    return split if limit is None else f"{split}[:{limit}]"
+
+
 # Decoding
 
 

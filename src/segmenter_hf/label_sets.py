@@ -185,7 +185,7 @@ def load_label_set(name_or_path: str | Path) -> LabelSet:
         raise ValueError(error if str(path) in str(error) else f"{path}: {error}") from error
 
 
-def label_set_of_model(name_or_path: str | Path, id2label: dict[int, str]) -> LabelSet:
+def label_set_of_model(name_or_path: str | Path, id2label: dict[int, str], revision: str | None = None) -> LabelSet:
     """Finds the label set that a model was trained with.
 
     Args:
@@ -193,12 +193,16 @@ def label_set_of_model(name_or_path: str | Path, id2label: dict[int, str]) -> La
             Directory or Hub name of the model.
         id2label (`dict[int, str]`):
             Names of its classes, as in its configuration.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub; the main branch by default.
 
     Returns:
         `LabelSet`: The one saved beside the model; else the packaged one with the same names; else one made of the
         names.
     """
-    saved = cached_file(str(name_or_path), LABEL_SET_FILE, _raise_exceptions_for_missing_entries=False)
+    saved = cached_file(
+        str(name_or_path), LABEL_SET_FILE, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
     if saved is not None:
         return load_label_set(saved)
     names = tuple(id2label[index] for index in range(len(id2label)))

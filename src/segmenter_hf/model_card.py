@@ -131,6 +131,7 @@ def write_model_card(
     model: PreTrainedModel,
     facts: CardFacts,
     hub_model_id: str | None = None,
+    revision: str | None = None,
     location: str | None = None,
 ) -> Path:
     """Write the card of a model, `README.md`, and what belongs to it, into the directory of the model.
@@ -143,6 +144,7 @@ def write_model_card(
         model (`PreTrainedModel`): The model.
         facts (`CardFacts`): What the model itself does not know.
         hub_model_id (`str`, *optional*): Name on the Hub for the title and the examples.
+        revision (`str`, *optional*): Branch for the examples; the main one by default.
         location (`str`, *optional*): Directory for them where there is no name on the Hub; `output_dir` by default.
 
     Returns:
@@ -160,12 +162,15 @@ def write_model_card(
     card = _render(
         hub_model_id or location or output_dir.as_posix(),
         on_hub=hub_model_id is not None,
+        revision=revision,
         family=config.model_type,
         architecture=[
             f"{config.num_hidden_layers} layers of width {config.hidden_size}",
             f"patches of {config.patch_size} pixels",
             f"{config.decoder_type.replace('_', ' ')} decoder",
-            f"{num_parameters / 1e6:.1f} million parameters",
+            f"{num_parameters / 1e6:.1f} million parameters"
+            if num_parameters >= 1e5
+            else f"{num_parameters} parameters",
         ],
         labels=[config.id2label[index] for index in range(config.num_labels)],
         facts=facts,
@@ -355,6 +360,7 @@ def _render(
     location: str,
     *,
     on_hub: bool,
+    revision: str | None = None,
     family: str,
     architecture: Sequence[str],
     labels: Sequence[str],
@@ -384,6 +390,7 @@ def _render(
         name=name,
         location=location,
         on_hub=on_hub,
+        at=f', revision="{revision}"' if revision else "",
         sample=SAMPLE_PICTURE,
         family=family,
         architecture=", ".join(architecture),

@@ -93,6 +93,7 @@ def load_model(
     label_set: str | None = None,
     device: str | None = None,
     *,
+    revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     int8: bool = False,
     compile: bool = False,
@@ -103,6 +104,7 @@ def load_model(
         name_or_path (`str` or `Path`): Directory or Hub name of the model.
         label_set (`str`, *optional*): Name or JSON file of a label set; by default the one that belongs to the model.
         device (`str`, *optional*): Where the model goes; by default a GPU where there is one.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
         dtype (`torch.dtype`, defaults to `torch.float32`): Type of the weights. `torch.bfloat16` is approximate, and
             fast where the hardware has it; results are merged in float32 anyway.
         int8 (`bool`, defaults to `False`): Whether to keep the weights of linear layers in 8 bits: approximate, and for
@@ -126,8 +128,11 @@ def load_model(
         except ImportError as error:
             raise ImportError("8-bit weights need torchao: `pip install segmenter-hf[int8]`.") from error
         arguments["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
-    model, processor = load_model_and_processor(name_or_path, **arguments)
-    found = label_set_of_model(name_or_path, model.config.id2label) if label_set is None else load_label_set(label_set)
+    model, processor = load_model_and_processor(name_or_path, revision, **arguments)
+    if label_set is None:
+        found = label_set_of_model(name_or_path, model.config.id2label, revision)
+    else:
+        found = load_label_set(label_set)
     found = found.with_background()
     check_label_set(model, found)
     model = model.to(place).eval()
@@ -153,11 +158,14 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def load_model_and_processor(name_or_path: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, BaseImageProcessor]:
+def load_model_and_processor(
+    name_or_path: str | Path, revision: str | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """Load a semantic segmentation model of this package with its image processor, and none of its repository's code.
 
     Args:
         name_or_path (`str` or `Path`): Directory or Hub name of the model.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
         kwargs: Further arguments of the model's `from_pretrained`.
 
     Returns:
@@ -171,12 +179,15 @@ def load_model_and_processor(name_or_path: str | Path, **kwargs: Any) -> tuple[P
         # The classes of this package, whatever code the configuration names: nobody is asked whether to run it.
         model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
             name_or_path,
+            revision=revision or "main",
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **kwargs,
         )
-        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(
+            name_or_path, revision=revision or "main", trust_remote_code=False
+        )
         for part, expected in ((model, "Segmenter or SETR model"), (processor, "SegmenterImageProcessor")):
             if not type(part).__module__.startswith(f"{__package__}."):
                 raise ValueError(f"{name_or_path}: expected a {expected}, got a {type(part).__name__}. {REMEDY}")

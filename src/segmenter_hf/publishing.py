@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .data import load_segmentation_datasets, load_split
+from .data import limited_split, load_segmentation_datasets, load_split
 from .evaluation import EvaluationExamples, evaluate_segmentation, save_prediction_grid
 from .files import MODEL_FILES, check_replaceable, replaced_directory
 from .label_sets import LABEL_SET_FILE, LabelSet, label_set_of_model, list_label_sets, load_label_set
@@ -66,7 +66,9 @@ def publish_model(
     """
     check_push(hub_model_id, token)
     with tempfile.TemporaryDirectory(prefix="segmenter_hf-publish-") as folder:
-        directory = build_repository(checkpoint_dir, Path(folder) / "model", facts=facts, hub_model_id=hub_model_id)
+        directory = build_repository(
+            checkpoint_dir, Path(folder) / "model", facts=facts, hub_model_id=hub_model_id, revision=revision
+        )
         with _explained(hub_model_id):
             return _push(HfApi(token=token), directory, hub_model_id, private, revision, commit_message)
 
@@ -98,6 +100,7 @@ def build_repository(
     *,
     facts: CardFacts | None = None,
     hub_model_id: str | None = None,
+    revision: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write the directory that would be pushed, and nothing else than what belongs there.
@@ -111,6 +114,7 @@ def build_repository(
         output_dir (`str` or `Path`): The directory to write; appears when it is complete.
         facts (`CardFacts`, *optional*): What the card says; by default what `model_card.json` in the directory says.
         hub_model_id (`str`, *optional*): Name on the Hub for the card's examples; `output_dir` by default.
+        revision (`str`, *optional*): Branch for them; the main one by default.
         overwrite (`bool`, defaults to `False`): Whether to replace a model that `output_dir` holds.
 
     Returns:
@@ -144,6 +148,7 @@ def build_repository(
             model=model,
             facts=replace(facts, picture=PREDICTIONS_PICTURE if picture.exists() else None),
             hub_model_id=hub_model_id,
+            revision=revision,
             location=output_dir.as_posix(),
         )
     return output_dir
@@ -184,7 +189,7 @@ def measure(
                 model, processor, dataset, labels, multi_scale_flip=flip, window_batch_size=window_batch_size
             ),
             dataset_name,
-            split,
+            limited_split(split, data_arguments.get("max_samples")),
             labels.name,
         )
         for flip in ([False, True] if multi_scale_flip else [False])

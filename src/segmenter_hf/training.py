@@ -21,7 +21,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .augmentation import SegmentationAugmentation
 from .configuration_vit_encoder import VitEncoderConfig
-from .data import AnyDataset, MaskReport, check_masks, first_rows, infer_num_labels, load_segmentation_datasets
+from .data import (
+    AnyDataset,
+    MaskReport,
+    check_masks,
+    first_rows,
+    infer_num_labels,
+    limited_split,
+    load_segmentation_datasets,
+)
 from .evaluation import EvaluationExamples, evaluate_segmentation, save_results
 from .files import move_files
 from .image_processing_segmenter import SegmenterImageProcessor
@@ -397,7 +405,8 @@ def save_trained_model(
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         trainer.label_set.save(folder / LABEL_SET_FILE)
-        result = recorded_result(results, data_args.dataset_name, data_args.validation_split, trainer.label_set.name)
+        split = limited_split(data_args.validation_split, data_args.max_eval_samples)
+        result = recorded_result(results, data_args.dataset_name, split, trainer.label_set.name)
         save_results(folder, result, trainer.label_set.labels)
         trainer.save_predictions(whole_model, folder / PREDICTIONS_PICTURE)
         facts = CardFacts(
