@@ -40,7 +40,8 @@ def main() -> None:
         raise ValueError(f"--port must be from 1 to 65535, got {args.port}.")
     from segmenter_hf.demo import build_page, launch_page, load_models, train_scenes_model  # needs the extra
 
-    if not args.model_name_or_path and not (Path(args.output_dir) / "results.json").is_file():
+    is_there = all((Path(args.output_dir) / name).is_file() for name in ("config.json", "model.safetensors"))
+    if not args.model_name_or_path and not is_there:
         print(
             f"There is no model in {args.output_dir} yet: training a small one on drawn street scenes, some minutes."
         )

@@ -175,6 +175,9 @@ def load_model_and_processor(
         OSError: If there is no such model, or a file is missing.
         ValueError: If it is damaged or of another kind, or weights are missing, left over, of another shape or not finite.
     """
+    name = str(name_or_path)
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.count("/") > 1 or name.startswith((".", "~"))):
+        raise FileNotFoundError(f"{name}: no such directory. Expected the directory of a model or its name on the Hub.")
     with explained_loading(name_or_path):
         # The classes of this package, whatever code the configuration names: nobody is asked whether to run it.
         model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
