@@ -73,6 +73,8 @@ def test_a_run_ends_with_everything_needed_to_use_and_share_the_model(trained) -
     assert f"{100 * results['mean_iou']:.2f}" in card
     assert "model-index" in card
     assert "pipeline_tag: image-segmentation" in card
+    for row in ("betas of Adam | 0.9, 0.999", "greatest share of a class in a crop | 0.75", "label set | scenes"):
+        assert f"| {row} |" in card
 
 
 def test_the_saved_model_gives_the_recorded_results(trained) -> None:

@@ -430,6 +430,7 @@ def training_facts(trainer: SegmentationTrainer, recipe: dict[str, Any]) -> dict
     facts = {
         "recipe": recipe["recipe"],
         "data set": Path(arguments["dataset_name"]).name,
+        "label set": trainer.label_set.name,
         "images": "a stream" if streamed else len(trainer.train_dataset),
         "epochs": None if streamed else round(trainer.state.epoch, 2),
         "steps": trainer.state.global_step,
@@ -439,10 +440,14 @@ def training_facts(trainer: SegmentationTrainer, recipe: dict[str, Any]) -> dict
         "learning rate": arguments["learning_rate"],
         "learning rate of the heads": f"x {arguments['head_learning_rate_factor']}",
         "schedule": arguments["lr_scheduler_type"],
+        "warm-up": f"{arguments['warmup_steps']} steps" if arguments["warmup_steps"] else None,
         "weight decay": arguments["weight_decay"],
+        "largest norm of the gradient": arguments["max_grad_norm"] or None,
         "drop path": trainer.model.config.drop_path_rate,
         "image size": f"{arguments['image_size']}, long side up to {arguments['max_ratio']} times",
         "crop": arguments["crop_size"],
+        "greatest share of a class in a crop": arguments["cat_max_ratio"],
+        "photometric distortion": arguments["photometric_distortion"],
         "random resize": f"{arguments['min_scale']} to {arguments['max_scale']}",
         "class weights": arguments["class_weights"],
         "label smoothing": arguments["label_smoothing"],
@@ -450,6 +455,8 @@ def training_facts(trainer: SegmentationTrainer, recipe: dict[str, Any]) -> dict
         "precision": "bf16" if arguments["bf16"] else "fp16" if arguments["fp16"] else "fp32",
         "seed": arguments["seed"],
     }
+    if "adam" in str(arguments["optim"]):
+        facts["betas of Adam"] = f"{arguments['adam_beta1']}, {arguments['adam_beta2']}"
     if arguments["lr_scheduler_type"] == "polynomial":
         facts["schedule"] = f"polynomial, power {arguments['poly_power']}, to {arguments['min_learning_rate']}"
     return {name: value for name, value in facts.items() if value is not None}
