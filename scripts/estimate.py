@@ -48,7 +48,7 @@ def main() -> None:
     per_device, accumulation = share_out_batch(total, args.num_devices, args.per_device_train_batch_size)
     steps = training_args.max_steps
     if steps < 1:
-        if args.num_images is None:
+        if (args.num_images or 0) < 1:
             raise ValueError(f"{args.recipe} counts epochs: give the number of images with --num_images.")
         steps = math.ceil(training_args.num_train_epochs * args.num_images / total)
     estimate = estimate_training(
