@@ -6,6 +6,7 @@ Peaks in bfloat16 by NVIDIA's data sheets: 312 for an A100, 989 for an H100 or H
 is a usual share for a ViT of this size. Nothing here is measured.
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 
@@ -47,9 +48,9 @@ def main() -> None:
     per_device, accumulation = share_out_batch(total, args.num_devices, args.per_device_train_batch_size)
     steps = training_args.max_steps
     if steps < 1:
-        if args.num_images is None:
+        if (args.num_images or 0) < 1:
             raise ValueError(f"{args.recipe} counts epochs: give the number of images with --num_images.")
-        steps = int(training_args.num_train_epochs * args.num_images / total)
+        steps = math.ceil(training_args.num_train_epochs * args.num_images / total)
     estimate = estimate_training(
         model.config,
         data_args.crop_size,

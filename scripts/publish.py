@@ -10,10 +10,8 @@ Look first, without pushing anything:
 `--evaluate DATASET` measures the mIoU for the card; `--results` takes it from recorded runs of scripts/evaluate.py.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 
 if __name__ == "__main__":
@@ -22,6 +20,7 @@ if __name__ == "__main__":
 from transformers import HfArgumentParser
 
 from segmenter_hf.commands import command, parse_arguments
+from segmenter_hf.files import read_json_object
 from segmenter_hf.model_card import read_card_facts, save_card_facts
 from segmenter_hf.prediction_arguments import EvaluationDataArguments
 from segmenter_hf.publishing import (
@@ -83,7 +82,7 @@ def main() -> None:
         facts,
         published_model=args.published_model or facts.published_model,
         license=args.license or facts.license,
-        speed=json.loads(Path(args.speed).read_text(encoding="utf-8")) if args.speed else facts.speed,
+        speed=read_json_object(args.speed) if args.speed else facts.speed,
     )
     facts = facts.with_results([read_recorded_result(path) for path in args.results or []])
     if args.evaluate is not None:

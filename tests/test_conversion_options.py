@@ -21,6 +21,7 @@ from segmenter_hf.training import DataArguments, ModelArguments, build_model_and
 FIXTURES = Path(__file__).parent / "fixtures"
 TIMM = FIXTURES / "backbones" / "timm_hub_s"
 DEIT = FIXTURES / "backbones" / "deit_distilled_s" / "deit.pth"
+RSTRUDEL = FIXTURES / "rstrudel" / "seg_vit_mask" / "checkpoint.pth"
 MMSEG = FIXTURES / "mmseg" / "segmenter_mask" / "checkpoint.pth"
 
 
@@ -46,10 +47,10 @@ def test_position_embeddings_are_resized_to_the_image_size(source, number, tmp_p
     )
 
 
-@pytest.mark.parametrize("num_channels", [1, 2, 4, 7])
-def test_the_patch_embedding_is_inflated_so_that_grey_images_stay_the_same(num_channels, tmp_path) -> None:
-    before = AutoModel.from_pretrained(convert_checkpoint(TIMM, tmp_path / "before"))
-    output_dir = convert_checkpoint(TIMM, tmp_path / "after", num_channels=num_channels)
+@pytest.mark.parametrize(("source", "num_channels"), [(TIMM, 1), (TIMM, 2), (TIMM, 4), (TIMM, 7), (RSTRUDEL, 4)])
+def test_the_patch_embedding_is_inflated_so_that_grey_images_stay_the_same(source, num_channels, tmp_path) -> None:
+    before = AutoModel.from_pretrained(convert_checkpoint(source, tmp_path / "before"))
+    output_dir = convert_checkpoint(source, tmp_path / "after", num_channels=num_channels)
     after = AutoModel.from_pretrained(output_dir)
     assert after.config.num_channels == num_channels
     old, new = (model.embeddings.patch_embeddings.projection.weight for model in (before, after))
@@ -83,7 +84,9 @@ def test_an_encoder_becomes_that_of_setr_without_its_final_norm(tmp_path) -> Non
     [
         (TIMM, {"image_size": 50}, "multiple of the patch size 16, got 50"),
         (TIMM, {"image_size": 0}, "multiple of the patch size 16, got 0"),
-        (TIMM, {"num_channels": 0}, "at least 1, got 0"),
+        (TIMM, {"image_size": 100_000}, "at most 8192, got 100000"),
+        (TIMM, {"num_channels": 0}, "at least 1 and at most 1000, got 0"),
+        (TIMM, {"num_channels": 1001}, "at most 1000, got 1001"),
         (TIMM, {"model_type": "beit"}, "one of segmenter, setr, got 'beit'"),
         (MMSEG, {"model_type": "setr"}, "is a whole segmenter model"),
     ],

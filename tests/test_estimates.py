@@ -36,3 +36,11 @@ def test_setr_is_estimated_too_and_other_optimisers_are_refused() -> None:
     assert estimate_training(config, 64, steps=1, per_device_batch_size=1).forward_flops > 0
     with pytest.raises(ValueError, match="must be one of"):
         estimate_training(config, 64, steps=1, per_device_batch_size=1, optimizer="lion")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": -5}, {"peak_flops": 0.0}, {"utilization": -1.0}, {"utilization": float("nan")}]
+)
+def test_numbers_of_an_estimate_are_positive_and_finite(wrong) -> None:
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be positive and finite"):
+        estimate_training(BASE, 512, **{"steps": 1, "per_device_batch_size": 1, **wrong})

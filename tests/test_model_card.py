@@ -1,5 +1,6 @@
 """The cards: numbers with their protocol and source, metadata of the Hub, examples that run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from segmenter_hf.model_card import (
     write_published_model_cards,
 )
 from segmenter_hf.published_models import load_published_models
+from segmenter_hf.publishing import read_recorded_result
 
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +109,42 @@ def test_facts_are_read_as_they_were_written(tmp_path, model, facts) -> None:
     (tmp_path / "model_card.json").write_text('{"colour": "green"}')
     with pytest.raises(ValueError, match="colour.*Delete the file"):
         read_card_facts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"results": [1]}',
+        '{"results": [{}]}',
+        '{"training": 5}',
+        '{"speed": [[1]]}',
+        '{"license": ["a"]}',
+        "[" * 100_000,
+    ],
+)
+def test_facts_of_another_form_are_refused(text, tmp_path) -> None:
+    (tmp_path / "model_card.json").write_text(text)
+    with pytest.raises(ValueError, match="model_card.json: expected"):
+        read_card_facts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: ...} for name in ("labels", *RESULT)),  # without it
+        *({name: 5} for name in ("labels", "protocol", "per_category_iou", "dataset", "hub_dataset")),
+        *({name: "much"} for name in ("num_images", "mean_iou", "mean_accuracy", "overall_accuracy")),
+        {"protocol": {}},
+    ],
+)
+def test_results_of_another_form_are_refused(change, tmp_path) -> None:
+    path = tmp_path / "results.json"
+    whole = {**RESULT, "labels": ["a"]}
+    path.write_text(json.dumps(whole))
+    assert read_recorded_result(path)["mean_iou"] == RESULT["mean_iou"]
+    path.write_text(json.dumps({name: value for name, value in {**whole, **change}.items() if value is not ...}))
+    with pytest.raises(ValueError, match=f"results.json: expected .*{next(iter(change))}"):
+        read_recorded_result(path)
 
 
 def test_a_folder_is_no_name_on_the_hub(tmp_path, monkeypatch) -> None:

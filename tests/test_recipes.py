@@ -137,6 +137,53 @@ def test_what_cannot_be_is_refused(tmp_path) -> None:
         parse(tmp_path, "--total_batch_size", "10", "--per_device_train_batch_size", "0")
     with pytest.raises(ValueError, match="use `--label_smoothing`"):
         parse(tmp_path, "--label_smoothing_factor", "0.1")
-    (tmp_path / "wrong.json").write_text('{"crop": 3}')
-    with pytest.raises(ValueError, match="does not know: crop"):
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_ratio", "nan", "must be a finite number, got nan"),
+        ("dice_weight", "inf", "must be a finite number, got inf"),
+        ("poly_power", "nan", "must be a finite number, got nan"),
+        ("optim_args", "foo", "must be as in .*, got 'foo'"),
+        ("metric_for_best_model", "foo", "must be one of mean_iou, .*, got 'foo'"),
+        ("gradient_accumulation_steps", "0", "must be positive, .*`gradient_accumulation_steps` 0"),
+        ("per_device_train_batch_size", "0", "must be positive, .*`per_device_train_batch_size` 0"),
+        ("num_train_epochs", "-1", "give a positive `--num_train_epochs`"),
+        ("max_steps", "0", "Nothing would be trained"),
+    ],
+)
+def test_values_that_nothing_can_be_trained_with_are_refused(name, value, message, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(tmp_path, f"--{name}", value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"crop": 3}', "does not know: crop"),
+        ("no JSON", "expected JSON"),
+        ("[" * 100_000, "expected JSON"),
+        ("[1]", r"expected a JSON object, got \[1\]"),
+        ('{"arguments": [1]}', "`arguments` to be dict"),
+        ('{"recipe": ["a"]}', "`recipe`"),
+        ('{"max_ratio": null}', "`max_ratio` to be float, got None"),
+        ('{"learning_rate": {}}', "`learning_rate`"),
+        ('{"label_set": 5}', r"`label_set` to be str \| None, got 5"),
+        ('{"class_weights": [1, 2]}', "`class_weights`"),
+        ('{"crop_size": true}', "`crop_size` to be int"),
+        ('{"model_type": "x"}', "`model_type` to be .*setr.*, got 'x'"),
+        ('{"normalization": "x"}', "`normalization`"),
+    ],
+)
+def test_a_file_that_holds_no_arguments_is_named(text, message, tmp_path) -> None:
+    (tmp_path / "wrong.json").write_text(text)
+    with pytest.raises(ValueError, match=f"wrong.json.*{message}"):
         parse(tmp_path, str(tmp_path / "wrong.json"))
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "5", '{"arguments": 5}'])
+def test_a_directory_whose_recipe_is_none_is_refused(text, tmp_path) -> None:
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(ValueError, match="recipe.json: expected"):
+        check_same_run(tmp_path, resolved_recipe(*parse(tmp_path)))

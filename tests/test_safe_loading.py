@@ -110,6 +110,16 @@ def test_a_pdparams_can_not_change_the_classes_that_read_it(tmp_path) -> None:
     assert not any(hasattr(known, "known") for known in safe_loading.ArrayUnpickler.known.values())
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["a: !!bool foo", "a: !!int ''", "a: !!float ''", "a: !!timestamp x", "? !!python/tuple [a, [b]]\n: 1"],
+)
+def test_values_that_are_not_of_their_tag_are_refused(text, tmp_path) -> None:
+    (tmp_path / "variant.yml").write_text(text)
+    with pytest.raises(ValueError, match=r"variant\.yml: expected YAML of plain values and tuples"):
+        read_yaml(tmp_path / "variant.yml")
+
+
 def test_an_npz_with_pickled_objects_is_refused(tmp_path) -> None:
     path, marker = tmp_path / "augreg.npz", tmp_path / "marker"
     np.savez(path, cls=np.zeros(2), head=np.array([Call(os.system, f"touch {marker}")], dtype=object))

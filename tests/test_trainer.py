@@ -66,8 +66,7 @@ def plain_arguments(output_dir: Path, **kwargs) -> SegmentationTrainingArguments
         eval_strategy="no",
         save_strategy="no",
         load_best_model_at_end=False,
-        logging_steps=1,
-        **kwargs,
+        **{"logging_steps": 1, **kwargs},
     )
 
 
@@ -134,30 +133,33 @@ def test_heads_have_their_own_rate_and_necks_that_of_the_encoder(tmp_path) -> No
             trainer.lr_scheduler.step()
 
 
-def broken_trainer(output_dir: Path, value: float) -> SegmentationTrainer:
+def broken_trainer(output_dir: Path, value: float, logging_steps: int = 1) -> SegmentationTrainer:
     rows = FixedExamples(np.full((4, 3, 16, 16), value, dtype=np.float32), np.zeros((4, 16, 16), dtype=np.int64))
     tiny = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
     config = SetrConfig(**tiny, decoder_type="naive", decoder_hidden_size=8, out_indices=[0], use_tiled_loss=False)
     return SegmentationTrainer(
         model=SetrForSemanticSegmentation(config),
-        args=plain_arguments(output_dir, max_steps=3),
+        args=plain_arguments(output_dir, max_steps=3, logging_steps=logging_steps),
         train_dataset=rows,
         label_set=label_set_from_names(["a", "b"]),
     )
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path) -> None:
-    with pytest.raises(FloatingPointError, match="The loss became nan at or before step 1. .* lower --learning_rate"):
-        broken_trainer(tmp_path, float("nan")).train()
+@pytest.mark.parametrize(("logging_steps", "step"), [(1, 1), (50, 3)])
+def test_a_loss_that_is_no_number_ends_the_run(logging_steps, step, tmp_path) -> None:
+    message = f"The loss became nan at or before step {step}. .* lower --learning_rate"
+    with pytest.raises(FloatingPointError, match=message):
+        broken_trainer(tmp_path, float("nan"), logging_steps).train()
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path) -> None:
     trainer = broken_trainer(tmp_path, 0.0)
     with torch.no_grad():
         trainer.model.decode_head.classifier.bias[0] = float("inf")
-    with pytest.raises(FloatingPointError, match=r"`decode_head.classifier.bias` is not finite"):
-        trainer._save_checkpoint(trainer.model, trial=None)
-    assert not list(tmp_path.glob("*checkpoint*"))
+    for save in (lambda: trainer._save_checkpoint(trainer.model, trial=None), trainer.save_model):
+        with pytest.raises(FloatingPointError, match=r"`decode_head.classifier.bias` is not finite"):
+            save()
+    assert not list(tmp_path.iterdir())
 
 
 def start(output_dir: Path, *more: str, **kwargs) -> subprocess.Popen:

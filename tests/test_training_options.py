@@ -116,7 +116,7 @@ def test_data_that_cannot_be_trained_on_is_named(rows, columns, more, message, t
     write_parquet(tmp_path / "data", rows, **columns)
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", "--dataset_name", str(tmp_path / "data"), "--label_set", "scenes", *more)
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_recipe_without_a_free_data_set_asks_for_one(tmp_path) -> None:
@@ -151,6 +151,51 @@ def test_another_run_starts_anew_where_it_may_overwrite(tmp_path) -> None:
         train(tmp_path, *saving, "--learning_rate", "0.1")
     train(tmp_path, *saving, "--learning_rate", "0.1", "--overwrite_output_dir", "--max_scanned_masks", "0")
     assert json.loads((tmp_path / "recipe.json").read_text())["arguments"]["learning_rate"] == 0.1
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]])
+@pytest.mark.parametrize("wrong", [["--dataset_name", "nowhere"], ["--optim", "sgd", "--optim_args", "momentum=x"]])
+def test_a_mistake_leaves_a_finished_run_as_it_was(finished, overwrite, wrong) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises((OSError, ValueError)):
+        train(finished, *overwrite, *wrong)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("finished")
+    train(output_dir, "--save_strategy", "steps", "--save_steps", "1")
+    return output_dir
+
+
+def test_the_checkpoint_to_go_on_from_is_not_deleted(finished) -> None:
+    with pytest.raises(ValueError, match="would delete"):
+        train(finished, "--overwrite_output_dir", "--resume_from_checkpoint", str(finished / "checkpoint-1"))
+
+
+def test_files_that_are_of_no_run_are_not_replaced(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(FileExistsError, match="of no run: config.json.*--overwrite_output_dir"):
+        train(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--ignore_index", "3"], "ignore_index 3 is also the id"), (["--window_stride", "0"], "`window_stride`.*got 0")],
+)
+def test_arguments_are_not_taken_as_their_defaults(more, message, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, *more)
+
+
+def test_weights_that_become_infinite_after_the_last_loss_are_not_saved(tmp_path) -> None:
+    with pytest.raises(FloatingPointError, match="is not finite"):
+        train(
+            tmp_path, "--optim", "sgd", "--learning_rate", "1e38", "--min_learning_rate", "0", "--max_grad_norm", "0"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
 
 
 def test_the_recorded_results_are_those_of_the_saved_model_after_mixed_precision_too(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Estimates of the memory and time of a training, from counts: no number here was measured."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,19 @@ def estimate_training(
         `TrainingEstimate`: The estimate.
 
     Raises:
-        ValueError: If the optimiser is not known.
+        ValueError: If the optimiser is not known, or a number is not positive and finite.
     """
+    numbers = {
+        "crop_size": crop_size,
+        "steps": steps,
+        "per_device_batch_size": per_device_batch_size,
+        "accumulation": accumulation,
+        "peak_flops": peak_flops,
+        "utilization": utilization,
+    }
+    for name, number in numbers.items():
+        if not 0 < number < math.inf:
+            raise ValueError(f"`{name}` must be positive and finite, got {number}.")
     if optimizer not in STATE_BYTES:
         raise ValueError(f"`optimizer` must be one of {list(STATE_BYTES)}, got {optimizer!r}.")
     with torch.device("meta"):

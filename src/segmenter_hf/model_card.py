@@ -1,11 +1,10 @@
 """The model card: what a model is, how to use it, what made it, and its mIoU, published beside measured."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
@@ -13,7 +12,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from .evaluation import as_percent, per_class_table
-from .files import replaced_file, write_json, write_text
+from .files import check_types, read_json_object, replaced_file, write_json, write_text
 from .label_sets import load_label_set
 from .published_models import PublishedModel, load_published_models
 from .scenes import draw_scene
@@ -41,6 +40,15 @@ HUB_BACKBONES = {
     ("rstrudel/segmenter", "ViT-L/16"): _AUGREG.format("large"),
     (None, "DeiT-B/16 distilled 384"): "facebook/deit-base-distilled-patch16-384",
 }
+# What a recorded evaluation holds: see `recorded_result`; a class that does not occur has none of the numbers.
+_RESULT_TYPES = {
+    "dataset": str,
+    "split": str,
+    "protocol": dict[str, Any],
+    "num_images": int,
+    **dict.fromkeys(("mean_iou", "mean_accuracy", "overall_accuracy"), float | None),
+    **dict.fromkeys(("per_category_iou", "per_category_accuracy"), list[float | None]),
+}
 # What a source reports of a published model besides its mIoU: the field, and what the card calls it.
 _REPORTED = {
     "crop_size": "crop, in pixels",
@@ -66,6 +74,9 @@ class CardFacts:
         license (`str`, *optional*): Licence of the weights, as the Hub names it; it is not stated by default.
         speed (`dict[str, Any]`): What a recorded run measured, name by name.
         picture (`str`, *optional*): File name of a picture of predictions beside the model.
+
+    Raises:
+        ValueError: If a field is of another type, or a result lacks something.
     """
 
     results: tuple[dict[str, Any], ...] = ()
@@ -76,6 +87,11 @@ class CardFacts:
     license: str | None = None
     speed: dict[str, Any] = field(default_factory=dict)
     picture: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types("The facts of a model card", vars(self), get_type_hints(CardFacts))
+        for result in self.results:
+            check_result("A result of a model card", result)
 
     def with_results(self, results: Sequence[dict[str, Any]]) -> "CardFacts":
         """The same with further results; a new one replaces that of the same split and protocol."""
@@ -92,10 +108,10 @@ def read_card_facts(directory: str | Path) -> CardFacts:
     path = Path(directory) / FACTS_FILE
     if not path.exists():
         return CardFacts()
+    content = read_json_object(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         return CardFacts(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
-    except (AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected what training or publishing wrote, got {error}. Delete the file."
         ) from error
@@ -117,6 +133,23 @@ def recorded_result(
         "split": split,
         "label_set": label_set,
     }
+
+
+def check_result(where: str | Path, result: dict[str, Any]) -> None:
+    """A recorded evaluation has what a card tells of it.
+
+    Args:
+        where (`str` or `Path`): What to call its source in errors.
+        result (`dict[str, Any]`): As from [`recorded_result`].
+
+    Raises:
+        ValueError: If something is missing or of another type.
+    """
+    types = {**_RESULT_TYPES, **dict.fromkeys(("hub_dataset", "label_set"), str | None)}
+    if missing := [name for name in _RESULT_TYPES if name not in result]:
+        raise ValueError(f"{where}: expected a results.json of scripts/evaluate.py, got no {', '.join(missing)}.")
+    check_types(where, result, types)
+    check_types(where, {"protocol.name": result["protocol"].get("name")}, {"protocol.name": str})
 
 
 def hub_name(name: str | Path | None) -> str | None:

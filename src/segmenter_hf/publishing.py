@@ -1,6 +1,5 @@
 """From the directory of a model to a repository on the Hub: only what belongs there, in one commit."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .data import limited_split, load_segmentation_datasets, load_split
 from .evaluation import EvaluationExamples, evaluate_segmentation, save_prediction_grid
-from .files import MODEL_FILES, check_replaceable, replaced_directory
+from .files import MODEL_FILES, check_replaceable, check_types, read_json_object, replaced_directory
 from .label_sets import LABEL_SET_FILE, LabelSet, label_set_of_model, list_label_sets, load_label_set
-from .model_card import SAMPLE_PICTURE, CardFacts, read_card_facts, recorded_result, write_model_card
+from .model_card import SAMPLE_PICTURE, CardFacts, check_result, read_card_facts, recorded_result, write_model_card
 from .prediction import load_model, load_model_and_processor
 
 
@@ -203,16 +202,13 @@ def read_recorded_result(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not one of those.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        names = tuple(content.pop("labels"))
-        label_set = next((name for name in list_label_sets() if load_label_set(name).labels == names), None)
-        kept = {name: content[name] for name in ("hub_dataset", "label_set") if name in content}
-        return {**recorded_result(content, content["dataset"], content["split"], label_set), **kept}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: expected a results.json of scripts/evaluate.py, got a file without {error}."
-        ) from error
+    content = read_json_object(path)
+    check_result(path, content)
+    check_types(path, {"labels": content.get("labels")}, {"labels": list[str]})
+    names = tuple(content.pop("labels"))
+    label_set = next((name for name in list_label_sets() if load_label_set(name).labels == names), None)
+    kept = {name: content[name] for name in ("hub_dataset", "label_set") if name in content}
+    return {**recorded_result(content, content["dataset"], content["split"], label_set), **kept}
 
 
 def _load_whole_model(directory: Path) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:

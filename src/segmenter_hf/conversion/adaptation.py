@@ -14,6 +14,8 @@ from .state_dicts import Conversion, Weight
 ENCODERS = {"segmenter": SegmenterModel, "setr": SetrModel}
 POSITIONS = "embeddings.position_embeddings"
 PATCHES = "embeddings.patch_embeddings.projection.weight"
+MAX_GRID = 512  # patches along a side, 8192 pixels for patches of 16
+MAX_CHANNELS = 1000
 
 
 def adapt(
@@ -70,6 +72,8 @@ def resize_positions(conversion: Conversion, weights: dict[str, Weight], image_s
     patch_size, old_size = config["patch_size"], config["image_size"]
     if image_size < patch_size or image_size % patch_size:
         raise ValueError(f"`image_size` must be a multiple of the patch size {patch_size}, got {image_size}.")
+    if image_size > MAX_GRID * patch_size:
+        raise ValueError(f"`image_size` must be at most {MAX_GRID * patch_size}, got {image_size}.")
     name = next(name for name in weights if name.endswith(POSITIONS))
     sides = [old_size, old_size] if isinstance(old_size, int) else list(old_size)
     grid, new = [side // patch_size for side in sides], image_size // patch_size
@@ -89,8 +93,8 @@ def inflate_patches(conversion: Conversion, weights: dict[str, Weight], num_chan
     The rule of timm (`timm/models/_manipulate.py`, `adapt_input_conv`), which adds the kernels up for one channel. Mean
     and standard deviation of the image processor follow.
     """
-    if num_channels < 1:
-        raise ValueError(f"`num_channels` must be at least 1, got {num_channels}.")
+    if not 1 <= num_channels <= MAX_CHANNELS:
+        raise ValueError(f"`num_channels` must be at least 1 and at most {MAX_CHANNELS}, got {num_channels}.")
     name = next(name for name in weights if name.endswith(PATCHES))
     kernel, old = weights[name].tensor.float(), conversion.config["num_channels"]
     order = [channel % old for channel in range(num_channels)]

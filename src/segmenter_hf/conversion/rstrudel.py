@@ -119,6 +119,7 @@ def model_config(variant: dict[str, Any], checkpoint: Checkpoint, path: Path) ->
         "layer_norm_eps": LAYER_NORM_EPS,
         "image_size": image_size[0] if len(image_size) == 2 and len(set(image_size)) == 1 else list(image_size),
         "patch_size": lookup(variant, "net_kwargs.patch_size", int, path),
+        "num_channels": 3,
         "use_distillation_token": lookup(variant, "net_kwargs.distilled", bool, path, False),
         "position_embedding_interpolation": "bilinear",
         "decoder_type": decoder,

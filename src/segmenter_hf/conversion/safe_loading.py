@@ -32,6 +32,8 @@ MAX_JSON_BYTES = 1 << 24  # a configuration with the names of 21,000 classes
 MAX_ARCHIVE_BYTES = 64 << 30  # all arrays of an .npz, unpacked
 MAX_COMPRESSION = 16  # weights hardly shrink: by more than that only files made to fill the memory do
 MAX_SHARING = 4  # how often the tensors of a file may use its bytes: tied weights twice
+# What PyYAML's constructors raise for values that are not of their tag, beside its own errors.
+CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 MAX_YAML_NODES = 100_000  # with everything that aliases repeat
 
 
@@ -361,8 +363,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         content = yaml.load(text, Loader=VariantLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected YAML of plain values and tuples. {error}") from error
+    except (yaml.YAMLError, *CONSTRUCTOR_ERRORS) as error:
+        raise ValueError(
+            f"{path}: expected YAML of plain values and tuples. {type(error).__name__}: {error}"
+        ) from error
     return _mapping(content, path)
 
 
