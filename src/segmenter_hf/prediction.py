@@ -212,9 +212,10 @@ def explained_loading(name_or_path: str | Path) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise MemoryError(f"{name_or_path}: the memory does not suffice for the model. {error}") from error
+        said = str(error).split("\n")[0].split(". ")[0]  # what follows is long, and may advise to trust the file
         raise ValueError(
             f"{name_or_path}: expected a model of this package, got one that is damaged or something else. {REMEDY} "
-            f"{type(error).__name__}: {str(error):.500}"
+            f"{type(error).__name__}: {said:.300}"
         ) from error
 
 
@@ -246,7 +247,7 @@ def check_weights(
     expected = weights.keys() | dict(model.base_model.named_parameters()).keys()
     wrong["no floating-point numbers"] = stored_integers(name_or_path) & expected
     # Those in 8 bits are back in floats for a moment, others are as they were.
-    wrong["NaN or infinite"] = [key for key in weights if not torch.isfinite(weights[key].dequantize()).all()]
+    wrong["NaN or infinite"] = [key for key in weights if not torch.isfinite(weights[key].detach().dequantize()).all()]
     listed = [
         f"{len(keys)} {problem} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
         for problem, keys in wrong.items()
