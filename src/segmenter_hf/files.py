@@ -205,10 +205,10 @@ def check_types(where: str | os.PathLike, values: dict[str, Any], types: dict[st
     Raises:
         ValueError: If a value is of another type.
     """
-    for name in values.keys() & types.keys():
-        if not _has_type(values[name], types[name]):
-            kind = types[name] if get_args(types[name]) else types[name].__name__
-            raise ValueError(f"{where}: expected `{name}` to be {kind}, got {values[name]!r:.200}.")
+    for name, kind in types.items():
+        if name in values and not _has_type(values[name], kind):
+            told = kind if get_args(kind) else kind.__name__
+            raise ValueError(f"{where}: expected `{name}` to be {told}, got {values[name]!r:.200}.")
 
 
 def _has_type(value: Any, kind: Any) -> bool:

@@ -57,7 +57,7 @@ from .training_arguments import (
 
 logger = logging.getLogger(__name__)
 
-TRACKER_FOLDERS = ("runs", "wandb", "mlruns")
+TRACKER_FOLDERS = ("runs", "wandb", "mlruns")  # what may be in an output directory before the run is noted there
 FINISHED = ".finished-partial"  # where the results of a run are put together
 STREAM_SCAN = 1000  # masks of a stream that are checked where nothing else is said
 
@@ -188,7 +188,7 @@ class _StartRun(TrainerCallback):
         output_dir = Path(args.output_dir)
         remove_partial_checkpoints(output_dir)
         if args.overwrite_output_dir:
-            for old in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            for old in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"):
                 shutil.rmtree(old)
         save_recipe(output_dir, self.recipe)
 

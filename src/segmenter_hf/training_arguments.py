@@ -183,7 +183,10 @@ class SegmentationTrainingArguments(TrainingArguments):
         metadata={"help": "Where to report: tensorboard, wandb, trackio; any of them."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the checkpoints of an earlier run in output_dir and start anew."}
+        default=False,
+        metadata={
+            "help": "Delete the checkpoints of an earlier run in output_dir, replace its other files, start anew."
+        },
     )
 
     def __post_init__(self) -> None:
