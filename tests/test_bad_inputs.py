@@ -440,7 +440,7 @@ CONVERT = "--checkpoint_path {0}/model/model.safetensors --output_dir {0}/out"
         ("convert_checkpoint", "--checkpoint_path", 2, "expected one argument"),
         ("convert_checkpoint", "--output_dir {0}/out", 1, "not neither"),
         ("convert_checkpoint", CONVERT + " --model x", 1, "not both"),
-        ("convert_checkpoint", CONVERT.replace("/out", "/model"), 1, "exists and is not empty"),
+        ("convert_checkpoint", CONVERT.replace("/out", "/model"), 1, "holds the checkpoint itself"),
         ("convert_checkpoint", CONVERT.replace("/out", "/file"), 1, "file"),
         ("convert_checkpoint", CONVERT, 1, "expected the keys of"),
         ("convert_checkpoint", CONVERT + " --image_size x", 2, "invalid int value: 'x'"),

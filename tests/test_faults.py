@@ -196,12 +196,13 @@ def test_killed_while_it_writes_a_command_leaves_whole_files_and_works_again(nam
 
 def test_what_was_to_be_replaced_is_found_in_what_a_kill_leaves(folder, undisturbed) -> None:
     (folder / "out").mkdir()
-    write_text(folder / "out" / "config.json", "{}")
+    content = '{"model_type": "segmenter"}'
+    write_text(folder / "out" / "config.json", content)
     words = COMMANDS["convert_checkpoint"] + " --overwrite"
     code, printed = run("convert_checkpoint", folder, kill_at, folder, "os.rename", 1, words=words)
     assert code == -signal.SIGKILL, printed
     (left,) = folder.glob(".out-partial-*")
-    assert not (folder / "out").exists() and contents(left / "old") == {"config.json": b"{}"}
+    assert not (folder / "out").exists() and contents(left / "old") == {"config.json": content.encode()}
     assert contents(left / "new") == undisturbed("convert_checkpoint")
     assert run("convert_checkpoint", folder, words=words)[0] == 0
     assert contents(folder / "out") == undisturbed("convert_checkpoint")

@@ -1,6 +1,7 @@
 """Trainer as it optimises, stops and saves: the losses of the original, whole checkpoints, and what ends a run."""
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -245,8 +246,10 @@ def test_what_feeds_a_run_finds_its_place_again(tmp_path, monkeypatch, kind) -> 
     fed.clear()
     (tmp_path / "again").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    shutil.copyfile(tmp_path / "whole" / "recipe.json", tmp_path / "again" / "recipe.json")
     train_segmenter(*parse_training_arguments(words(str(tmp_path / "again"), *more)))
     assert len(set(whole)) == len(whole) and len(fed) == len(whole) - 4 and fed == whole[4:]
+    gc.collect()  # ends the workers that stay
 
 
 def test_a_full_disk_stops_with_what_is_left_and_what_to_do(tmp_path) -> None:
