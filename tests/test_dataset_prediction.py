@@ -426,12 +426,13 @@ def test_unreadable_rows_are_left_out_and_named_each_time(predict, tmp_path, out
 
 
 def test_an_image_that_cannot_be_fetched_now_stops_the_run(predict, tmp_path, monkeypatch) -> None:
-    dataset = damaged_images().select([4])
+    rows = [{"image": {"bytes": None, "path": "hf://datasets/someone/streets/a.png"}, "id": None}]
+    dataset = datasets.Dataset.from_list(rows, features=images().features)
 
     def no_answer(*args):
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr("segmenter_hf.data.fsspec.open", no_answer)
+    monkeypatch.setattr("segmenter_hf.row_images.fsspec.open", no_answer)
     with pytest.raises(TimeoutError, match="no answer"):
         predict(tmp_path, dataset)
     assert [file.name for file in tmp_path.iterdir()] == ["prediction.json"]
