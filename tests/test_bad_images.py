@@ -1,7 +1,9 @@
 """Whatever is given as an image: it is seen as its RGB form, or ends in an error that says what to do and writes nothing."""
 
+import contextlib
 import http.server
 import io
+import socket
 import struct
 import subprocess
 import threading
@@ -145,6 +147,10 @@ def test_postscript_is_not_handed_to_a_program(processor, monkeypatch, tmp_path)
         ("/dev/zero", FileNotFoundError, "expected an image file"),
         ("http://127.0.0.1:9/a.png", OSError, "a.png: expected an image at this address.*the network, or give a file"),
         ("https://", OSError, "expected an image at this address"),
+        *(
+            (f"http://127.0.0.1:{place}", OSError, "InvalidURL")
+            for place in ("abc/a.png", "9/a b.png", "9/\nb", "9/\0")
+        ),
         ("data:image/png;base64,%%%", ValueError, "data:image/png.*no image begins with"),
         ("data:nothing", OSError, "expected an image at this address"),
     ],
@@ -188,6 +194,53 @@ def test_an_address_gives_what_the_file_gives(processor, server, tmp_path, monke
     monkeypatch.setattr(image_reading, "MAX_DOWNLOAD_BYTES", 100)
     with pytest.raises(OSError, match="deep.png: expected an image of at most 100 bytes"):
         processor(f"{server}/deep.png")
+
+
+@pytest.fixture
+def raw_server():
+    """A function that starts a server which says these bytes, and then a byte after the other without an end."""
+    stop, listeners = threading.Event(), []
+
+    def start(answer: bytes, endless: bool = False) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(answer)
+                while endless and not stop.wait(0.02):
+                    connection.sendall(b"x")
+
+        threading.Thread(target=serve, daemon=True).start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+
+    yield start
+    stop.set()
+    for listener in listeners:
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"HTTP/1.1 abc OK\r\n\r\n", "BadStatusLine"),
+        (b"HTTP/1.1 200 OK\r\nA: " + b"x" * 70000 + b"\r\n\r\n", "LineTooLong"),
+        (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n", "HTTPException"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nab", "IncompleteRead"),
+    ],
+)
+def test_an_answer_that_is_no_http_is_an_os_error_with_the_address(processor, raw_server, answer, error) -> None:
+    with pytest.raises(OSError, match=rf"http.*a\.png: expected an image at this address.*{error}"):
+        processor(raw_server(answer))
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: "])
+def test_an_answer_without_an_end_is_given_up(processor, raw_server, answer, monkeypatch) -> None:
+    monkeypatch.setattr(image_reading, "DOWNLOAD_SECONDS", 0.2)
+    with pytest.raises(OSError, match="a.png: expected an image at this address.*TimeoutError"):
+        processor(raw_server(answer, endless=True))
 
 
 UNIT = np.random.default_rng(1).random((40, 56, 3))

@@ -3,11 +3,14 @@
 import io
 import itertools
 import logging
+import zipfile
 from pathlib import Path
 from unittest.mock import Mock
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -247,10 +250,66 @@ def test_grey_images_become_rgb_and_deep_ones_are_scaled():
         decode_example(row)
 
 
-def test_a_row_asks_no_server():
-    row = example(mask_array()) | {"image": {"bytes": None, "path": "http://127.0.0.1:9/a.png"}}
+ADDRESSES = [
+    *(
+        f"{chain}http://127.0.0.1:9/a.png"
+        for chain in ("", "simplecache::", "filecache::", "zip://x::", "reference://x::")
+    ),
+    *("HTTP://127.0.0.1:9/a.png", "ftp::x", "s3://a/b", "github://a:b@c/d", "hf://a://b", "zip://x::memory://y"),
+]
+
+
+@pytest.mark.parametrize("path", ADDRESSES)
+def test_a_row_asks_no_server(path):
+    row = example(mask_array()) | {"image": {"bytes": None, "path": path}}
     with pytest.raises(ValueError, match="expected an image in the row, got an address"):
         decode_example(row)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_a_folder_read_no_files_of_others(tmp_path, streaming):
+    save(tmp_path / "set" / "a.png", image_array())
+    save(tmp_path / "other" / "b.png", image_array())
+    for folder in ("set", "other"):
+        with zipfile.ZipFile(tmp_path / folder / "c.zip", "w") as archive:
+            archive.write(tmp_path / "other" / "b.png", "b.png")
+    good = [str(tmp_path / "set" / "a.png"), f"zip://b.png::{tmp_path}/set/c.zip"]
+    bad = [
+        f"{tmp_path}/other/b.png",
+        f"file://{tmp_path}/other/b.png",
+        f"{tmp_path}/set/../other/b.png",
+        f"zip://b.png::{tmp_path}/other/c.zip",
+        "hf://datasets/someone/streets/a.png",
+    ]
+    mask = encoded(mask_array())
+    rows = [{"image": {"bytes": None, "path": path}, "annotation": mask} for path in good + bad]
+    features = datasets.Features({"image": datasets.Image(decode=False), "annotation": datasets.Image(decode=False)})
+    table = datasets.Dataset.from_list(rows, features=features).data.table
+    pq.write_table(table, tmp_path / "set" / "train-0.parquet")
+    found = list(load_segmentation_datasets(str(tmp_path / "set"), splits=["train"], streaming=streaming)["train"])
+    assert len(found) == len(rows)
+    for row in found[: len(good)]:
+        assert np.array_equal(decode_example(row)[0], image_array())
+    for row in found[len(good) :]:
+        with pytest.raises(ValueError, match="a file in .*set, got one outside of it"):
+            decode_example(row)
+
+
+def test_a_stream_of_parquet_files_holds_few_rows_at_once(tmp_path):
+    row = {"bytes": bytes(2**20), "path": None}
+    image = pa.array([row] * 100, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(pa.table({"image": image, "annotation": image}), tmp_path / "train-0.parquet", compression="zstd")
+    del image
+    before = pa.total_allocated_bytes()
+    stream = iter(load_segmentation_datasets(str(tmp_path), splits=["train"], streaming=True)["train"])
+    next(stream)
+    assert pa.total_allocated_bytes() - before < 50 * 2**20
+    assert len(list(stream)) == 99
+
+
+def test_images_and_masks_are_two_columns():
+    with pytest.raises(ValueError, match="two columns.*got 'annotation' for both"):
+        load_segmentation_datasets(image_column="annotation")
 
 
 def test_postscript_in_a_row_is_not_handed_to_a_program():

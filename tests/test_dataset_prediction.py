@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -116,6 +117,12 @@ def test_pictures_of_a_split_are_found_and_masks_beside_them_are_not(tmp_path, f
     dataset = load_image_dataset(str(tmp_path), split)
     assert dataset["id"][:] == ids
     assert dataset[1]["image"] == {"bytes": None, "path": str(tmp_path / folder / "deep/b.png")}
+
+
+def test_a_picture_whose_name_is_no_text_is_named(tmp_path) -> None:
+    (tmp_path / "\udcff.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"file names in UTF-8, got 1 others: .*udcff.png"):
+        load_image_dataset(str(tmp_path))
 
 
 def test_a_data_set_that_is_not_there_is_named(tmp_path) -> None:
@@ -371,6 +378,53 @@ def test_a_folder_of_something_else_is_left_alone(predict, tmp_path) -> None:
     assert contents(tmp_path) == {"train-00000.parquet": b"mine"}
 
 
+def test_only_what_the_run_wrote_is_overwritten(predict, tmp_path) -> None:
+    predict(tmp_path / "out", output_format="png")
+    strangers = {
+        "mine.png": b"1",
+        "mine.json": b"2",
+        "mine.parquet": b"3",
+        "train-1.json": b"4",
+        "test-00000.json": b"5",
+    }
+    for name, content in strangers.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    predict(tmp_path / "out", overwrite=True)
+    predict(tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh") | strangers
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("content", ["[1]", "5", "null", "{}", "no JSON", DEEP])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_record_of_something_else_is_named_and_left_alone(predict, tmp_path, content, overwrite) -> None:
+    (tmp_path / "prediction.json").write_text(content)
+    (tmp_path / "train-00000.parquet").write_bytes(b"mine")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"prediction\.json: expected the record of an earlier run"):
+        predict(tmp_path, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", "no JSON", DEEP, '{"rows": 5, "unreadable": []}', '{"rows": [{"label_map": 5}], "unreadable": []}']
+    + ['{"rows": [{"label_map": "../a.png"}], "unreadable": []}', '{"rows": [], "unreadable": [{"id": 5}]}', None],
+)
+def test_a_chunk_of_something_else_is_named(predict, tmp_path, content) -> None:
+    output_format, suffix = ("parquet", "parquet") if content is None else ("png", "json")
+    predict(tmp_path, output_format=output_format)
+    path = tmp_path / f"train-00001.{suffix}"
+    if content is None:
+        images(2).to_parquet(path)  # without the unreadable rows in its metadata
+    else:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{path.name}: expected a chunk of label maps.*Delete it"):
+        predict(tmp_path, output_format=output_format)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -425,13 +479,41 @@ def test_unreadable_rows_are_left_out_and_named_each_time(predict, tmp_path, out
     assert (again.num_images, again.num_skipped, again.unreadable) == (0, 5, result.unreadable)
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_only_the_rows_that_lead_elsewhere_or_to_no_file_are_unreadable(predict, tmp_path, streaming) -> None:
+    (tmp_path / "data" / "folder.png").mkdir(parents=True)
+    os.mkfifo(tmp_path / "data" / "pipe.png")
+    for folder in ("data", "other"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "a.png").write_bytes(images(1)[0]["image"]["bytes"])
+    paths = [f"{tmp_path}/data/a.png", *(f"{tmp_path}/data/{name}.png" for name in ("folder", "pipe", "missing"))]
+    paths += [f"{tmp_path}/other/a.png", "simplecache::http://127.0.0.1:9/a", "ftp::x", "s3://a/b"]
+    paths += [f"tar://x::{tmp_path}/data/a.png", "hf://datasets/a/b/c.png", "a\0b", ""]
+    rows = [{"image": {"bytes": None, "path": path}, "id": None} for path in paths] + list(images(1))
+    table = datasets.Dataset.from_list(rows, features=images().features).data.table
+    pq.write_table(table, tmp_path / "data" / "train-00000.parquet")
+    dataset = load_image_dataset(str(tmp_path / "data"), streaming=streaming)
+    result = predict(tmp_path / "out", dataset, with_images=True)
+    assert result.num_images == 2
+    assert [row["index"] for row in result.unreadable] == list(range(1, len(paths)))
+
+
+def test_pictures_that_are_no_files_are_unreadable(predict, tmp_path) -> None:
+    (tmp_path / "data" / "b.png").mkdir(parents=True)
+    os.mkfifo(tmp_path / "data" / "c.png")
+    (tmp_path / "data" / "a.png").write_bytes(images(1)[0]["image"]["bytes"])
+    result = predict(tmp_path / "out", load_image_dataset(str(tmp_path / "data")))
+    assert [row["id"] for row in result.unreadable] == ["b", "c"]
+
+
 def test_an_image_that_cannot_be_fetched_now_stops_the_run(predict, tmp_path, monkeypatch) -> None:
-    dataset = damaged_images().select([4])
+    rows = [{"image": {"bytes": None, "path": "hf://datasets/someone/streets/a.png"}, "id": None}]
+    dataset = datasets.Dataset.from_list(rows, features=images().features)
 
     def no_answer(*args):
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr("segmenter_hf.data.fsspec.open", no_answer)
+    monkeypatch.setattr("segmenter_hf.row_images.fsspec.open", no_answer)
     with pytest.raises(TimeoutError, match="no answer"):
         predict(tmp_path, dataset)
     assert [file.name for file in tmp_path.iterdir()] == ["prediction.json"]

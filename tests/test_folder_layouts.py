@@ -62,6 +62,15 @@ def test_a_mask_without_an_image_is_listed(tmp_path):
         load_segmentation_datasets(str(tmp_path), splits=["train"])
 
 
+def test_a_folder_is_no_image_and_a_name_that_is_no_text_is_refused(tmp_path):
+    save_pairs(tmp_path / "images", tmp_path / "masks", ["a"])
+    (tmp_path / "images" / "b.png").mkdir()
+    assert_holds_pairs(load_segmentation_datasets(str(tmp_path), splits=["train"])["train"], ["a"])
+    save_pairs(tmp_path / "images", tmp_path / "masks", ["\udcff"])
+    with pytest.raises(ValueError, match=r"file names in UTF-8, got 2 others: .*udcff.jpg.*Rename them"):
+        load_segmentation_datasets(str(tmp_path), splits=["train"])
+
+
 def test_two_files_of_one_name_are_refused(tmp_path):
     save_pairs(tmp_path / "images", tmp_path / "masks", ["a"])
     save(tmp_path / "images" / "a.png", image_array())

@@ -46,6 +46,20 @@ def test_packaged_label_sets_are_complete(name, num_labels, reduce_labels, first
     assert labels.palette.shape == (num_labels, 3) and labels.palette.dtype == np.uint8
 
 
+def test_names_are_compared_with_few_others():
+    comparisons = []
+
+    class Name(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            comparisons.append(other)
+            return str(self) == str(other)
+
+    label_set_from_names([Name(index) for index in range(500)], ignore_index=-1)
+    assert len(comparisons) < 5000
+
+
 def test_every_packaged_label_set_is_listed():
     assert list_label_sets() == [
         "ade20k",

@@ -8,6 +8,7 @@ into arrays.
 import io
 import itertools
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,20 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
 
-from .folder_layouts import TRAIN_IDS_ENDING, load_folder
+from .folder_layouts import TRAIN_IDS_ENDING, load_folder, stream_parquet
 from .image_reading import IMAGE_FORMATS, pil_to_array
 from .label_sets import LabelSet, map_labels
+from .row_images import CACHES, RowImage, encoded_bytes
 from .scenes import embedded_scenes
 
 
 logger = logging.getLogger(__name__)
 
 AnyDataset = datasets.Dataset | datasets.IterableDataset
+
+HUB_FOLDERS = ("hf://", HF_HUB_CACHE, *CACHES)  # where files that rows of the Hub name may lie
 
 _NUM_SHOWN = 5
 
@@ -94,12 +98,14 @@ def load_segmentation_datasets(
         encoded images, `{"bytes", "path"}`: read rows with `decode_example`.
 
     Raises:
-        `ValueError`: If a split, its masks or a column are missing, images and masks do not pair up, or metadata name files
+        `ValueError`: If a split, its masks or a column are missing, both columns are one, images and masks do not pair up, or metadata name files
             outside of the folder.
         `FileNotFoundError`: If `dataset_name` is a path that is no folder.
         `OSError`: If the Hub dataset cannot be reached.
     """
-    without_masks = {}
+    if image_column == label_column:
+        raise ValueError(f"Expected two columns, one of images and one of masks, got {image_column!r} for both.")
+    without_masks, folders = {}, ()
     if dataset_name in (None, "scenes"):
         sizes = {"train": scenes_train, "validation": scenes_validation}
         found = {
@@ -116,8 +122,10 @@ def load_segmentation_datasets(
             label_column=label_column,
             streaming=streaming,
         )
+        folders = folders_of(Path(dataset_name))
     else:
         check_name(dataset_name)
+        folders = HUB_FOLDERS
         found = dict(load_from_hub(dataset_name, dataset_config, revision, streaming))
 
     if "validation" in splits and "validation" not in found and "train" in found and validation_fraction is not None:
@@ -130,7 +138,8 @@ def load_segmentation_datasets(
         if missing == ["validation"]:
             advice += " Give a validation_fraction to split off a part of train."
         raise ValueError(f"{dataset_name or 'scenes'} has no split {missing}, only {sorted(found)}.{advice}")
-    kept = {split: keep_columns(found[split], {image_column: "image", label_column: "annotation"}) for split in splits}
+    columns = {image_column: "image", label_column: "annotation"}
+    kept = {split: keep_columns(found[split], columns, folders) for split in splits}
     if not streaming:
         return kept
     return {
@@ -232,12 +241,27 @@ def load_from_hub(
         ) from error
 
 
+def load_local(root: Path, split: str, config: str | None, streaming: bool) -> AnyDataset:
+    """What `datasets.load_dataset` gives for a folder, but streamed parquet files are read a few rows at a time."""
+    if streaming:
+        builder = datasets.load_dataset_builder(str(root), config)
+        files = (builder.config.data_files or {}).get(split)
+        if builder.name == "parquet" and files:
+            return stream_parquet(files, builder.info.features)
+    return datasets.load_dataset(str(root), config, split=split, streaming=streaming)
+
+
+def folders_of(root: Path) -> tuple[str, ...]:
+    """Where files that the rows of a local data set name may lie: in its folder, or in what was unpacked from it."""
+    return os.path.abspath(root), os.path.realpath(root), *CACHES
+
+
 def column_names(dataset: AnyDataset) -> list[str]:
     """The columns of a dataset; those of its first row where a stream does not say."""
     return dataset.column_names or list(next(iter(dataset), {}))
 
 
-def keep_columns(dataset: AnyDataset, columns: Mapping[str, str]) -> AnyDataset:
+def keep_columns(dataset: AnyDataset, columns: Mapping[str, str], folders: tuple[str, ...] = ()) -> AnyDataset:
     """Keeps columns of images under new names, and `id` where there is one.
 
     Decoding is left to `decode_example`, as `datasets.Image` would turn a mask by an EXIF tag that its image lacks.
@@ -247,6 +271,8 @@ def keep_columns(dataset: AnyDataset, columns: Mapping[str, str]) -> AnyDataset:
             The dataset.
         columns (`Mapping[str, str]`):
             New name of each column, `image` or `annotation`.
+        folders (`tuple[str, ...]`, *optional*):
+            Where the files that rows name must lie: see `RowImage`. By default anywhere.
 
     Raises:
         `ValueError`: If a column is missing.
@@ -261,8 +287,9 @@ def keep_columns(dataset: AnyDataset, columns: Mapping[str, str]) -> AnyDataset:
         )
     dataset = dataset.select_columns([*columns, *(["id"] if "id" in present else [])])
     dataset = dataset.rename_columns({old: new for old, new in columns.items() if old != new})
+    feature = RowImage(folders=folders) if folders else datasets.Image(decode=False)
     for column in columns.values():
-        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        dataset = dataset.cast_column(column, feature)
     return dataset
 
 
@@ -349,24 +376,6 @@ def _open_image(example: dict[str, Any], column: str) -> Image.Image:
         return value
     with _naming_damaged_files(_name_of(example, column)):
         return Image.open(io.BytesIO(encoded_bytes(value)), formats=IMAGE_FORMATS)
-
-
-def encoded_bytes(value: dict[str, Any]) -> bytes:
-    """The bytes of an encoded image, `{"bytes", "path"}`.
-
-    Raises:
-        `FileNotFoundError`: If its file is missing.
-        `ValueError`: If there is neither, or the path is an address: a stranger's rows ask no servers.
-    """
-    content, path = value["bytes"], value["path"]
-    if content is not None:
-        return content
-    if path is None:
-        raise ValueError("the row has no image")
-    if str(path).startswith(("http://", "https://", "ftp://")):
-        raise ValueError(f"{path}: expected an image in the row, got an address. Download it first.")
-    with fsspec.open(path, "rb") as file:
-        return file.read()
 
 
 @contextmanager

@@ -21,15 +21,18 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .data import (
+    HUB_FOLDERS,
     AnyDataset,
     check_name,
     column_names,
-    encoded_bytes,
+    folders_of,
     keep_columns,
     load_from_hub,
+    load_local,
     load_segmentation_datasets,
 )
 from .files import replaced_file, write_json
+from .folder_layouts import check_names
 from .image_processing_segmenter import ImageWindows
 from .image_reading import decode_image
 from .label_sets import LabelSet
@@ -41,11 +44,11 @@ from .prediction import (
     protocol_arguments,
     stream_segmentations,
 )
+from .row_images import encoded_bytes
 from .visualization import label_map_image
 
 
 RECORD_FILE = "prediction.json"
-OUTPUT_SUFFIXES = (".json", ".parquet", ".png")
 ROWS_PER_GROUP = 100  # of a parquet file: what a reader holds at once
 MAX_NAME_BYTES = 180  # file systems take 255, a temporary name is longer
 NUM_SHOWN = 20
@@ -139,22 +142,26 @@ def load_image_dataset(
         where there is one; for pictures the path below the folder without its suffix.
 
     Raises:
-        ValueError: If the split or the column is missing.
+        ValueError: If the split or the column is missing, or a name of a file is no text.
         FileNotFoundError: If `dataset_name` is a path that is no folder, or the folder holds no picture.
         OSError: If the Hub data set cannot be reached.
     """
-    root = Path(dataset_name)
+    root, folders = Path(dataset_name), ()
     if dataset_name == "scenes":
         dataset = load_segmentation_datasets(dataset_name, splits=[split])[split]
     elif root.is_dir() and not any(root.rglob("*.parquet")):
         pictures = find_pictures([_picture_folder(root, split)])
+        check_names(pictures.values())
         columns = {image_column: [str(path) for path in pictures.values()], "id": list(pictures)}
         features = datasets.Features({image_column: datasets.Image(), "id": datasets.Value("string")})
         dataset = datasets.Dataset.from_dict(columns, features=features)
+    elif root.is_dir():
+        dataset, folders = load_local(root, split, dataset_config, streaming), folders_of(root)
     else:
         check_name(dataset_name)
         dataset = load_from_hub(dataset_name, dataset_config, revision, streaming, split)
-    return keep_columns(dataset, {image_column: "image"})
+        folders = HUB_FOLDERS
+    return keep_columns(dataset, {image_column: "image"}, folders)
 
 
 def _picture_folder(root: Path, split: str) -> Path:
@@ -245,7 +252,8 @@ def predict_dataset(
         output_format (`str`, defaults to `"parquet"`): "parquet" or "png".
         rows_per_file (`int`, defaults to 500): Rows of a chunk. At most this many are done again after an interruption.
         with_images (`bool`, defaults to `False`): Whether parquet files hold the images too, as they were encoded.
-        overwrite (`bool`, defaults to `False`): Whether to remove the label maps of an earlier run and begin anew.
+        overwrite (`bool`, defaults to `False`): Whether to remove the label maps of an earlier run and begin anew. PNG
+            files of a chunk that was not finished stay, unless they are written again.
         multi_scale_flip, scales, full_resolution, window_batch_size: As for `stream_segmentations`.
         max_image_pixels (`int`, defaults to 178956970): Images with more pixels are not read.
         show_progress (`bool`, defaults to `True`): Whether the first process shows a progress bar.
@@ -409,11 +417,12 @@ def prepare_folder(folder: Path, record: dict[str, Any], overwrite: bool) -> Non
     """Make the output folder and its `prediction.json`, or hold those that are there to the record of this run.
 
     Raises:
-        ValueError: If the folder holds label maps of other arguments and is not to be overwritten, or something else.
+        ValueError: If the folder holds label maps of other arguments and is not to be overwritten, or something else; with
+            `overwrite` too: what no run wrote is not removed.
     """
     path, record = folder / RECORD_FILE, json.loads(json.dumps(record))
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_record(path)
         others = [key for key in {**there, **record} if there.get(key) != record.get(key)]
         if others and not overwrite:
             listed = "\n  ".join(f"{key}: {there.get(key)!r} there, {record.get(key)!r} here" for key in others)
@@ -427,28 +436,73 @@ def prepare_folder(folder: Path, record: dict[str, Any], overwrite: bool) -> Non
             "got other files. Give another folder."
         )
     if overwrite and path.is_file():
-        for file in folder.iterdir():
-            if file.suffix in OUTPUT_SUFFIXES and file != path:
-                file.unlink()
+        chunks = list(chunk_files(folder, str(there["split"])))
+        for file in [folder / name for chunk in chunks for name in read_chunk(chunk)[2]] + chunks:
+            file.unlink(missing_ok=True)
     write_json(path, record)
     for file in folder.glob(".*"):  # of a run that was killed
         if re.fullmatch(r"\..+-[0-9a-f]{32}\.(json|parquet|png)", file.name):
             file.unlink()
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Read the `prediction.json` of a run.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        record = error
+    if not isinstance(record, dict) or not record.keys() >= {"split", "format", "rows_per_file", "labels"}:
+        raise ValueError(f"{path}: expected the record of an earlier run, got {record!r:.100}. Give another folder.")
+    return record
+
+
+def read_chunk(path: Path) -> tuple[int, list[dict[str, Any]], list[str]]:
+    """A finished chunk: the number of its label maps, its unreadable rows, and the names of its PNG files.
+
+    Raises:
+        ValueError: If the file is damaged or something else.
+    """
+    try:
+        if path.suffix == ".parquet":
+            metadata = pq.read_metadata(path)
+            num_rows, names, unreadable = metadata.num_rows, [], json.loads(metadata.metadata[b"unreadable"])
+        else:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            names, unreadable = [row["label_map"] for row in content["rows"]], content["unreadable"]
+            num_rows = len(names)
+        if not all(Path(name).name == name for name in names):
+            raise ValueError("a label map is outside of the folder")
+        texts = [
+            {"index": int(row["index"]), "id": _text(row["id"]), "reason": str(row["reason"])} for row in unreadable
+        ]
+        return num_rows, texts, names
+    except (KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a chunk of label maps, got a file that is damaged or something else "
+            f"({type(error).__name__}: {error}). Delete it to have its rows done again."
+        ) from error
+
+
+def chunk_files(folder: Path, split: str) -> dict[Path, int]:
+    """The files of a folder that are named as chunks, and their numbers."""
+    pattern = re.compile(rf"{re.escape(split)}-(\d{{5,}})\.(?:json|parquet)", re.ASCII)
+    matches = ((file, pattern.fullmatch(file.name)) for file in sorted(folder.iterdir()))
+    return {file: int(match[1]) for file, match in matches if match}
+
+
 def finished_chunks(folder: Path, split: str, output_format: str) -> dict[int, tuple[int, list[dict[str, Any]]]]:
     """The chunks that are complete: the number of label maps and the unreadable rows of each, by chunk."""
-    names = {file.name for file in folder.iterdir()}
-    pattern = re.compile(rf"{re.escape(split)}-(\d{{5,}})\.{'parquet' if output_format == 'parquet' else 'json'}")
+    present = {file.name for file in folder.iterdir()}
     done = {}
-    for match in filter(None, map(pattern.fullmatch, sorted(names))):
-        if output_format == "parquet":
-            metadata = pq.read_metadata(folder / match[0])
-            done[int(match[1])] = metadata.num_rows, json.loads(metadata.metadata[b"unreadable"])
-        else:
-            content = json.loads((folder / match[0]).read_text(encoding="utf-8"))
-            if names.issuperset(row["label_map"] for row in content["rows"]):
-                done[int(match[1])] = len(content["rows"]), content["unreadable"]
+    for path, chunk in chunk_files(folder, split).items():
+        if (path.suffix == ".parquet") == (output_format == "parquet"):
+            num_rows, unreadable, names = read_chunk(path)
+            if present.issuperset(names):
+                done[chunk] = num_rows, unreadable
     return done
 
 

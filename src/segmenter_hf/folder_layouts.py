@@ -24,17 +24,24 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.iterable_dataset import ArrowExamplesIterable
+from datasets.table import table_cast
 
 
 logger = logging.getLogger(__name__)
 
 TRAIN_IDS_ENDING = "_labelTrainIds.png"  # so Cityscapes names masks that hold class ids, not its label ids
+
+ROWS_AT_ONCE = 8  # of a parquet file, unpacked
+READ_AT_ONCE = 2**20  # bytes of a parquet file, as they are
 
 _SPLIT_ALIASES = {
     "train": ("train", "training"),
@@ -112,13 +119,37 @@ def load_folder(
                 raise ValueError(
                     f"{files[0]}: the split {split!r} has no rows. Write the images into it, or ask for another."
                 )
-            loaded[split] = datasets.load_dataset("parquet", data_files=parquet, split=split, streaming=streaming)
+            loaded[split] = (
+                stream_parquet(parquet[split])
+                if streaming
+                else datasets.load_dataset("parquet", data_files=parquet, split=split)
+            )
         elif files.masks:
             loaded[split] = _dataset_of_pairs(files, *columns)
         else:
             without_masks[split] = f"{split!r} has {len(files.images)} images but no masks in {files.expected}"
             logger.warning("%s: %s.", root, without_masks[split])
     return loaded, without_masks
+
+
+def stream_parquet(files: Sequence[str], features: datasets.Features | None = None) -> datasets.IterableDataset:
+    """Streams the rows of parquet files, few at a time: `datasets.load_dataset` unpacks a whole row group.
+
+    Args:
+        files (sequence of `str`): Local files, one at least. Each is a shard.
+        features (`datasets.Features`, *optional*): What the columns hold; by default as the first file says.
+    """
+    features = features or datasets.Features.from_arrow_schema(pq.read_schema(files[0]))
+    tables = ArrowExamplesIterable(partial(_parquet_tables, features), {"files": list(files)})
+    return datasets.IterableDataset(tables, info=datasets.DatasetInfo(features=features))
+
+
+def _parquet_tables(features: datasets.Features, files: list[str]) -> Iterator[tuple[tuple[str, int], pa.Table]]:
+    for file in files:
+        with pq.ParquetFile(file, buffer_size=READ_AT_ONCE) as parquet:
+            batches = parquet.iter_batches(batch_size=ROWS_AT_ONCE, use_threads=False)
+            for number, batch in enumerate(batches):
+                yield (file, number), table_cast(pa.Table.from_batches([batch]), features.arrow_schema)
 
 
 def _find_splits(
@@ -169,7 +200,7 @@ def _two_folders(root: Path, pattern: str) -> FolderSplit | None:
 def _files_by_stem(folder: Path) -> dict[str, Path]:
     files = {}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith("."):
+        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir():
             stem = path.relative_to(folder).with_suffix("").as_posix()
             if stem in files:
                 raise ValueError(f"{folder}: two files have one name, {files[stem].name} and {path.name}. Keep one.")
@@ -266,6 +297,19 @@ def _check_existence(source: Path, paths: Sequence[Path]) -> None:
 # Pairs
 
 
+def check_names(paths: Iterable[Path]) -> None:
+    """Refuses file names that a data set cannot hold.
+
+    Raises:
+        `ValueError`: If one is no text in UTF-8.
+    """
+    wrong = [repr(str(path)) for path in paths if str(path).encode(errors="replace").decode() != str(path)]
+    if wrong:
+        raise ValueError(
+            f"expected file names in UTF-8, got {len(wrong)} others: {', '.join(wrong[:_NUM_SHOWN])}. Rename them."
+        )
+
+
 def _dataset_of_pairs(files: FolderSplit, image_column: str, label_column: str) -> datasets.Dataset:
     """A row per image and its mask, in the order of their names.
 
@@ -282,6 +326,7 @@ def _dataset_of_pairs(files: FolderSplit, image_column: str, label_column: str) 
                 f"{len(lonely)} {what} are without {lacking}: {', '.join(lonely[:_NUM_SHOWN])}. Add what is missing, or "
                 f"take these {what} away."
             )
+    check_names([*files.images.values(), *files.masks.values()])
     names = sorted(files.images)
     stems = [name.rpartition("/")[2] for name in names]
     columns = {

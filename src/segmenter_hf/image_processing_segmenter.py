@@ -1,6 +1,5 @@
 """Image processor of Segmenter and SETR: resize, windows, normalisation, and the merge of the model's outputs."""
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ INTERPOLATION = {
 # What an image may be resized to, and enlarged to as float32 where it is shorter than a window: what is far beyond any
 # real use would only fill the memory.
 MAX_RESIZED_PIXELS, MAX_ENLARGED_PIXELS = 2**30, 2**26
+LARGEST_FACTOR = 1e12  # of pixel values, so that they stay finite in float32
 
 
 class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
@@ -187,9 +187,10 @@ class _SegmenterImageProcessing:
     do_reduce_labels = False
 
     def __init__(self, **kwargs: Unpack[SegmenterImageProcessorKwargs]) -> None:
-        own = SegmenterImageProcessorKwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+        checked = SegmenterImageProcessorKwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+        checked |= {"do_convert_rgb", "do_resize", "do_rescale", "do_normalize"}
         with _value_errors():
-            validate_typed_dict(self.valid_kwargs, {name: kwargs[name] for name in own & kwargs.keys()})
+            validate_typed_dict(self.valid_kwargs, {name: kwargs[name] for name in checked & kwargs.keys()})
         super().__init__(**kwargs)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
@@ -251,12 +252,15 @@ class _SegmenterImageProcessing:
         super()._validate_preprocess_kwargs(**kwargs)
         size, window_size, stride = kwargs["size"], kwargs["window_size"], kwargs["window_stride"]
         patch_size, scales = kwargs["patch_size"], kwargs["scales"]
-        if kwargs["do_resize"] and not (size.shortest_edge or 0) > 0:
+        edges = [] if size is None else [size.shortest_edge, size.longest_edge]
+        edges = [edge for edge in edges if edge is not None]
+        if not all(type(edge) is int and edge > 0 for edge in edges) or (
+            kwargs["do_resize"] and not size.shortest_edge
+        ):
             raise ValueError(
-                f'`size` must have a positive "shortest_edge" and may have a "longest_edge", in pixels; got {dict(size)}.'
+                '`size` must have a "shortest_edge" and may have a "longest_edge", in pixels, positive integers; got '
+                f"{dict(size)}."
             )
-        if size is not None and size.longest_edge is not None and size.longest_edge < 1:
-            raise ValueError(f'"longest_edge" of `size` must be positive, got {size.longest_edge}.')
         if patch_size < 1 or window_size < 1 or window_size % patch_size:
             raise ValueError(
                 f"`window_size` must be a positive multiple of the model's `patch_size`, got {window_size} and {patch_size}."
@@ -267,19 +271,23 @@ class _SegmenterImageProcessing:
             )
         if len(scales) == 0 or not all(0 < scale <= 16 for scale in scales):
             raise ValueError(f"`scales` must be one or more factors above 0 and up to 16, got {scales}.")
-        if kwargs["resample"] not in INTERPOLATION:
+        if not isinstance(kwargs["resample"], int) or kwargs["resample"] not in INTERPOLATION:
             names = [method.name for method in INTERPOLATION]
             raise ValueError(f"`resample` must be one of {names}, got {kwargs['resample']!r}.")
+        largest = LARGEST_FACTOR
         for name, used, smallest in (
-            ("rescale_factor", kwargs["do_rescale"], 0),
-            ("image_mean", kwargs["do_normalize"], -math.inf),
-            ("image_std", kwargs["do_normalize"], 0),
+            ("rescale_factor", kwargs["do_rescale"], 1 / largest),
+            ("image_mean", kwargs["do_normalize"], -largest),
+            ("image_std", kwargs["do_normalize"], 1 / largest),
         ):
-            numbers = kwargs[name] if isinstance(kwargs[name], (list, tuple)) else [kwargs[name]]
-            if used and not all(isinstance(n, (int, float)) and smallest < n < math.inf for n in numbers):
-                raise ValueError(
-                    f"`{name}` must be made of finite numbers{'' if smallest else ' above 0'}, got {kwargs[name]!r}."
-                )
+            value = kwargs[name]
+            numbers = value if isinstance(value, (list, tuple)) and name != "rescale_factor" else [value]
+            fitting = [
+                isinstance(n, (int, float)) and type(n) is not bool and smallest <= n <= largest for n in numbers
+            ]
+            if used and not (fitting and all(fitting)):
+                kind = "be a number" if name == "rescale_factor" else "be made of numbers"
+                raise ValueError(f"`{name}` must {kind} from {smallest:g} to {largest:g}, got {value!r:.200}.")
 
     def fetch_images(self, image_url_or_urls: ImageInput) -> ImageInput:
         """Read paths and URLs; images pass through."""

@@ -1,7 +1,10 @@
 """Image files of any kind to pictures, and pictures of any kind to arrays of 8 bits."""
 
+import concurrent.futures
+import http.client
 import io
 import os
+import threading
 import urllib.request
 from typing import BinaryIO
 
@@ -17,6 +20,7 @@ PIXELS_AT_ONCE = 2**22
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MAX_DOWNLOAD_BYTES = 2**28
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+DOWNLOAD_SECONDS = 300  # of a whole download
 
 
 def to_uint8(values: np.ndarray, is_16_bit: bool = False) -> np.ndarray:
@@ -123,11 +127,21 @@ def download(url: str, name: str) -> bytes:
     Raises:
         OSError: If it cannot be reached, does not answer in time, or holds too much to be an image.
     """
+    answer: concurrent.futures.Future[bytes] = concurrent.futures.Future()
+
+    def fetch() -> None:
+        try:
+            request = urllib.request.Request(url, headers={"User-Agent": "segmenter-hf"})
+            with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+                answer.set_result(response.read(MAX_DOWNLOAD_BYTES + 1))
+        except Exception as error:
+            answer.set_exception(error)
+
+    # A server can keep every single read short and never end: only another thread can give up on all of them.
+    threading.Thread(target=fetch, daemon=True).start()
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": "segmenter-hf"})
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            content = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, ValueError) as error:
+        content = answer.result(DOWNLOAD_SECONDS)
+    except (OSError, ValueError, http.client.HTTPException, concurrent.futures.TimeoutError) as error:
         raise OSError(
             f"{name}: expected an image at this address, but it cannot be had ({type(error).__name__}: {error}). Check the "
             "address and the network, or give a file."

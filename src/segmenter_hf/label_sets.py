@@ -2,6 +2,7 @@
 
 import colorsys
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,7 +68,7 @@ class LabelSet:
             raise ValueError(f"{where}: name and title must be strings, got {self.name!r} and {self.title!r}.")
         if not self.labels or not all(isinstance(label, str) for label in self.labels):
             raise ValueError(f"{where}: expected at least one label and only strings, got {self.labels}.")
-        repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
+        repeated = sorted(label for label, count in Counter(self.labels).items() if count > 1)
         if repeated:
             raise ValueError(f"{where}: label names must be different, got {repeated} more than once. Rename them.")
         if not isinstance(self.ignore_index, int) or not isinstance(self.reduce_labels, bool):

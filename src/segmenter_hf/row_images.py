@@ -1,0 +1,95 @@
+"""Encoded images of rows: their bytes, or those of a file that the row names, if a row may name it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+from httpx import HTTPError
+
+
+ARCHIVES = {"zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4"}  # that the datasets library reads from
+CACHES = (str(datasets.config.DOWNLOADED_DATASETS_PATH), str(datasets.config.EXTRACTED_DATASETS_PATH))
+MAX_FILE_BYTES = 2**31
+
+
+@dataclass
+class RowImage(datasets.Image):
+    """Column of encoded images of strangers: each comes as `{"bytes", "path", "folders"}`, for `encoded_bytes`.
+
+    Args:
+        folders (`tuple[str, ...]`): Where the files that rows name must lie; "hf://" stands for the Hub.
+    """
+
+    folders: tuple[str, ...] = ()
+
+    def encode_example(self, value: Any) -> Any:
+        """The value: `datasets.Image` would prefer a file to the bytes."""
+        return value
+
+    def decode_example(self, value: dict[str, Any] | None, token_per_repo_id: Any = None) -> dict[str, Any] | None:
+        """The value, with the folders if it names a file."""
+        return value if value is None or value["bytes"] is not None else {**value, "folders": self.folders}
+
+
+def encoded_bytes(value: dict[str, Any]) -> bytes:
+    """The bytes of an encoded image, `{"bytes", "path"}`, and `folders` if its path may lead into these only.
+
+    Raises:
+        `FileNotFoundError`: If its file is missing.
+        `ValueError`: If there is neither, or the file may not or cannot be read.
+        `OSError`, `httpx.HTTPError`: If the Hub gives no answer now.
+    """
+    if value["bytes"] is not None:
+        return value["bytes"]
+    if value["path"] is None:
+        raise ValueError("the row has no image")
+    path = str(value["path"])
+    address = openable(path, value.get("folders"))
+    try:
+        with fsspec.open(address, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except MemoryError:
+        raise
+    except Exception as error:  # archives can be damaged in any way
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        may_pass = isinstance(error, (ConnectionError, TimeoutError, HTTPError)) and status not in (401, 403, 404)
+        if may_pass and "hf://" in address:
+            raise
+        raise ValueError(f"{path}: the file of the row cannot be read: {type(error).__name__}: {error}") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: expected an image of at most {MAX_FILE_BYTES} bytes, got more.")
+    return content
+
+
+def openable(path: str, folders: Sequence[str] | None = None) -> str:
+    """The address to open for the path of a row: a file, or one in archives, here or on the Hub.
+
+    Args:
+        path (`str`): As the datasets library writes it: `PLACE` or `ARCHIVE://FILE::PLACE`.
+        folders (`Sequence[str]`, *optional*): Where it must lie; "hf://" stands for the Hub.
+
+    Raises:
+        `FileNotFoundError`: If there is no such file, or it is none to read, such as a pipe.
+        `ValueError`: If it is something else: a stranger's rows ask no servers and read no files of others.
+    """
+    *archives, place = path.split("::")
+    protocol, _, local = place.rpartition("://")
+    if protocol not in ("", "file", "hf") or not {hop.partition("://")[0] for hop in archives} <= ARCHIVES:
+        raise ValueError(f"{path}: expected an image in the row, got an address. Download it first.")
+    if protocol != "hf":
+        local = os.path.abspath(local)
+    if folders and not (
+        "hf://" in folders if protocol == "hf" else any(Path(local).is_relative_to(folder) for folder in folders)
+    ):
+        raise ValueError(
+            f"{path}: expected an image in the row or a file in {folders[0]}, got one outside of it. Put it there."
+        )
+    if protocol == "hf":
+        return path
+    if not os.path.isfile(local):
+        raise FileNotFoundError(f"{path}: expected an image file, but there is none. Check the path.")
+    return "::".join([*archives, f"file://{local}"])
