@@ -177,7 +177,9 @@ def load_model_and_processor(
     """
     name = str(name_or_path)
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.count("/") > 1 or name.startswith((".", "~"))):
-        raise FileNotFoundError(f"{name}: no such directory. Expected the directory of a model or its name on the Hub.")
+        raise FileNotFoundError(
+            f"{name}: no such directory. Expected the directory of a model or its name on the Hub."
+        )
     with explained_loading(name_or_path):
         # The classes of this package, whatever code the configuration names: nobody is asked whether to run it.
         model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
