@@ -150,6 +150,11 @@ def test_a_missing_column_is_named_with_those_present_and_the_flags(tmp_path):
         load_segmentation_datasets(str(tmp_path), splits=["train"], label_column="segmentation")
 
 
+def test_the_splits_of_the_scenes_are_named():
+    with pytest.raises(ValueError, match=r"scenes has no split \['test'\], only \['train', 'validation'\]"):
+        load_segmentation_datasets("scenes", splits=["test"])
+
+
 def test_a_missing_validation_split_is_an_error_unless_a_fraction_is_given(tmp_path, caplog):
     save_pairs(tmp_path / "images", tmp_path / "masks", [f"{i:02d}" for i in range(10)])
     with pytest.raises(ValueError, match="no split .'validation'., only .'train'.*validation_fraction"):

@@ -137,7 +137,8 @@ def load_segmentation_datasets(
         advice = "".join(f" {without_masks[split]}." for split in missing if split in without_masks)
         if missing == ["validation"]:
             advice += " Give a validation_fraction to split off a part of train."
-        raise ValueError(f"{dataset_name or 'scenes'} has no split {missing}, only {sorted(found)}.{advice}")
+        available = sorted(found) if dataset_name not in (None, "scenes") else ["train", "validation"]
+        raise ValueError(f"{dataset_name or 'scenes'} has no split {missing}, only {available}.{advice}")
     columns = {image_column: "image", label_column: "annotation"}
     kept = {split: keep_columns(found[split], columns, folders) for split in splits}
     if not streaming:
