@@ -411,7 +411,12 @@ def test_a_record_of_something_else_is_named_and_left_alone(predict, tmp_path, c
 @pytest.mark.parametrize(
     "content",
     ["[]", "{}", "no JSON", DEEP, '{"rows": 5, "unreadable": []}', '{"rows": [{"label_map": 5}], "unreadable": []}']
-    + ['{"rows": [{"label_map": "../a.png"}], "unreadable": []}', '{"rows": [], "unreadable": [{"id": 5}]}', None],
+    + [
+        '{"rows": [{"label_map": "../a.png"}], "unreadable": []}',
+        '{"rows": [{"label_map": "a.txt"}], "unreadable": []}',
+        '{"rows": [], "unreadable": [{"id": 5}]}',
+        None,
+    ],
 )
 def test_a_chunk_of_something_else_is_named(predict, tmp_path, content) -> None:
     output_format, suffix = ("parquet", "parquet") if content is None else ("png", "json")

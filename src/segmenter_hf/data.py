@@ -98,13 +98,16 @@ def load_segmentation_datasets(
         encoded images, `{"bytes", "path"}`: read rows with `decode_example`.
 
     Raises:
-        `ValueError`: If a split, its masks or a column are missing, both columns are one, images and masks do not pair up, or metadata name files
-            outside of the folder.
+        `ValueError`: If a split, its masks or a column are missing, both columns are one, images and masks do not
+            pair up, or metadata name files outside of the folder.
         `FileNotFoundError`: If `dataset_name` is a path that is no folder.
         `OSError`: If the Hub dataset cannot be reached.
     """
     if image_column == label_column:
-        raise ValueError(f"Expected two columns, one of images and one of masks, got {image_column!r} for both.")
+        raise ValueError(
+            f"Expected two columns, one of images and one of masks, got {image_column!r} for both. Name them with "
+            "--image_column and --label_column."
+        )
     without_masks, folders = {}, ()
     if dataset_name in (None, "scenes"):
         sizes = {"train": scenes_train, "validation": scenes_validation}

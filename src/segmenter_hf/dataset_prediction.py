@@ -474,8 +474,8 @@ def read_chunk(path: Path) -> tuple[int, list[dict[str, Any]], list[str]]:
             content = json.loads(path.read_text(encoding="utf-8"))
             names, unreadable = [row["label_map"] for row in content["rows"]], content["unreadable"]
             num_rows = len(names)
-        if not all(Path(name).name == name for name in names):
-            raise ValueError("a label map is outside of the folder")
+        if not all(Path(name).name == name and name.endswith(".png") for name in names):
+            raise ValueError("a label map is no PNG file of the folder")
         texts = [
             {"index": int(row["index"]), "id": _text(row["id"]), "reason": str(row["reason"])} for row in unreadable
         ]
