@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
 
 from segmenter_hf import SegmenterConfig, SetrConfig
@@ -25,6 +26,7 @@ from segmenter_hf.training import (
     SegmentationTrainer,
     SegmentationTrainingArguments,
     TrainingExamples,
+    build_model_and_processor,
     override_config,
     parse_overrides,
     train_segmenter,
@@ -244,3 +246,17 @@ def test_another_decoder_brings_its_own_fields(tmp_path) -> None:
     mla = override_config(SetrConfig(decoder_type="pup"), {"decoder_type": "mla", "drop_path_rate": 0.1})
     assert (mla.out_indices, mla.use_class_token, mla.drop_path_rate) == ([5, 11, 17, 23], False, 0.1)
     assert override_config(SetrConfig(out_indices=[1, 23]), {"drop_path_rate": 0.1}).out_indices == [1, 23]
+
+
+@pytest.mark.parametrize("damage", ["NaN", "missing"])
+def test_training_does_not_start_from_a_damaged_encoder(trained, tmp_path, damage) -> None:
+    shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    name = next(name for name in weights if name.startswith("segmenter.layers.0."))
+    weights[name] = weights[name] * float("nan")
+    if damage == "missing":
+        del weights[name]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    arguments = ModelArguments(model_name_or_path=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=f"{damage}.*{name}"):
+        build_model_and_processor(arguments, DataArguments(), load_label_set("scenes"))

@@ -35,7 +35,7 @@ from .files import move_files
 from .image_processing_segmenter import SegmenterImageProcessor
 from .label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, load_label_set
 from .model_card import CardFacts, hub_name, recorded_result, write_model_card
-from .prediction import process_state
+from .prediction import check_weights, explained_loading, process_state
 from .publishing import PREDICTIONS_PICTURE
 from .recipes import RECIPE_FILE, check_same_run, resolved_recipe, save_recipe
 from .trainer import (
@@ -363,15 +363,19 @@ def build_model_and_processor(
     if model_args.normalization is not None:
         pixels["image_mean"], pixels["image_std"] = NORMALIZATIONS[model_args.normalization]
     if model_args.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path, **labels)
-        chosen |= parse_overrides(model_args.config_overrides, config)
-        model = AutoModelForSemanticSegmentation.from_pretrained(
-            model_args.model_name_or_path,
-            config=override_config(config, chosen),
-            ignore_mismatched_sizes=True,
-            attn_implementation=model_args.attn_implementation,
-        )
-        return model, AutoImageProcessor.from_pretrained(model_args.model_name_or_path, **pixels)
+        name = model_args.model_name_or_path
+        with explained_loading(name):
+            config = AutoConfig.from_pretrained(name, **labels)
+            chosen |= parse_overrides(model_args.config_overrides, config)
+            model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
+                name,
+                config=override_config(config, chosen),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                attn_implementation=model_args.attn_implementation,
+            )
+            check_weights(name, model, loading_info, new_heads=True)
+            return model, AutoImageProcessor.from_pretrained(name, **pixels)
     width, layers, heads = MODEL_SIZES[model_args.model_size]
     config_class = CONFIGS[model_args.model_type]
     fields = {
