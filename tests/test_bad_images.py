@@ -8,7 +8,6 @@ import struct
 import subprocess
 import threading
 import zlib
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -422,7 +421,12 @@ def test_the_overlay_of_16_bits_is_scaled_and_not_clipped(processor, model, tmp_
     for name, image in {"deep": Image.fromarray(GREY.astype(np.uint16) * 257), "plain": Image.fromarray(GREY)}.items():
         image.save(tmp_path / f"{name}.png")
         predict_files(
-            model, processor, [tmp_path / f"{name}.png"], tmp_path, load_label_set("scenes"), show_progress=False
+            model,
+            processor,
+            [tmp_path / f"{name}.png"],
+            tmp_path / "out",
+            load_label_set("scenes"),
+            show_progress=False,
         )
-        overlays[name] = np.asarray(Image.open(Path(tmp_path / f"{name}_overlay.png")))
+        overlays[name] = np.asarray(Image.open(tmp_path / "out" / f"{name}_overlay.png"))
     assert np.array_equal(overlays["deep"], overlays["plain"])

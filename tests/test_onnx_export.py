@@ -223,7 +223,7 @@ def test_the_script_replaces_an_export_and_prints_the_largest_difference(
     checkpoint, export = exported("linear")
     directory = tmp_path / "onnx"
     directory.mkdir()
-    (directory / "config.json").write_text("{}")
+    (directory / "config.json").write_text('{"model_type": "segmenter"}')
 
     def write_again(model, path, opset) -> int:
         assert opset == export.opset
