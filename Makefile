@@ -13,7 +13,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, evaluate, segment pictures
-	$(PY) scripts/train.py scripts/configs/demo.json
+	$(PY) scripts/train.py src/segmenter_hf/training/demo.json
 	$(PY) scripts/evaluate.py --model_name_or_path $(DEMO)/model --dataset_name scenes --output_dir $(DEMO)/evaluation
 	$(PY) scripts/draw_scenes.py --num_images 6 --seed 1000 --output_dir $(DEMO)/pictures
 	$(PY) scripts/predict.py --model_name_or_path $(DEMO)/model --images $(DEMO)/pictures/images --output_dir $(DEMO)/predictions
@@ -33,7 +33,7 @@ coverage: $(VENV)/installed  ## run all tests and show which lines and branches 
 
 bench: $(VENV)/installed  ## measure speed and memory beside peers; keep the machine quiet
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[bench]"
-	$(PY) scripts/benchmark.py --task all --output_dir outputs/benchmark
+	$(PY) benchmarks/benchmark.py --task all --output_dir outputs/benchmark
 
 style: $(VENV)/installed  ## check style
 	$(VENV)/bin/ruff check .

@@ -1,35 +1,11 @@
-"""Draw embedded street scenes as a folder of images and masks, which is also an example of a dataset folder.
-
-python scripts/draw_scenes.py --num_images 6 --output_dir outputs/pictures
-"""
+"""`segmenter-hf draw-scenes` for people who work in a clone."""
 
 import sys
-from dataclasses import dataclass, field
 
 
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+sys.path[:] = [folder for folder in sys.path if not folder.endswith("scripts")]  # its evaluate.py hides the library
 
-from transformers import HfArgumentParser
-
-from segmenter_hf.commands import command, parse_arguments
-from segmenter_hf.scenes import save_scenes
-
-
-@dataclass
-class Arguments:
-    output_dir: str = field(metadata={"help": "Folder for `images/` and `masks/`."})
-    num_images: int = field(default=6, metadata={"help": "Number of scenes."})
-    height: int = field(default=192, metadata={"help": "Height in pixels."})
-    width: int = field(default=256, metadata={"help": "Width in pixels."})
-    seed: int = field(default=0, metadata={"help": "Seed of the scenes."})
-
-
-@command()
-def main() -> None:
-    (args,) = parse_arguments(HfArgumentParser(Arguments))
-    save_scenes(args.output_dir, args.num_images, (args.height, args.width), args.seed)
-    print(f"Wrote {args.num_images} scenes to {args.output_dir}/images and their masks to {args.output_dir}/masks.")
+from segmenter_hf.cli.draw_scenes import main
 
 
 if __name__ == "__main__":

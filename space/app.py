@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from segmenter_hf.demo import build_page, launch_page, load_models
+from segmenter_hf.demo.app import build_page, launch_page, load_models
 
 
 names = os.environ.get("MODELS", str(Path(__file__).parent / "model")).split()

@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from segmenter_hf import SegmenterForSemanticSegmentation
-from segmenter_hf.trainer import gathered_copy
+from segmenter_hf.training.trainer import gathered_copy
 
 from .tiny_models import tiny_scenes_config
 

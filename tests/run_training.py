@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from segmenter_hf.commands import command
-from segmenter_hf.recipes import parse_training_arguments
-from segmenter_hf.training import train_segmenter
+from segmenter_hf.training.recipes import parse_training_arguments
+from segmenter_hf.training.run import train_segmenter
+from segmenter_hf.utils.commands import command
 
 
 TINY = (

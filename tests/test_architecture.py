@@ -1,4 +1,4 @@
-"""Who may import whom, and what the scripts say."""
+"""Which folder may import which, and what the scripts say."""
 
 import ast
 from pathlib import Path
@@ -10,85 +10,54 @@ from .script_help import help_of
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "segmenter_hf"
-MODEL_FILES = {
-    path.stem
-    for pattern in ("configuration_*.py", "modeling_*.py", "image_processing_*.py")
-    for path in SOURCE.glob(pattern)
-} | {"image_reading", "segmentation_loss", "sliding_window"}
-CONVERSION = {path.stem for path in (SOURCE / "conversion").glob("*.py")} - {"__init__"}
-# Each file may import those of the package that are named with it, and whatever these may import.
+# Each folder may import those that are named with it, whatever these may import, and itself.
 ALLOWED = {
-    **dict.fromkeys(MODEL_FILES, MODEL_FILES),
-    "files": set(),
-    "commands": set(),
-    "metrics": set(),
-    "augmentation": set(),
-    "label_sets": {"files"},
-    "visualization": {"image_reading"},
-    "scenes": {"files"},
-    "folder_layouts": set(),
-    "row_images": set(),
-    "data": {"folder_layouts", "image_reading", "row_images", "scenes", "label_sets"},
-    "attention": MODEL_FILES | {"label_sets", "visualization"},
-    "prediction": MODEL_FILES | {"attention", "files", "label_sets", "visualization"},
-    "prediction_arguments": {"label_sets", "prediction"},
-    "evaluation": {"data", "files", "label_sets", "metrics", "prediction", "visualization"},
-    "dataset_prediction": MODEL_FILES
-    | {"data", "files", "folder_layouts", "label_sets", "prediction", "row_images", "visualization"},
-    "onnx_export": {"files", "label_sets", "prediction"},
-    "published_models": set(),
-    "model_card": {"evaluation", "files", "label_sets", "published_models", "scenes"},
-    "publishing": {"data", "evaluation", "files", "label_sets", "model_card", "prediction"},
-    "training_arguments": MODEL_FILES,
-    "recipes": {"commands", "files", "training_arguments"},
-    "estimates": MODEL_FILES,
-    "trainer": MODEL_FILES
-    | {"augmentation", "data", "evaluation", "files", "label_sets", "metrics", "publishing", "visualization"},
-    "training": MODEL_FILES
-    | {"augmentation", "data", "evaluation", "files", "label_sets", "model_card", "prediction", "publishing"}
-    | {"recipes", "trainer", "training_arguments"},
-    "demo": {
-        "attention",
-        "image_reading",
-        "label_sets",
-        "prediction",
-        "recipes",
-        "scenes",
-        "training",
-        "visualization",
-    },
-    "__init__": MODEL_FILES | {"conversion"},
+    "models": (),
+    "utils": (),
+    "data": ("models", "utils"),
+    "inference": ("data",),
+    "evaluation": ("inference",),
+    "export": ("inference",),
+    "hub": ("evaluation",),
+    "training": ("hub",),
+    "conversion": ("hub",),
+    "demo": ("training",),
+    "cli": ("conversion", "demo", "export"),
 }
+FILES = sorted(SOURCE.glob("*/**/*.py"))
+MODEL_FILES = sorted(SOURCE.glob("models/*.py"))
+
+
+def reachable(folder: str) -> set[str]:
+    return {folder}.union(*(reachable(other) for other in ALLOWED[folder]))
 
 
 def internal_imports(path: Path) -> set[str]:
-    """Names of the package's files that a file imports; a plain `from . import` counts as the dot."""
+    """Modules of the package that a file imports, as dotted names below `segmenter_hf`."""
+    package = path.relative_to(SOURCE).parent.parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            if node.level:
-                found.add(node.module or ".")
-            elif (node.module or "").startswith("segmenter_hf"):
-                found.add(node.module)
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            found.add(".".join([*base, *filter(None, [node.module])]))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("segmenter_hf"):
+            found.add(node.module.removeprefix("segmenter_hf").removeprefix("."))
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("segmenter_hf")}
+            assert not any(alias.name.startswith("segmenter_hf") for alias in node.names), path
     return found
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.stem)
-def test_files_import_only_what_they_may(path) -> None:
-    assert path.stem in ALLOWED, f"say in {__file__} what {path.name} may import"
-    assert internal_imports(path) <= ALLOWED[path.stem]
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_import_only_from_the_folders_below(path) -> None:
+    allowed = reachable(path.relative_to(SOURCE).parts[0])
+    assert {name.partition(".")[0] for name in internal_imports(path)} <= allowed
 
 
-@pytest.mark.parametrize("path", sorted((SOURCE / "conversion").glob("*.py")), ids=lambda path: path.stem)
-def test_conversion_imports_model_files_and_itself(path) -> None:
-    assert internal_imports(path) <= MODEL_FILES | CONVERSION | {"files", "label_sets", "published_models", "."}
-
-
-@pytest.mark.parametrize("name", sorted(MODEL_FILES))
-def test_model_files_do_not_need_torchvision(name) -> None:
-    tree = ast.parse((SOURCE / f"{name}.py").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
+def test_model_files_are_flat_and_do_not_need_torchvision(path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    assert all(node.level == 1 and node.module and "." not in node.module for node in relative)
     modules = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
     modules += [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
     assert not [module for module in modules if module and module.startswith("torchvision")]

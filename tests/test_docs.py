@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import segmenter_hf
-from segmenter_hf.label_sets import load_label_set
-from segmenter_hf.scenes import save_scenes
+from segmenter_hf.data.label_sets import load_label_set
+from segmenter_hf.data.synthetic_scenes import save_scenes
 
 from .script_help import help_of, run_script
 from .tiny_models import save_tiny_scenes_model
@@ -73,8 +73,8 @@ NOT_RUN = {
     "--dataset_name camvid": "needs a data set that is not free",
     "--recipe": "needs a data set of the Hub, or minutes",
     "scripts/demo.py": "serves a page until it is stopped; see test_demo.py",
-    "scripts/benchmark.py": "takes minutes; see test_benchmark.py",
-    "scripts/fuzz.py": "takes minutes",
+    "benchmarks/benchmark.py": "takes minutes; see test_benchmark.py",
+    "tests/fuzz/fuzz.py": "takes minutes",
     "NAME": "stands for several commands",
 }
 SHORT = (

@@ -17,13 +17,13 @@ from torch.nn.functional import cross_entropy, interpolate
 from transformers import AutoConfig
 
 from segmenter_hf import SegmenterConfig, SegmenterImageProcessor, SetrConfig
-from segmenter_hf.image_processing_segmenter import resized_size
-from segmenter_hf.image_reading import channel_axis, pil_to_array, to_uint8
-from segmenter_hf.label_sets import LabelSet, load_label_set, map_labels
-from segmenter_hf.metrics import MeanIoU, confusion_matrix, scores_from_confusion_matrix
-from segmenter_hf.segmentation_loss import upsampled_cross_entropy
-from segmenter_hf.sliding_window import Window, merge_windows, window_corners
-from segmenter_hf.visualization import label_map_image
+from segmenter_hf.data.label_sets import LabelSet, load_label_set, map_labels
+from segmenter_hf.evaluation.metrics import MeanIoU, confusion_matrix, scores_from_confusion_matrix
+from segmenter_hf.inference.visualization import label_map_image
+from segmenter_hf.models.image_io import channel_axis, pil_to_array, to_uint8
+from segmenter_hf.models.image_processing_segmenter import resized_size
+from segmenter_hf.models.segmentation_loss import upsampled_cross_entropy
+from segmenter_hf.models.sliding_window import Window, merge_windows, window_corners
 
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter_hf.conversion import convert_checkpoint
-from segmenter_hf.prediction import read_picture, segment_images
-from segmenter_hf.sliding_window import full_float32, single_thread
+from segmenter_hf.conversion.convert import convert_checkpoint
+from segmenter_hf.inference.predictor import open_image, segment_images
+from segmenter_hf.models.sliding_window import full_float32, single_thread
 
 
 THREADS = 4
@@ -85,7 +85,7 @@ def test_a_limit_of_pixels_holds_for_its_call_alone(pictures, tmp_path, monkeypa
         seen.add(PIL.Image.MAX_IMAGE_PIXELS)
         limit = 10_000 if number % 2 else 100
         try:
-            read_picture(tmp_path / f"{number % len(SIZES)}.png", limit)
+            open_image(tmp_path / f"{number % len(SIZES)}.png", limit)
         except ValueError:
             return False
         finally:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
-from segmenter_hf.label_sets import load_label_set
+from segmenter_hf.data.label_sets import load_label_set
 
 
 def tiny_scenes_config() -> SegmenterConfig:

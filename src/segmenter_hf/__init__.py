@@ -5,12 +5,12 @@ Importing the package registers its classes with transformers' Auto classes.
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 
-from .configuration_segmenter import SegmenterConfig
-from .configuration_setr import SetrConfig
-from .conversion import convert_checkpoint
-from .image_processing_segmenter import SegmenterImageProcessor, SegmenterImageProcessorPil
-from .modeling_segmenter import SegmenterForSemanticSegmentation, SegmenterModel
-from .modeling_setr import SetrForSemanticSegmentation, SetrModel
+from .conversion.convert import convert_checkpoint
+from .models.configuration_segmenter import SegmenterConfig
+from .models.configuration_setr import SetrConfig
+from .models.image_processing_segmenter import SegmenterImageProcessor, SegmenterImageProcessorPil
+from .models.modeling_segmenter import SegmenterForSemanticSegmentation, SegmenterModel
+from .models.modeling_setr import SetrForSemanticSegmentation, SetrModel
 
 
 for _config, _model, _segmentation_model in (

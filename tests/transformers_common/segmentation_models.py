@@ -7,8 +7,8 @@ from transformers import set_seed
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.testing_utils import torch_device
 
-from segmenter_hf.configuration_vit_encoder import VitEncoderConfig
-from segmenter_hf.modeling_vit_encoder import VitEncoderPatchEmbeddings, VitEncoderPreTrainedModel
+from segmenter_hf.models.configuration_vit_encoder import VitEncoderConfig
+from segmenter_hf.models.modeling_vit_encoder import VitEncoderPatchEmbeddings, VitEncoderPreTrainedModel
 
 from . import ConfigTester, ModelTesterMixin, TrainingTesterMixin
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
-from ..modeling_segmenter import SegmenterModel
-from ..modeling_setr import SetrModel
+from ..models.modeling_segmenter import SegmenterModel
+from ..models.modeling_setr import SetrModel
 from .state_dicts import Conversion, Weight
 
 
@@ -43,15 +43,15 @@ def adapt(
     """
     weights = dict(weights)
     if model_type is not None and model_type != conversion.model_class.config_class.model_type:
-        conversion = as_family(conversion, weights, model_type)
+        conversion = convert_family(conversion, weights, model_type)
     if image_size is not None:
         conversion = resize_positions(conversion, weights, image_size)
     if num_channels is not None and num_channels != conversion.config["num_channels"]:
-        conversion = inflate_patches(conversion, weights, num_channels)
+        conversion = adapt_input_conv(conversion, weights, num_channels)
     return conversion, weights
 
 
-def as_family(conversion: Conversion, weights: dict[str, Weight], model_type: str) -> Conversion:
+def convert_family(conversion: Conversion, weights: dict[str, Weight], model_type: str) -> Conversion:
     """Make an encoder that of another family. SETR has no final norm: that of the checkpoint is left out."""
     if model_type not in ENCODERS:
         raise ValueError(f"`model_type` must be one of {', '.join(ENCODERS)}, got {model_type!r}.")
@@ -87,7 +87,7 @@ def resize_positions(conversion: Conversion, weights: dict[str, Weight], image_s
     return replace(conversion, config=config | {"image_size": image_size})
 
 
-def inflate_patches(conversion: Conversion, weights: dict[str, Weight], num_channels: int) -> Conversion:
+def adapt_input_conv(conversion: Conversion, weights: dict[str, Weight], num_channels: int) -> Conversion:
     """Repeat the kernels of the channels in turn, scaled so that equal channels give what they gave before.
 
     The rule of timm (`timm/models/_manipulate.py`, `adapt_input_conv`), which adds the kernels up for one channel. Mean

@@ -13,8 +13,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 from tqdm.auto import tqdm
 
-from ..files import explained_writing
-from ..published_models import PublishedModel
+from ..hub.published_models import PublishedModel
+from ..utils.atomic_files import translate_writing_errors
 from .safe_loading import sha256_of
 
 
@@ -72,7 +72,7 @@ def download_checkpoint(
     if constants.is_offline_mode():
         raise ConnectionError(f"{model.name} is not in the cache, and HF_HUB_OFFLINE is set. {by_hand}")
     try:
-        with explained_writing(checkpoint), locked(folder):
+        with translate_writing_errors(checkpoint), locked(folder):
             for path, url in missing.items():
                 is_checkpoint = path == checkpoint
                 _download(

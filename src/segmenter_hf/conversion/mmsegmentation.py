@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..modeling_segmenter import SegmenterForSemanticSegmentation
+from ..models.modeling_segmenter import SegmenterForSemanticSegmentation
 from . import setr
 from .mmsegmentation_common import (
     DEFAULT_EPS,
@@ -20,7 +20,7 @@ from .mmsegmentation_common import (
 )
 from .rstrudel import decoder_renames
 from .safe_loading import Checkpoint, lookup
-from .state_dicts import Conversion, Rename, count_layers, tensor_of
+from .state_dicts import Conversion, Rename, count_layers, get_tensor
 
 
 BACKBONE = [
@@ -65,7 +65,7 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
     if any(key.startswith("decode_head.up_convs.") for key in state_dict):
         return setr.convert_mmsegmentation(checkpoint, config, where)
     backbone = lookup(config, "model.backbone", dict, where)
-    patches = tensor_of(state_dict, "backbone.patch_embed.projection.weight", 4, path)
+    patches = get_tensor(state_dict, "backbone.patch_embed.projection.weight", 4, path)
     # mmsegmentation's patch embedding has no bias
     state_dict.setdefault("backbone.patch_embed.projection.bias", torch.zeros(patches.shape[0]))
     is_fcn = not any(key.startswith(("decode_head.head.", "decode_head.cls_emb")) for key in state_dict)
@@ -95,10 +95,10 @@ def is_reproduction(state_dict: dict[str, Any]) -> bool:
 def num_labels(state_dict: dict[str, Any], path: Path) -> int:
     """Number of classes, by the last tensors of the decoder."""
     if "decode_head.cls_emb" in state_dict:
-        return tensor_of(state_dict, "decode_head.cls_emb", 3, path).shape[1]
+        return get_tensor(state_dict, "decode_head.cls_emb", 3, path).shape[1]
     if "decode_head.head.weight" in state_dict:
-        return tensor_of(state_dict, "decode_head.head.weight", 2, path).shape[0]
-    return tensor_of(state_dict, "decode_head.conv_seg.weight", 4, path).shape[0]
+        return get_tensor(state_dict, "decode_head.head.weight", 2, path).shape[0]
+    return get_tensor(state_dict, "decode_head.conv_seg.weight", 4, path).shape[0]
 
 
 def decoder_config(head: dict[str, Any], state_dict: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
@@ -107,11 +107,11 @@ def decoder_config(head: dict[str, Any], state_dict: dict[str, Any], path: Path,
         return {"decoder_type": "linear"}
     config = {
         "decoder_type": "mask_transformer",
-        "decoder_hidden_size": tensor_of(state_dict, "decode_head.cls_emb", 3, path).shape[2],
+        "decoder_hidden_size": get_tensor(state_dict, "decode_head.cls_emb", 3, path).shape[2],
     }
     if is_reproduction(state_dict):
         dropout = lookup(head, "dropout", float, where)
-        fc1 = tensor_of(state_dict, "decode_head.blocks.0.mlp.fc1.weight", 2, path)
+        fc1 = get_tensor(state_dict, "decode_head.blocks.0.mlp.fc1.weight", 2, path)
         return config | {
             "decoder_num_hidden_layers": count_layers(state_dict, r"decode_head\.blocks"),
             "decoder_num_attention_heads": lookup(head, "n_heads", int, where),
@@ -121,7 +121,7 @@ def decoder_config(head: dict[str, Any], state_dict: dict[str, Any], path: Path,
             "decoder_drop_path_rate": lookup(head, "drop_path_rate", float, where),
             "decoder_layer_norm_eps": DEFAULT_EPS,
         }
-    fc1 = tensor_of(state_dict, "decode_head.layers.0.ffn.layers.0.0.weight", 2, path)
+    fc1 = get_tensor(state_dict, "decode_head.layers.0.ffn.layers.0.0.weight", 2, path)
     return config | {
         "decoder_num_hidden_layers": count_layers(state_dict, r"decode_head\.layers"),
         "decoder_num_attention_heads": lookup(head, "num_heads", int, where),

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .safe_loading import Checkpoint, lookup, read_python_config, read_text
-from .state_dicts import Rename, count_layers, qkv, tensor_of
+from .state_dicts import Rename, count_layers, get_tensor, qkv
 
 
 VARIABLES = ("model", "data_preprocessor", "img_norm_cfg", "train_pipeline", "test_pipeline", "test_cfg")
@@ -92,7 +92,7 @@ def is_color(color: Any) -> bool:
 
 def encoder_config(backbone: dict[str, Any], state_dict: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
     """Arguments of the encoder; the defaults are those of mmsegmentation's VisionTransformer."""
-    patches = tensor_of(state_dict, "backbone.patch_embed.projection.weight", 4, path)
+    patches = get_tensor(state_dict, "backbone.patch_embed.projection.weight", 4, path)
     image_size = lookup(backbone, "img_size", (int, tuple, list), where, 224)
     sides = [image_size] if isinstance(image_size, int) else list(image_size)
     return {
@@ -102,7 +102,7 @@ def encoder_config(backbone: dict[str, Any], state_dict: dict[str, Any], path: P
         "image_size": sides[0] if len(set(sides)) == 1 else sides,
         "num_hidden_layers": count_layers(state_dict, r"backbone\.layers"),
         "num_attention_heads": lookup(backbone, "num_heads", int, where, 12),
-        "intermediate_size": tensor_of(state_dict, "backbone.layers.0.ffn.layers.0.0.weight", 2, path).shape[0],
+        "intermediate_size": get_tensor(state_dict, "backbone.layers.0.ffn.layers.0.0.weight", 2, path).shape[0],
         "qkv_bias": "backbone.layers.0.attn.attn.in_proj_bias" in state_dict,
         "hidden_dropout_prob": lookup(backbone, "drop_rate", float, where, 0.0),
         "attention_probs_dropout_prob": lookup(backbone, "attn_drop_rate", float, where, 0.0),

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_STANDARD_MEAN
 
-from ..modeling_segmenter import SegmenterForSemanticSegmentation
+from ..models.modeling_segmenter import SegmenterForSemanticSegmentation
 from .safe_loading import Checkpoint, lookup, read_yaml
 from .state_dicts import (
     Conversion,
     Rename,
     count_layers,
-    heads_of,
+    get_tensor,
+    infer_num_heads,
     qkv,
     square_image_size,
-    tensor_of,
     timm_layers,
 )
 
@@ -94,11 +94,11 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
     projection, position_embeddings = (
         ("patch_embed.proj", "pos_embed") if is_deit else ("patch_embeddings", "position_embeddings")
     )
-    patches = tensor_of(state_dict, f"{embeddings}.{projection}.weight", 4, path)
-    positions = tensor_of(state_dict, f"{embeddings}.{position_embeddings}", 3, path)
+    patches = get_tensor(state_dict, f"{embeddings}.{projection}.weight", 4, path)
+    positions = get_tensor(state_dict, f"{embeddings}.{position_embeddings}", 3, path)
     image_size = square_image_size(positions, 2 if is_deit else 1, patches.shape[-1], path)
     yaml = {} if config_path is None else read_yaml(config_path)
-    heads = lookup(yaml, "MODEL.TRANS.NUM_HEADS", int, config_path) if yaml else heads_of(patches.shape[0])
+    heads = lookup(yaml, "MODEL.TRANS.NUM_HEADS", int, config_path) if yaml else infer_num_heads(patches.shape[0])
     config = {
         "hidden_size": patches.shape[0],
         "num_channels": patches.shape[1],
@@ -106,7 +106,7 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
         "image_size": image_size,
         "num_hidden_layers": count_layers(state_dict, layers.replace(".", r"\.")),
         "num_attention_heads": heads,
-        "intermediate_size": tensor_of(state_dict, f"{layers}.0.mlp.fc1.weight", 2, path).shape[0],
+        "intermediate_size": get_tensor(state_dict, f"{layers}.0.mlp.fc1.weight", 2, path).shape[0],
         "qkv_bias": f"{layers}.0.attn.qkv.bias" in state_dict,
         "drop_path_rate": 0.0,
         "layer_norm_eps": 1e-6,  # 1e-5 in the final norm: 5e-6 in its output
@@ -118,9 +118,9 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
         "decoder_mask_norm_eps": 1e-5,  # its inputs are small
     }
     if is_linear:
-        num_labels = tensor_of(state_dict, "decoder.head.weight", 2, path).shape[0]
+        num_labels = get_tensor(state_dict, "decoder.head.weight", 2, path).shape[0]
     else:
-        num_labels = tensor_of(state_dict, "decoder.mask_tokens", 3, path).shape[1]
+        num_labels = get_tensor(state_dict, "decoder.mask_tokens", 3, path).shape[1]
         config["decoder_num_hidden_layers"] = count_layers(state_dict, r"decoder\.layers")
     return Conversion(
         source="BR-IDL/PaddleViT",

@@ -6,8 +6,8 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from . import CONVERSION_VERSION, convert_checkpoint, detect_format
 from .adaptation import ENCODERS
+from .convert import CONVERSION_VERSION, convert_checkpoint, detect_format
 from .safe_loading import read_checkpoint, read_json, sha256_of, weights_file
 
 

@@ -12,9 +12,9 @@ from transformers.image_utils import (
     IMAGENET_STANDARD_STD,
 )
 
-from ..modeling_segmenter import SegmenterForSemanticSegmentation
+from ..models.modeling_segmenter import SegmenterForSemanticSegmentation
 from .safe_loading import Checkpoint, lookup, read_yaml
-from .state_dicts import Conversion, Rename, count_layers, tensor_of, timm_layers
+from .state_dicts import Conversion, Rename, count_layers, get_tensor, timm_layers
 
 
 SOURCE = "rstrudel/segmenter"
@@ -83,9 +83,9 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
     variant = read_yaml(path)
     config = model_config(variant, checkpoint, path)
     if config["decoder_type"] == "linear":
-        num_labels = tensor_of(checkpoint.state_dict, "decoder.head.weight", 2, checkpoint.path).shape[0]
+        num_labels = get_tensor(checkpoint.state_dict, "decoder.head.weight", 2, checkpoint.path).shape[0]
     else:
-        num_labels = tensor_of(checkpoint.state_dict, "decoder.cls_emb", 3, checkpoint.path).shape[1]
+        num_labels = get_tensor(checkpoint.state_dict, "decoder.cls_emb", 3, checkpoint.path).shape[1]
     return Conversion(
         source=SOURCE,
         model_class=SegmenterForSemanticSegmentation,

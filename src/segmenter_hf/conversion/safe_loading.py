@@ -132,7 +132,7 @@ def sha256_of(path: Path) -> str:
 # ---- PyTorch ----
 
 
-class Inert:
+class IgnoredGlobal:
     """Stands for an object of a checkpoint that no conversion reads, such as a log; it keeps nothing."""
 
     def __init__(self, *args) -> None:
@@ -170,7 +170,10 @@ def _read_torch(path: Path) -> Any:
     elif not head.startswith(b"\x80"):
         raise ValueError(f"{path}: expected a PyTorch checkpoint, got {_describe(path)}.")
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([(Inert, name) for name in INERT_GLOBALS]):
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([(IgnoredGlobal, name) for name in INERT_GLOBALS]),
+        ):
             warnings.simplefilter("ignore")  # about pickle protocols; what is not supported raises
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # a damaged pickle can fail in any way

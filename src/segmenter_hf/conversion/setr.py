@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..modeling_setr import SetrForSemanticSegmentation
+from ..models.modeling_setr import SetrForSemanticSegmentation
 from .mmsegmentation_common import (
     backbone_renames,
     class_names,
@@ -21,7 +21,7 @@ from .mmsegmentation_common import (
     read_config,
 )
 from .safe_loading import Checkpoint, lookup
-from .state_dicts import Conversion, Rename, count_layers, square_image_size, tensor_of, timm_layers
+from .state_dicts import Conversion, Rename, count_layers, get_tensor, square_image_size, timm_layers
 
 
 COUNTERS = r".*\.num_batches_tracked"
@@ -127,8 +127,8 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
     """
     config, where = read_config(checkpoint, config_path)
     state_dict, path = fold_biases(checkpoint.state_dict), checkpoint.path
-    patches = tensor_of(state_dict, "backbone.patch_embed.proj.weight", 4, path)
-    positions = tensor_of(state_dict, "backbone.pos_embed", 3, path)
+    patches = get_tensor(state_dict, "backbone.patch_embed.proj.weight", 4, path)
+    positions = get_tensor(state_dict, "backbone.pos_embed", 3, path)
     backbone = lookup(config, "model.backbone", dict, where)
     auxiliaries = auxiliary_heads(config, where)
     num_auxiliaries = count_layers(state_dict, "auxiliary_head")
@@ -136,13 +136,13 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
     is_mla = "decode_head.cls.weight" in state_dict
     if is_mla:
         check_indices(indices, num_auxiliaries, where)
-        renames, num_labels = AUTHORS_MLA, tensor_of(state_dict, "decode_head.cls.weight", 4, path).shape[0]
+        renames, num_labels = AUTHORS_MLA, get_tensor(state_dict, "decode_head.cls.weight", 4, path).shape[0]
         for head in range(num_auxiliaries):  # these convolutions have no bias
             state_dict.setdefault(f"auxiliary_head.{head}.aux.bias", torch.zeros(num_labels))
         decoder = {
             "decoder_type": "mla",
             "out_indices": list(lookup(backbone, "mla_index", (list, tuple), where, (5, 11, 17, 23))),
-            "decoder_hidden_size": tensor_of(state_dict, "backbone.mla.mla_p2_1x1.0.weight", 4, path).shape[0],
+            "decoder_hidden_size": get_tensor(state_dict, "backbone.mla.mla_p2_1x1.0.weight", 4, path).shape[0],
             "decoder_align_corners": True,
             "decoder_classifier_kernel_size": 3,
         }
@@ -157,12 +157,12 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
             *authors_head("decode_head", "decode_head", last),
             *authors_head(AUXILIARY, AUXILIARY_TARGET, 1),
         ]
-        num_labels = tensor_of(state_dict, f"decode_head.conv_{last}.weight", 4, path).shape[0]
+        num_labels = get_tensor(state_dict, f"decode_head.conv_{last}.weight", 4, path).shape[0]
         head_layers = lookup(config, "model.decode_head.num_upsampe_layer", int, where, 1)
         decoder = {
             "decoder_type": "naive" if last == 1 else "pup",
             "out_indices": [*indices, lookup(config, "model.decode_head.in_index", int, where)],
-            "decoder_hidden_size": tensor_of(state_dict, "decode_head.conv_0.weight", 4, path).shape[0],
+            "decoder_hidden_size": get_tensor(state_dict, "decode_head.conv_0.weight", 4, path).shape[0],
             "decoder_num_convs": last,
             "decoder_kernel_size": side(state_dict, "decode_head.conv_0.weight", path),
             "decoder_upsample_factor": 2 if last > 1 else 4 if head_layers == 2 else 1,
@@ -177,7 +177,7 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
         "image_size": square_image_size(positions, 1, patches.shape[-1], path),
         "num_hidden_layers": count_layers(state_dict, r"backbone\.blocks"),
         "num_attention_heads": lookup(backbone, "num_heads", int, where, 16),
-        "intermediate_size": tensor_of(state_dict, "backbone.blocks.0.mlp.fc1.weight", 2, path).shape[0],
+        "intermediate_size": get_tensor(state_dict, "backbone.blocks.0.mlp.fc1.weight", 2, path).shape[0],
         "qkv_bias": "backbone.blocks.0.attn.qkv.bias" in state_dict,
         "hidden_dropout_prob": lookup(backbone, "drop_rate", float, where, 0.1),
         "attention_probs_dropout_prob": lookup(backbone, "attn_drop_rate", float, where, 0.0),
@@ -214,17 +214,17 @@ def convert_mmsegmentation(checkpoint: Checkpoint, config: dict[str, Any], where
     """
     state_dict, path = dict(checkpoint.state_dict), checkpoint.path
     backbone = lookup(config, "model.backbone", dict, where)
-    patches = tensor_of(state_dict, "backbone.patch_embed.projection.weight", 4, path)
+    patches = get_tensor(state_dict, "backbone.patch_embed.projection.weight", 4, path)
     # mmsegmentation's patch embedding has no bias
     state_dict.setdefault("backbone.patch_embed.projection.bias", torch.zeros(patches.shape[0]))
     auxiliaries = auxiliary_heads(config, where)
     num_auxiliaries = count_layers(state_dict, "auxiliary_head")
     check_indices([lookup(head, "in_index", int, where) for head in auxiliaries], num_auxiliaries, where)
     is_mla = any(key.startswith("neck.") for key in state_dict)
-    first = tensor_of(state_dict, "decode_head.up_convs.0.0.conv.weight", 4, path)
+    first = get_tensor(state_dict, "decode_head.up_convs.0.0.conv.weight", 4, path)
     if is_mla:
         num_convs = count_layers(state_dict, r"decode_head\.up_convs\.0")
-        width = tensor_of(state_dict, "neck.mla.channel_proj.0.conv.weight", 4, path).shape[0]
+        width = get_tensor(state_dict, "neck.mla.channel_proj.0.conv.weight", 4, path).shape[0]
         auxiliary = {"auxiliary_num_convs": 0, "auxiliary_upsample_factor": 1}
     else:
         num_convs, width = count_layers(state_dict, r"decode_head\.up_convs"), first.shape[0]
@@ -258,7 +258,7 @@ def convert_mmsegmentation(checkpoint: Checkpoint, config: dict[str, Any], where
         renames=MMSEGMENTATION + (MMSEGMENTATION_MLA if is_mla else MMSEGMENTATION_UP),
         unused=[COUNTERS],
         processor=processor_config(config, where, is_deit=True) | {"patch_size": patches.shape[-1]},
-        num_labels=tensor_of(state_dict, "decode_head.conv_seg.weight", 4, path).shape[0],
+        num_labels=get_tensor(state_dict, "decode_head.conv_seg.weight", 4, path).shape[0],
         class_names=class_names(checkpoint),
         palette=palette(checkpoint),
     )
@@ -282,7 +282,7 @@ def count_convs(state_dict: dict[str, Any], head: str) -> int:
 
 def side(state_dict: dict[str, Any], key: str, path: Path) -> int:
     """Side of a kernel."""
-    return tensor_of(state_dict, key, 4, path).shape[-1]
+    return get_tensor(state_dict, key, 4, path).shape[-1]
 
 
 def auxiliary_heads(config: dict[str, Any], where: str) -> list[dict[str, Any]]:

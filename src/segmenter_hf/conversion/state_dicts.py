@@ -91,7 +91,7 @@ def count_layers(state_dict: dict[str, Any], layers: str) -> int:
     return len({match[1] for match in matches if match})
 
 
-def tensor_of(state_dict: dict[str, Any], key: str, ndim: int, path: Path) -> torch.Tensor:
+def get_tensor(state_dict: dict[str, Any], key: str, ndim: int, path: Path) -> torch.Tensor:
     """The tensor of a key that sizes are read from.
 
     Raises:
@@ -117,7 +117,7 @@ def square_image_size(positions: torch.Tensor, num_prefix_tokens: int, patch_siz
     return side * patch_size
 
 
-def heads_of(hidden_size: int) -> int:
+def infer_num_heads(hidden_size: int) -> int:
     """Attention heads of a ViT of a width: 64 channels each, but 80 in ViT-H. The tensors do not show them."""
     return 16 if hidden_size == 1280 else hidden_size // 64
 

@@ -13,10 +13,10 @@ from transformers.image_utils import (
     IMAGENET_STANDARD_STD,
 )
 
-from ..modeling_segmenter import SegmenterModel
+from ..models.modeling_segmenter import SegmenterModel
 from .mmsegmentation_common import layer_renames
 from .safe_loading import Checkpoint, lookup, read_json
-from .state_dicts import Conversion, Rename, count_layers, heads_of, square_image_size, tensor_of, timm_layers
+from .state_dicts import Conversion, Rename, count_layers, get_tensor, infer_num_heads, square_image_size, timm_layers
 
 
 EPS = 1e-6
@@ -175,10 +175,10 @@ def is_deit(checkpoint: Checkpoint) -> bool:
 def augreg_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Arguments of the configuration, all from the arrays of an AugReg checkpoint."""
     state_dict, path = checkpoint.state_dict, checkpoint.path
-    patches = tensor_of(state_dict, "embedding/kernel", 4, path)
-    positions = tensor_of(state_dict, "Transformer/posembed_input/pos_embedding", 3, path)
+    patches = get_tensor(state_dict, "embedding/kernel", 4, path)
+    positions = get_tensor(state_dict, "Transformer/posembed_input/pos_embedding", 3, path)
     block = "Transformer/encoderblock_0/"
-    query = tensor_of(state_dict, f"{block}MultiHeadDotProductAttention_1/query/kernel", 3, path)
+    query = get_tensor(state_dict, f"{block}MultiHeadDotProductAttention_1/query/kernel", 3, path)
     layers = {match[1] for match in (re.match(BLOCK, key) for key in state_dict) if match}
     return {
         "hidden_size": patches.shape[3],
@@ -187,7 +187,7 @@ def augreg_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "image_size": square_image_size(positions, 1, patches.shape[0], path),
         "num_hidden_layers": len(layers),
         "num_attention_heads": query.shape[1],
-        "intermediate_size": tensor_of(state_dict, f"{block}MlpBlock_3/Dense_0/kernel", 2, path).shape[1],
+        "intermediate_size": get_tensor(state_dict, f"{block}MlpBlock_3/Dense_0/kernel", 2, path).shape[1],
         "layer_norm_eps": EPS,
     }
 
@@ -195,16 +195,16 @@ def augreg_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def mmsegmentation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Arguments of the configuration, from the tensors of a ViT that mmsegmentation converted."""
     state_dict, path = checkpoint.state_dict, checkpoint.path
-    patches = tensor_of(state_dict, "patch_embed.projection.weight", 4, path)
-    positions = tensor_of(state_dict, "pos_embed", 3, path)
+    patches = get_tensor(state_dict, "patch_embed.projection.weight", 4, path)
+    positions = get_tensor(state_dict, "pos_embed", 3, path)
     return {
         "hidden_size": patches.shape[0],
         "num_channels": patches.shape[1],
         "patch_size": patches.shape[-1],
         "image_size": square_image_size(positions, 1, patches.shape[-1], path),
         "num_hidden_layers": count_layers(state_dict, "layers"),
-        "num_attention_heads": heads_of(patches.shape[0]),
-        "intermediate_size": tensor_of(state_dict, "layers.0.ffn.layers.0.0.weight", 2, path).shape[0],
+        "num_attention_heads": infer_num_heads(patches.shape[0]),
+        "intermediate_size": get_tensor(state_dict, "layers.0.ffn.layers.0.0.weight", 2, path).shape[0],
         "qkv_bias": "layers.0.attn.attn.in_proj_bias" in state_dict,
         "layer_norm_eps": EPS,
     }
@@ -213,17 +213,17 @@ def mmsegmentation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Arguments of the configuration, from the tensors of a timm or DeiT checkpoint."""
     state_dict, path = checkpoint.state_dict, checkpoint.path
-    patches = tensor_of(state_dict, "patch_embed.proj.weight", 4, path)
+    patches = get_tensor(state_dict, "patch_embed.proj.weight", 4, path)
     is_distilled = "dist_token" in state_dict
-    positions = tensor_of(state_dict, "pos_embed", 3, path)
+    positions = get_tensor(state_dict, "pos_embed", 3, path)
     return {
         "hidden_size": patches.shape[0],
         "num_channels": patches.shape[1],
         "patch_size": patches.shape[-1],
         "image_size": square_image_size(positions, 2 if is_distilled else 1, patches.shape[-1], path),
         "num_hidden_layers": count_layers(state_dict, "blocks"),
-        "num_attention_heads": heads_of(patches.shape[0]),
-        "intermediate_size": tensor_of(state_dict, "blocks.0.mlp.fc1.weight", 2, path).shape[0],
+        "num_attention_heads": infer_num_heads(patches.shape[0]),
+        "intermediate_size": get_tensor(state_dict, "blocks.0.mlp.fc1.weight", 2, path).shape[0],
         "qkv_bias": "blocks.0.attn.qkv.bias" in state_dict,
         "layer_norm_eps": EPS,
         "use_distillation_token": is_distilled,

@@ -1,0 +1,46 @@
+"""Serve a web page that segments pictures in the browser. Needs Gradio: `pip install segmenter-hf[demo]`.
+
+    python scripts/demo.py --model_name_or_path outputs/my_model outputs/segmenter-b
+
+Without a model the one of `make demo` is shown; where there is none it is trained first, which takes some minutes.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from ..training import run
+from ..utils.commands import command, parse_arguments
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: list[str] = field(
+        default_factory=list, metadata={"help": "Directories or Hub names of models to choose from on the page."}
+    )
+    output_dir: str = field(
+        default="outputs/demo/model",
+        metadata={"help": "Directory of the model that is shown, or trained, by default."},
+    )
+    max_image_pixels: int = field(default=50_000_000, metadata={"help": "Larger pictures are refused."})
+    device: str | None = field(default=None, metadata={"help": "Device of the models; a GPU where there is one."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for other machines too."})
+    port: int | None = field(default=None, metadata={"help": "Port to listen on; the first free one from 7860."})
+
+
+@command()
+def main() -> None:
+    (args,) = parse_arguments(HfArgumentParser(Arguments))
+    if args.port is not None and not 1 <= args.port <= 65535:
+        raise ValueError(f"--port must be from 1 to 65535, got {args.port}.")
+    from ..demo.app import build_page, launch_page, load_models, train_scenes_model  # needs the extra
+
+    is_there = all((Path(args.output_dir) / name).is_file() for name in ("config.json", "model.safetensors"))
+    if not args.model_name_or_path and not is_there:
+        print(
+            f"There is no model in {args.output_dir} yet: training a small one on drawn street scenes, some minutes."
+        )
+        train_scenes_model(Path(run.__file__).parent / "demo.json", args.output_dir)
+    models = load_models(args.model_name_or_path or [args.output_dir], args.device)
+    launch_page(build_page(models, args.max_image_pixels), server_name=args.host, server_port=args.port)

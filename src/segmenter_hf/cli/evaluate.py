@@ -1,0 +1,71 @@
+"""Evaluate a model with the published protocol.
+
+    python scripts/evaluate.py --model_name_or_path outputs/scenes --dataset_name scenes --output_dir outputs/scenes_eval
+
+`--multi_scale_flip` averages over six scales, each also mirrored, as the tables of the papers do. Several processes share the
+images and give exactly the numbers of one:
+
+    accelerate launch --num_processes 8 scripts/evaluate.py --model_name_or_path org/segmenter-vit-l-mask \
+        --dataset_name ADEChallengeData2016 --label_set ade20k --output_dir outputs/ade20k
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from ..data.loading import limited_split, load_split
+from ..evaluation.evaluate import (
+    EvaluationDataset,
+    as_percent,
+    evaluate_segmentation,
+    per_class_table,
+    save_prediction_grid,
+    save_results,
+)
+from ..inference.predictor import process_state
+from ..utils.commands import command, parse_arguments
+from .prediction_arguments import EvaluationDataArguments, PredictionArguments
+
+
+@dataclass
+class Arguments:
+    output_dir: str = field(metadata={"help": "Directory for results.json and the table of classes."})
+    dataset_name: str = field(default="scenes", metadata={"help": "Hub name or folder."})
+    num_worst: int = field(default=4, metadata={"help": "Show so many images of the lowest mean IoU in worst.png."})
+
+
+@command()
+def main() -> None:
+    parser = HfArgumentParser((PredictionArguments, Arguments, EvaluationDataArguments))
+    prediction_args, args, data_args = parse_arguments(parser)
+    model, processor, label_set = prediction_args.load_model()
+    dataset = load_split(args.dataset_name, **vars(data_args))
+    results = evaluate_segmentation(
+        model, processor, dataset, label_set, num_worst=args.num_worst, **prediction_args.options
+    )
+    if not process_state().is_main_process:
+        return
+    results |= {
+        "dataset": args.dataset_name,
+        "split": limited_split(data_args.split, data_args.max_samples),
+        "model": prediction_args.model_name_or_path,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "int8_weights": prediction_args.int8,
+    }
+    save_results(args.output_dir, results, label_set.labels)
+    if args.num_worst:
+        save_prediction_grid(
+            model,
+            processor,
+            EvaluationDataset(dataset, label_set),
+            label_set,
+            Path(args.output_dir) / "worst.png",
+            indices=[image["index"] for image in results["worst_images"]],
+            **prediction_args.options,
+        )
+    print(per_class_table(results, label_set.labels))
+    print(
+        f"Mean IoU {as_percent(results['mean_iou'])}, {results['protocol']['name']}, {results['num_images']} images."
+    )
+    print(f"Written to {args.output_dir}: results.json, per_class.md{', worst.png' if args.num_worst else ''}.")

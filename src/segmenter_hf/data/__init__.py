@@ -1,0 +1,1 @@
+"""Datasets: layouts, loading, decoding, label sets, augmentation."""

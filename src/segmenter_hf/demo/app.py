@@ -1,0 +1,319 @@
+"""A web page that segments pictures: classes, how sure the model is of them, and what it attends to.
+
+The server sends what it found once; opacity, hover, confidence, highlights and heads are drawn in the browser by
+`app.js`. Models are only read, one event at a time goes through them, and the others wait in the queue.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from transformers import BaseImageProcessor, PreTrainedModel
+
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError("The page needs Gradio: `pip install segmenter-hf[demo]`.") from error
+
+from ..data.label_sets import LabelSet
+from ..data.synthetic_scenes import draw_scene
+from ..inference.attention import class_attention, has_class_attention, patch_attention
+from ..inference.predictor import load_model, open_image, stream_segmentations
+from ..inference.visualization import as_rgb, label_map_image
+from ..models.image_io import IMAGE_FORMATS
+from ..training.recipes import parse_training_arguments
+from ..training.run import train_segmenter
+
+
+MAX_IMAGE_PIXELS = 50_000_000  # what the cameras of phones make
+MAX_FILE_SIZE = "50mb"
+MAX_ASPECT_RATIO = 8  # the short side is brought to the size of the model, and a narrower picture would be too long
+MAX_SHOWN_SIDE = 1280  # pixels; larger pictures are reduced before they are segmented and shown
+KEEP_UPLOADS = 3600  # seconds
+MAX_WAITING = 200  # events in the queue; who comes later is told to try again
+
+TEMPLATES = Path(__file__).parent
+INTRODUCTION = """# What is where in this picture?
+Give it a photograph, and a vision transformer says for every single pixel what it shows:
+[Segmenter](https://arxiv.org/abs/2105.05633) or [SETR](https://arxiv.org/abs/2012.15840)."""
+
+
+class LoadedModel(NamedTuple):
+    """What `prediction.load_model` returns."""
+
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    label_set: LabelSet
+
+
+def build_page(models: Mapping[str, LoadedModel], max_image_pixels: int = MAX_IMAGE_PIXELS) -> gr.Blocks:
+    """The page, to be served by `launch_page`.
+
+    Args:
+        models (`Mapping[str, LoadedModel]`): The models to choose from, by the name that the page shows.
+        max_image_pixels (`int`, defaults to 50000000): Pictures with more pixels are refused.
+
+    Returns:
+        `gr.Blocks`: The page.
+
+    Raises:
+        ValueError: If there is no model.
+    """
+    if not models:
+        raise ValueError("Expected at least one model to show, got none.")
+
+    def segment(path: str | None, name: str, multi_scale_flip: bool) -> dict[str, Any]:
+        """Say what each pixel of a picture shows, with class names, areas and probabilities."""
+        if path is None:
+            return nothing()
+        picture = open_upload(path, max_image_pixels)
+        return gr.update(value=describe_segmentation(models[name], picture, multi_scale_flip), attention=None)
+
+    def attend(path: str | None, name: str, event: gr.EventData) -> dict[str, Any]:
+        if path is None:
+            raise refusal("Choose a picture first.")
+        return gr.update(
+            attention=describe_attention(models[name], open_upload(path, max_image_pixels), **event._data)
+        )
+
+    def nothing() -> dict[str, Any]:
+        return gr.update(value=None, attention=None)
+
+    names = list(models)
+    with gr.Blocks(title="What is where?", analytics_enabled=False, delete_cache=(600, KEEP_UPLOADS)) as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Your picture", height=260)
+                # The file is opened by `open_upload` only: bounded, upright, and with errors in words.
+                upload.preprocess = lambda payload: payload and payload.path
+                model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+                thoroughness = gr.Radio(
+                    [("Quick: one look", False), ("Thorough: six sizes, each also mirrored", True)],
+                    value=False,
+                    label="How thoroughly?",
+                )
+                gr.Examples([[draw_scene(seed)[0]] for seed in range(4)], upload, label="Or one of these drawings")
+            with gr.Column(scale=3, min_width=280):
+                viewer = gr.HTML(
+                    value=None,
+                    attention=None,
+                    html_template=(TEMPLATES / "app.html").read_text(encoding="utf-8"),
+                    css_template=(TEMPLATES / "app.css").read_text(encoding="utf-8"),
+                    js_on_load=(TEMPLATES / "app.js").read_text(encoding="utf-8"),
+                    apply_default_css=False,
+                )
+        network = {"concurrency_limit": 1, "concurrency_id": "network", "trigger_mode": "always_last"}
+        segmenting = gr.on(
+            [upload.change, model.change, thoroughness.change],
+            segment,
+            [upload, model, thoroughness],
+            viewer,
+            **network,
+        )
+        segmenting.failure(nothing, None, viewer, show_progress="hidden", api_visibility="private")
+        viewer.select(attend, [upload, model], viewer, show_progress="minimal", api_visibility="private", **network)
+    return page.queue(max_size=MAX_WAITING)
+
+
+def launch_page(page: gr.Blocks, **kwargs: Any) -> None:
+    """Serve a page of `build_page`, which loads nothing from elsewhere and reports to nobody.
+
+    Args:
+        page (`gr.Blocks`): The page.
+        kwargs: Further arguments of `gr.Blocks.launch`.
+    """
+    system_fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    page.launch(
+        theme=gr.themes.Default(primary_hue="blue", **system_fonts),
+        css=".html-container { padding: 0; }",
+        footer_links=[],
+        max_file_size=MAX_FILE_SIZE,
+        ssr_mode=False,
+        **kwargs,
+    )
+
+
+def load_models(names: Sequence[str | Path], device: str | None = None) -> dict[str, LoadedModel]:
+    """Load models for `build_page`.
+
+    Args:
+        names (`Sequence` of `str` or `Path`): Directories or Hub names.
+        device (`str`, *optional*): Where the models go; by default a GPU where there is one.
+
+    Returns:
+        `dict[str, LoadedModel]`: The models by these names.
+    """
+    return {str(name): LoadedModel(*load_model(name, device=device)) for name in names}
+
+
+def train_scenes_model(config_path: str | Path, output_dir: str | Path) -> None:
+    """Train a model as a JSON file of training arguments says, into another directory.
+
+    Args:
+        config_path (`str` or `Path`): The arguments, as `scripts/train.py` takes them.
+        output_dir (`str` or `Path`): Where the model goes.
+    """
+    train_segmenter(*parse_training_arguments([str(config_path), "--output_dir", str(output_dir)]))
+
+
+def refusal(message: str) -> gr.Error:
+    """An error that the page shows to its visitor and that is no concern of the server's log."""
+    return gr.Error(message, print_exception=False)
+
+
+def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
+    """Read an uploaded picture upright, in RGB and reduced to at most 1280 pixels on its longer side.
+
+    The picture that is returned knows its size before the reduction as `picture.info["full_size"]`.
+
+    Args:
+        path (`str` or `Path`): The file.
+        max_image_pixels (`int`): Pictures with more pixels are refused, before they are decoded.
+
+    Returns:
+        `PIL.Image.Image`: The picture.
+
+    Raises:
+        gr.Error: If it is no picture, too large or too narrow.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as header:
+            width, height = header.size
+    except FileNotFoundError as error:
+        raise refusal("The picture has been deleted after an hour: choose it again.") from error
+    except Image.DecompressionBombError as error:
+        raise refusal(
+            f"The picture is much too large: this page takes at most {max_image_pixels:,} pixels."
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise refusal("This file cannot be read as a picture. JPEG, PNG and WebP work.") from error
+    if width * height > max_image_pixels:
+        raise refusal(
+            f"The picture has {width} x {height} pixels, and this page takes at most {max_image_pixels:,} pixels. "
+            "Make it smaller and try again."
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise refusal(
+            f"The picture has {width} x {height} pixels: its long side may be at most {MAX_ASPECT_RATIO} times the "
+            "short one. Cut a part out of it and try again."
+        )
+    try:
+        picture = open_image(Path(path), max_image_pixels)
+    except ValueError as error:
+        raise refusal("The picture is damaged or incomplete: it cannot be read to its end.") from error
+    full_size = picture.size
+    factor = min(1.0, MAX_SHOWN_SIDE / max(full_size))
+    picture = as_rgb(picture)
+    if factor < 1:
+        width, height = (max(1, round(factor * side)) for side in full_size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
+    picture.info["full_size"] = full_size
+    return picture
+
+
+def describe_segmentation(loaded: LoadedModel, picture: Image.Image, multi_scale_flip: bool = False) -> dict[str, Any]:
+    """Segment a picture; what the browser needs to show it.
+
+    Args:
+        loaded (`LoadedModel`): The model.
+        picture (`PIL.Image.Image`): RGB picture, from `open_upload`.
+        multi_scale_flip (`bool`, defaults to `False`): Whether to average over six scales, each also mirrored.
+
+    Returns:
+        `dict`: `photograph`, `pixels` (as `pack_pixels` says) and `label_map` (of the size before any reduction) as data
+        URLs; `width` and `height`; `classes`, those that are present by area, with `id`, `name`, `color` and `share`; and
+        the numbers of layers with attention in the encoder and, for classes, in the decoder.
+    """
+    model, processor, label_set = loaded
+    (result,) = stream_segmentations(
+        model, processor, [picture], multi_scale_flip=multi_scale_flip, return_segmentation_scores=True
+    )
+    segmentation = result.segmentation.cpu().numpy()
+    confidence = result.segmentation_scores.amax(dim=0).cpu().numpy()
+    label_map = label_map_image(segmentation, label_set.palette)
+    areas = np.bincount(segmentation.ravel(), minlength=label_set.num_labels)
+    return {
+        "photograph": data_url(picture, "JPEG", quality=90),
+        "pixels": data_url(pack_pixels(segmentation, confidence), "PNG"),
+        "label_map": data_url(
+            label_map.resize(picture.info.get("full_size", picture.size), Image.Resampling.NEAREST), "PNG"
+        ),
+        "width": picture.width,
+        "height": picture.height,
+        "classes": [
+            {
+                "id": class_id,
+                "name": label_set.labels[class_id],
+                "color": label_set.colors[class_id],
+                "share": float(areas[class_id] / segmentation.size),
+            }
+            for class_id in np.argsort(-areas, kind="stable").tolist()
+            if areas[class_id]
+        ],
+        "encoder_layers": model.config.num_hidden_layers,
+        "decoder_layers": model.config.decoder_num_hidden_layers if has_class_attention(model) else 0,
+    }
+
+
+def describe_attention(
+    loaded: LoadedModel,
+    picture: Image.Image,
+    x: int | None = None,
+    y: int | None = None,
+    class_id: int | None = None,
+    layer: int = -1,
+) -> dict[str, Any]:
+    """What a spot of a picture, or a class, attends to; what the browser needs to show it.
+
+    Args:
+        loaded (`LoadedModel`): The model.
+        picture (`PIL.Image.Image`): RGB picture, from `open_upload`.
+        x (`int`, *optional*), y (`int`, *optional*): The spot, in pixels.
+        class_id (`int`, *optional*): The class, for the decoder, instead of a spot.
+        layer (`int`, defaults to -1): The layer, counted from 0.
+
+    Returns:
+        `dict`: `rows` and `columns` of the grid, and `maps`: base64 of bytes (1 + heads, rows, columns), the average of all
+        heads first, each map with 255 at its largest.
+
+    Raises:
+        gr.Error: If there is no such spot, class or layer.
+    """
+    try:
+        if class_id is None:
+            attention = patch_attention(loaded.model, loaded.processor, picture, (x, y), layer)
+        else:
+            attention = class_attention(loaded.model, loaded.processor, picture, class_id, layer)
+    except (TypeError, ValueError) as error:
+        raise refusal(str(error)) from error
+    maps = np.concatenate([attention.mean(axis=0, keepdims=True), attention])
+    levels = np.rint(255 * maps / maps.max(axis=(1, 2), keepdims=True).clip(min=1e-12)).astype(np.uint8)
+    _, rows, columns = levels.shape
+    return {"rows": rows, "columns": columns, "maps": base64.b64encode(levels.tobytes()).decode()}
+
+
+def pack_pixels(segmentation: np.ndarray, confidence: np.ndarray) -> Image.Image:
+    """Class ids and probabilities as one picture: red + 256 * green is the id, blue / 255 the probability.
+
+    Args:
+        segmentation (integer `np.ndarray` of shape `(height, width)`): Class ids in `[0, 65535]`.
+        confidence (`np.ndarray` of shape `(height, width)`): Probability of each pixel's class, in `[0, 1]`.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture.
+    """
+    channels = [segmentation & 255, segmentation >> 8, np.rint(255 * confidence)]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def data_url(picture: Image.Image, format: str, **kwargs: Any) -> str:
+    """A picture as a `data:` URL; `kwargs` go to its `save`."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **kwargs)
+    return f"data:{Image.MIME[format]};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,1 @@
+"""Evaluation: confusion matrices, mean IoU, the protocol over a split."""

@@ -1,0 +1,1 @@
+"""Sharing: model cards, published models, the way to the Hub."""

@@ -1,0 +1,456 @@
+"""The model card: what a model is, how to use it, what made it, and its mIoU, published beside measured."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from PIL import Image
+from transformers import PreTrainedModel
+
+from ..data.label_sets import load_label_set
+from ..data.synthetic_scenes import draw_scene
+from ..evaluation.evaluate import as_percent, per_class_table
+from ..utils.atomic_files import atomic_write, check_types, read_json_object, write_json, write_text
+from .published_models import PublishedModel, load_published_models
+
+
+TEMPLATE = Path(__file__).parent / "model_card.md"
+FACTS_FILE = "model_card.json"  # beside a model: what its card says and the model itself does not know
+SAMPLE_PICTURE = "sample.png"
+EVAL_RESULTS_FILE = ".eval_results/semantic_segmentation.yaml"
+
+# Names on the Hub of the data sets that published models were trained on, where one is known.
+HUB_DATASETS = {"ade20k": "zhoubolei/scene_parse_150", "cityscapes": "Chris1/cityscapes_segmentation"}
+# The licence files of these repositories; that of other sources is not known.
+SOURCE_LICENSES = {
+    "rstrudel/segmenter": "mit",
+    "open-mmlab/mmsegmentation": "apache-2.0",
+    "BR-IDL/PaddleViT": "apache-2.0",
+}
+# Names on the Hub of the weights that training started from, by source (none: any source) and backbone.
+_AUGREG = "timm/vit_{}_patch16_384.augreg_in21k_ft_in1k"
+HUB_BACKBONES = {
+    ("rstrudel/segmenter", "ViT-T/16"): _AUGREG.format("tiny"),
+    ("rstrudel/segmenter", "ViT-S/16"): _AUGREG.format("small"),
+    ("rstrudel/segmenter", "ViT-B/16"): _AUGREG.format("base"),
+    ("rstrudel/segmenter", "ViT-L/16"): _AUGREG.format("large"),
+    (None, "DeiT-B/16 distilled 384"): "facebook/deit-base-distilled-patch16-384",
+}
+# What a recorded evaluation holds: see `recorded_result`; a class that does not occur has none of the numbers.
+_RESULT_TYPES = {
+    "dataset": str,
+    "split": str,
+    "protocol": dict[str, Any],
+    "num_images": int,
+    **dict.fromkeys(("mean_iou", "mean_accuracy", "overall_accuracy"), float | None),
+    **dict.fromkeys(("per_category_iou", "per_category_accuracy"), list[float | None]),
+}
+# What a source reports of a published model besides its mIoU: the field, and what the card calls it.
+_REPORTED = {
+    "crop_size": "crop, in pixels",
+    "iterations": "iterations",
+    "batch_size": "batch size",
+    "memory_gb": "training memory, in GB, as reported",
+    "fps": "images per second, as reported",
+    "device": "device, as reported",
+    "note": "note",
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says that the model itself does not know; kept as `model_card.json` beside the model.
+
+    Args:
+        results (`tuple[dict, ...]`): Recorded evaluations: see [`recorded_result`].
+        training (`dict[str, Any]`): What it was trained with, name by name.
+        datasets (`tuple[str, ...]`): Names on the Hub of the data sets it was trained on.
+        base_model (`str`, *optional*): Name on the Hub of the model that training started from.
+        published_model (`str`, *optional*): The model of `published_models.json` whose weights these are.
+        license (`str`, *optional*): Licence of the weights, as the Hub names it; it is not stated by default.
+        speed (`dict[str, Any]`): What a recorded run measured, name by name.
+        picture (`str`, *optional*): File name of a picture of predictions beside the model.
+
+    Raises:
+        ValueError: If a field is of another type, or a result lacks something.
+    """
+
+    results: tuple[dict[str, Any], ...] = ()
+    training: dict[str, Any] = field(default_factory=dict)
+    datasets: tuple[str, ...] = ()
+    base_model: str | None = None
+    published_model: str | None = None
+    license: str | None = None
+    speed: dict[str, Any] = field(default_factory=dict)
+    picture: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types("The facts of a model card", vars(self), get_type_hints(CardFacts))
+        for result in self.results:
+            check_result("A result of a model card", result)
+
+    def with_results(self, results: Sequence[dict[str, Any]]) -> "CardFacts":
+        """The same with further results; a new one replaces that of the same split and protocol."""
+        merged = {_result_key(result): result for result in (*self.results, *results)}
+        return replace(self, results=tuple(merged.values()))
+
+
+def read_card_facts(directory: str | Path) -> CardFacts:
+    """Read `model_card.json` beside a model; without it nothing is known.
+
+    Raises:
+        ValueError: If the file is not what [`write_model_card`] writes.
+    """
+    path = Path(directory) / FACTS_FILE
+    if not path.exists():
+        return CardFacts()
+    content = read_json_object(path)
+    try:
+        return CardFacts(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected what training or publishing wrote, got {error}. Delete the file."
+        ) from error
+
+
+def save_card_facts(directory: str | Path, facts: CardFacts) -> None:
+    """Write `model_card.json` beside a model."""
+    write_json(Path(directory) / FACTS_FILE, asdict(facts))
+
+
+def recorded_result(
+    results: dict[str, Any], dataset_name: str, split: str, label_set: str | None = None
+) -> dict[str, Any]:
+    """What `evaluate_segmentation` returned, with the data that it belongs to."""
+    return {
+        **results,
+        "dataset": dataset_name,
+        "hub_dataset": hub_name(dataset_name),
+        "split": split,
+        "label_set": label_set,
+    }
+
+
+def check_result(where: str | Path, result: dict[str, Any]) -> None:
+    """A recorded evaluation has what a card tells of it.
+
+    Args:
+        where (`str` or `Path`): What to call its source in errors.
+        result (`dict[str, Any]`): As from [`recorded_result`].
+
+    Raises:
+        ValueError: If something is missing or of another type.
+    """
+    types = {**_RESULT_TYPES, **dict.fromkeys(("hub_dataset", "label_set"), str | None)}
+    if missing := [name for name in _RESULT_TYPES if name not in result]:
+        raise ValueError(f"{where}: expected a results.json of scripts/evaluate.py, got no {', '.join(missing)}.")
+    check_types(where, result, types)
+    check_types(where, {"protocol.name": result["protocol"].get("name")}, {"protocol.name": str})
+
+
+def hub_name(name: str | Path | None) -> str | None:
+    """The name of a model or data set if it is one on the Hub, `None` for folders and for what has no owner."""
+    found = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists()
+    return str(name) if found else None
+
+
+def write_model_card(
+    output_dir: str | Path,
+    *,
+    model: PreTrainedModel,
+    facts: CardFacts,
+    hub_model_id: str | None = None,
+    revision: str | None = None,
+    location: str | None = None,
+) -> Path:
+    """Write the card of a model, `README.md`, and what belongs to it, into the directory of the model.
+
+    These are `model_card.json`, `.eval_results/*.yaml`, and the picture of its examples, `sample.png`, unless there is
+    one.
+
+    Args:
+        output_dir (`str` or `Path`): The directory of the model.
+        model (`PreTrainedModel`): The model.
+        facts (`CardFacts`): What the model itself does not know.
+        hub_model_id (`str`, *optional*): Name on the Hub for the title and the examples.
+        revision (`str`, *optional*): Branch for the examples; the main one by default.
+        location (`str`, *optional*): Directory for them where there is no name on the Hub; `output_dir` by default.
+
+    Returns:
+        `Path`: The card.
+
+    Raises:
+        ValueError: If `facts` name a published model that this one cannot be.
+    """
+    output_dir, config = Path(output_dir), model.config
+    published = None
+    if facts.published_model is not None:
+        published = find_published_model(facts.published_model, config)
+        facts = _with_published(facts, published)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    card = _render(
+        hub_model_id or location or output_dir.as_posix(),
+        on_hub=hub_model_id is not None,
+        revision=revision,
+        family=config.model_type,
+        architecture=[
+            f"{config.num_hidden_layers} layers of width {config.hidden_size}",
+            f"patches of {config.patch_size} pixels",
+            f"{config.decoder_type.replace('_', ' ')} decoder",
+            f"{num_parameters / 1e6:.1f} million parameters"
+            if num_parameters >= 1e5
+            else f"{num_parameters} parameters",
+        ],
+        labels=[config.id2label[index] for index in range(config.num_labels)],
+        facts=facts,
+        published=published,
+    )
+    if not (output_dir / SAMPLE_PICTURE).exists():
+        with atomic_write(output_dir / SAMPLE_PICTURE) as temporary:
+            Image.fromarray(draw_scene(seed=2000)[0]).save(temporary)
+    save_card_facts(output_dir, facts)
+    return _write_card(output_dir, card, facts.results, published)
+
+
+def write_published_model_cards(output_dir: str | Path) -> list[Path]:
+    """Write the card of every published model as `NAME/README.md`, with `NAME/.eval_results`.
+
+    The measured columns are empty: nothing was measured.
+
+    Args:
+        output_dir (`str` or `Path`): The folder of the cards.
+
+    Returns:
+        `list[Path]`: The cards.
+    """
+    written = []
+    for name, published in load_published_models().items():
+        facts = _with_published(CardFacts(published_model=name), published)
+        card = _render(
+            f"outputs/{name}",
+            on_hub=False,
+            family=published.family,
+            architecture=[f"{published.backbone} encoder", f"{published.decoder} decoder"]
+            + ([f"{published.parameters} parameters"] if published.parameters else []),
+            labels=load_label_set(published.dataset).labels,
+            facts=facts,
+            published=published,
+        )
+        written.append(_write_card(Path(output_dir) / name, card, (), published))
+    return written
+
+
+def find_published_model(name: str, config: Any) -> PublishedModel:
+    """The published model of a name, once the configuration of a model shows that it can be that one.
+
+    Raises:
+        ValueError: If no published model has that name, or it is of another family, decoder or number of classes.
+    """
+    models = load_published_models()
+    if name not in models:
+        raise ValueError(f"No published model is called {name!r}; there are {', '.join(models)}.")
+    published = models[name]
+    expected = (published.family, published.decoder, load_label_set(published.dataset).num_labels)
+    got = (config.model_type, config.decoder_type.removesuffix("_transformer"), config.num_labels)
+    if got != expected:
+        raise ValueError(
+            f"{name} is a {expected[0]} with {expected[1]} decoder and {expected[2]} classes, the model a {got[0]} with "
+            f"{got[1]} decoder and {got[2]} classes: name the published model whose weights these are."
+        )
+    return published
+
+
+def results_table(results: Sequence[dict[str, Any]], published: PublishedModel | None = None) -> str:
+    """Markdown table with a row for each split and protocol, in percent; what was not measured is empty."""
+    rows = {}
+    for protocol, score in _published_scores(published).items():
+        rows[published.dataset, "validation", protocol] = {"published": f"{score:.2f}"}
+    for result in results:
+        dataset, split, protocol = _result_key(result)
+        if published is not None and result.get("label_set") == published.dataset:
+            dataset = published.dataset
+        rows.setdefault((dataset, split, protocol), {}).update(
+            images=result["num_images"],
+            measured=as_percent(result["mean_iou"]),
+            mean_accuracy=as_percent(result["mean_accuracy"]),
+            overall_accuracy=as_percent(result["overall_accuracy"]),
+        )
+    columns = {
+        "published": "mIoU published",
+        "measured": "mIoU measured",
+        "images": "images",
+        "mean_accuracy": "mean accuracy",
+        "overall_accuracy": "pixel accuracy",
+    }
+    if published is None:
+        del columns["published"]
+    cells = [["dataset", "split", "protocol", *columns.values()], ["---"] * (3 + len(columns))]
+    cells += [[*key, *(str(row.get(column, "")) for column in columns)] for key, row in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _result_key(result: dict[str, Any]) -> tuple[str, str, str]:
+    return Path(result["dataset"]).name, result["split"], result["protocol"]["name"]
+
+
+def _published_scores(published: PublishedModel | None) -> dict[str, float]:
+    """mIoU in percent by protocol, of those that the source reports."""
+    if published is None:
+        return {}
+    scores = {
+        "single scale": published.miou_single_scale,
+        "multi-scale + flip": published.miou_multi_scale_flip,
+    }
+    return {protocol: score for protocol, score in scores.items() if score is not None}
+
+
+def _repository(published: PublishedModel) -> str:
+    """`owner/name` on GitHub of the source, which a remark may follow."""
+    return published.source.split()[0]
+
+
+def _with_published(facts: CardFacts, published: PublishedModel) -> CardFacts:
+    """The facts, completed with what the source of a published model says."""
+    source, dataset = _repository(published), HUB_DATASETS.get(published.dataset)
+    backbones = (HUB_BACKBONES.get((owner, published.backbone)) for owner in (source, None))
+    reported = {title: getattr(published, name, None) for name, title in _REPORTED.items()}
+    return replace(
+        facts,
+        license=facts.license or SOURCE_LICENSES.get(source),
+        datasets=facts.datasets or tuple(filter(None, [dataset])),
+        base_model=facts.base_model or next(filter(None, backbones), None),
+        training=facts.training or {title: value for title, value in reported.items() if value is not None},
+    )
+
+
+def _model_index(results: Sequence[dict[str, Any]], published: PublishedModel | None) -> list[EvalResult]:
+    """The measured mIoU; where there is none, the published one with its source. A share of 1."""
+    task = {"task_type": "image-segmentation", "task_name": "Semantic segmentation", "metric_type": "mean_iou"}
+    if published is not None and not results:
+        return [
+            EvalResult(
+                **task,
+                dataset_type=HUB_DATASETS.get(published.dataset, published.dataset),
+                dataset_name=load_label_set(published.dataset).title,
+                dataset_split="validation",
+                metric_name=f"mean IoU, {protocol}, as reported by the source",
+                metric_value=round(score / 100, 6),
+                source_name=published.source,
+                source_url=f"https://github.com/{_repository(published)}",
+            )
+            for protocol, score in _published_scores(published).items()
+        ]
+    return [
+        EvalResult(
+            **task,
+            dataset_type=result.get("hub_dataset") or Path(result["dataset"]).name,
+            dataset_name=Path(result["dataset"]).name,
+            dataset_split=result["split"],
+            metric_name=f"mean IoU, {result['protocol']['name']}",
+            metric_value=round(result["mean_iou"], 6),
+        )
+        for result in results
+        if result["mean_iou"] is not None
+    ]
+
+
+def eval_result_entries(
+    results: Sequence[dict[str, Any]], published: PublishedModel | None = None
+) -> list[EvalResultEntry]:
+    """The mIoU, a share of 1, on data sets of the Hub: published and measured, each with where it comes from."""
+    entries = []
+    if published is not None and published.dataset in HUB_DATASETS:
+        for protocol, score in _published_scores(published).items():
+            entries.append(
+                EvalResultEntry(
+                    dataset_id=HUB_DATASETS[published.dataset],
+                    task_id="semantic-segmentation",
+                    value=round(score / 100, 6),
+                    source_url=f"https://github.com/{_repository(published)}",
+                    source_name=published.source,
+                    notes=f"mean IoU, {protocol}, validation split, as reported by the source; not measured here",
+                )
+            )
+    for result in results:
+        if result.get("hub_dataset") and result["mean_iou"] is not None:
+            notes = f"mean IoU, {result['protocol']['name']}, {result['split']} split, {result['num_images']} images"
+            entries.append(
+                EvalResultEntry(
+                    dataset_id=result["hub_dataset"],
+                    task_id="semantic-segmentation",
+                    value=round(result["mean_iou"], 6),
+                    notes=notes,
+                )
+            )
+    return entries
+
+
+def _render(
+    location: str,
+    *,
+    on_hub: bool,
+    revision: str | None = None,
+    family: str,
+    architecture: Sequence[str],
+    labels: Sequence[str],
+    facts: CardFacts,
+    published: PublishedModel | None,
+) -> ModelCard:
+    """The card of a model that is at `location`, a directory or a name on the Hub."""
+    name = Path(location).name or Path(location).resolve().name
+    index = _model_index(facts.results, published)
+    data = ModelCardData(
+        model_name=name if index else None,
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        license=facts.license or "other",
+        license_name=None if facts.license else "not-stated",
+        tags=["semantic-segmentation", "vision", family, "segmenter-hf"],
+        datasets=list(facts.datasets) or None,
+        base_model=facts.base_model,
+        metrics=["mean_iou"],
+        widget=[{"src": SAMPLE_PICTURE, "example_title": "Street scene"}],
+        eval_results=index or None,
+    )
+    protocols = {result["protocol"]["name"]: result["protocol"] for result in facts.results}
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        location=location,
+        on_hub=on_hub,
+        at=f', revision="{revision}"' if revision else "",
+        sample=SAMPLE_PICTURE,
+        family=family,
+        architecture=", ".join(architecture),
+        labels=labels,
+        facts=facts,
+        published=published,
+        trained_on=None if published is None else load_label_set(published.dataset).title,
+        repository=None if published is None else _repository(published),
+        protocols={
+            title: ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items() if key != "name")
+            for title, protocol in protocols.items()
+        },
+        table=results_table(facts.results, published),
+        per_class=[(*_result_key(result), per_class_table(result, labels)) for result in facts.results],
+        drawn=any(result["dataset"] == "scenes" for result in facts.results),
+    )
+
+
+def _write_card(
+    directory: Path, card: ModelCard, results: Sequence[dict[str, Any]], published: PublishedModel | None
+) -> Path:
+    entries = eval_result_entries(results, published)
+    if entries:
+        text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+        write_text(directory / EVAL_RESULTS_FILE, text)
+    else:
+        (directory / EVAL_RESULTS_FILE).unlink(missing_ok=True)
+    path = directory / "README.md"
+    write_text(path, card.content)
+    return path

@@ -1,0 +1,1 @@
+"""Prediction: the protocol, images, files, datasets, attention, visualization."""

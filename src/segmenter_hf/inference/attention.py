@@ -1,0 +1,211 @@
+"""Where a patch or a class looks: attention probabilities of single tokens, and pictures of them.
+
+Only the rows that are asked for are computed, from the input of their layer: (heads, tokens) numbers for each query instead
+of (heads, tokens, tokens) for every layer. They are the same whatever attention implementation the model runs with.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel
+from transformers.image_utils import ImageInput
+
+from ..data.label_sets import LabelSet
+from ..models.sliding_window import Window
+from .visualization import attention_overlay, picture_table
+
+
+MAX_CLASSES_SHOWN = 6
+
+
+@torch.no_grad()
+def attention_rows(
+    model: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    queries: Sequence[int] | None = None,
+    layer: int = -1,
+    *,
+    decoder: bool = False,
+) -> torch.Tensor:
+    """Attention probabilities of some tokens in one layer.
+
+    Args:
+        model (`PreTrainedModel`): A semantic segmentation model of this package, in evaluation mode.
+        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images.
+        queries (`Sequence[int]`, *optional*): The tokens that attend; all by default. In the encoder the class token and, for
+            DeiT, the distillation token come first and then the patches, row by row; in the decoder the patches come
+            first and then the classes.
+        layer (`int`, defaults to -1): The layer, counted from 0; negative ones from the end.
+        decoder (`bool`, defaults to `False`): Whether a layer of the mask transformer is meant instead of the encoder.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch_size, num_heads, num_queries, num_tokens)`: Rows that add up to 1, float32.
+
+    Raises:
+        ValueError: If there is no such layer or token.
+    """
+    attention = _layer(model, layer, decoder).attention
+    thread, captured = threading.get_ident(), []
+
+    def capture(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if threading.get_ident() == thread:  # other threads may be using the model
+            captured.append(inputs[0])
+
+    hook = attention.register_forward_pre_hook(capture)
+    try:
+        model(pixel_values=pixel_values.to(model.device, model.dtype))
+    finally:
+        hook.remove()
+    (tokens,) = captured
+    num_tokens = tokens.shape[1]
+    if queries is not None and not all(-num_tokens <= query < num_tokens for query in queries):
+        raise ValueError(f"`queries` must be tokens from 0 to {num_tokens - 1}, got {list(queries)}.")
+    asking = tokens if queries is None else tokens[:, list(queries)]
+    query, key = (
+        projection(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2).float()
+        for projection, states in ((attention.q_proj, asking), (attention.k_proj, tokens))
+    )
+    return (query @ key.transpose(2, 3) * attention.scaling).softmax(dim=-1)
+
+
+def patch_attention(
+    model: PreTrainedModel, processor: BaseImageProcessor, image: ImageInput, point: tuple[int, int], layer: int = -1
+) -> np.ndarray:
+    """How much the patch under a point of an image attends to each patch, in one layer of the encoder.
+
+    The image is resized as for prediction and goes through the network whole, not in windows.
+
+    Args:
+        model (`PreTrainedModel`), processor (`BaseImageProcessor`): The model and its image processor.
+        image (`ImageInput`): One image, as the processor takes it.
+        point (`tuple[int, int]`): `(x, y)` in pixels of the image.
+        layer (`int`, defaults to -1): The layer, counted from 0; negative ones from the end.
+
+    Returns:
+        `np.ndarray` of shape `(num_heads, rows, columns)` and dtype `float32`: Probabilities for each patch of a grid that
+        covers the image; what is missing to 1 goes to the class and distillation tokens.
+
+    Raises:
+        ValueError: If the point is not in the image or there is no such layer.
+    """
+    pixel_values, (rows, columns), (height, width) = _whole_image(model, processor, image)
+    x, y = point
+    if not (0 <= x < width and 0 <= y < height):
+        raise ValueError(f"`point` must be (x, y) in an image of {width} x {height} pixels, got {point}.")
+    prefix = model.base_model.embeddings.num_prefix_tokens
+    query = prefix + int(y * rows / height) * columns + int(x * columns / width)
+    probabilities = attention_rows(model, pixel_values, [query], layer)
+    return probabilities[0, :, 0, prefix:].unflatten(-1, (rows, columns)).cpu().numpy()
+
+
+def class_attention(
+    model: PreTrainedModel, processor: BaseImageProcessor, image: ImageInput, class_id: int, layer: int = -1
+) -> np.ndarray:
+    """How much the embedding of a class attends to each patch, in one layer of the mask transformer.
+
+    Args:
+        model (`PreTrainedModel`), processor (`BaseImageProcessor`), image (`ImageInput`): As for `patch_attention`.
+        class_id (`int`): The class, from 0.
+        layer (`int`, defaults to -1): The layer of the decoder, counted from 0; negative ones from the end.
+
+    Returns:
+        `np.ndarray` of shape `(num_heads, rows, columns)` and dtype `float32`: Probabilities for each patch of a grid that
+        covers the image; what is missing to 1 goes to the classes.
+
+    Raises:
+        ValueError: If the decoder has no class embeddings, or there is no such class or layer.
+    """
+    pixel_values, (rows, columns), _ = _whole_image(model, processor, image)
+    if not 0 <= class_id < model.config.num_labels:
+        raise ValueError(f"`class_id` must be from 0 to {model.config.num_labels - 1}, got {class_id}.")
+    probabilities = attention_rows(model, pixel_values, [rows * columns + class_id], layer, decoder=True)
+    return probabilities[0, :, 0, : rows * columns].unflatten(-1, (rows, columns)).cpu().numpy()
+
+
+def has_class_attention(model: PreTrainedModel) -> bool:
+    """Whether the model has class embeddings that attend to patches: a Segmenter with a mask transformer."""
+    return hasattr(model.decode_head, "class_embeddings")
+
+
+def attention_picture(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    picture: Image.Image,
+    segmentation: np.ndarray,
+    label_set: LabelSet,
+    layer: int = -1,
+) -> Image.Image:
+    """Attention, averaged over the heads, of the largest classes of a picture.
+
+    The first row shows the patch nearest to the middle of each class (marked by a cross) in the last layer of the
+    encoder; for a mask transformer a second row shows the class itself in the last layer of the decoder.
+
+    Args:
+        model (`PreTrainedModel`), processor (`BaseImageProcessor`): The model and its image processor.
+        picture (`PIL.Image.Image`): The picture.
+        segmentation (integer `np.ndarray` of shape `(height, width)`): Its predicted classes.
+        label_set (`LabelSet`): Names of the classes.
+        layer (`int`, defaults to -1): The layer of the encoder, counted from 0; negative ones from the end.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture.
+
+    Raises:
+        ValueError: If there is no such layer.
+    """
+    classes, areas = np.unique(segmentation, return_counts=True)
+    largest = [int(class_id) for class_id in classes[np.argsort(-areas, kind="stable")][:MAX_CLASSES_SHOWN]]
+    points = [central_pixel(segmentation == class_id) for class_id in largest]
+    rows = {
+        "patch in the encoder": [
+            attention_overlay(picture, patch_attention(model, processor, picture, point, layer).mean(0), point)
+            for point in points
+        ]
+    }
+    if has_class_attention(model):
+        rows["class in the decoder"] = [
+            attention_overlay(picture, class_attention(model, processor, picture, class_id).mean(0))
+            for class_id in largest
+        ]
+    return picture_table(rows, [label_set.labels[class_id] for class_id in largest])
+
+
+def central_pixel(mask: np.ndarray) -> tuple[int, int]:
+    """The pixel `(x, y)` of a non-empty boolean mask (height, width) that is nearest to its centre of mass."""
+    y, x = np.nonzero(mask)
+    nearest = np.argmin((y - y.mean()) ** 2 + (x - x.mean()) ** 2)
+    return int(x[nearest]), int(y[nearest])
+
+
+def _whole_image(
+    model: PreTrainedModel, processor: BaseImageProcessor, image: ImageInput
+) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
+    """Pixel values (1, channels, height, width) in whole patches, their grid, and the size of the image as it came."""
+    arguments: dict[str, Any] = {"do_split_windows": False, "scales": [1.0], "do_flip": False}
+    inputs = processor(image, return_tensors="pt", **arguments)
+    (window,) = (Window(*row) for row in inputs["window_offsets"].tolist())
+    pixel_values, patch_size = inputs["pixel_values"], model.config.patch_size
+    rows, columns = (max(round(side / patch_size), 1) for side in pixel_values.shape[-2:])
+    size = (rows * patch_size, columns * patch_size)
+    pixel_values = nn.functional.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
+    return pixel_values, (rows, columns), (window.image_height, window.image_width)
+
+
+def _layer(model: PreTrainedModel, index: int, decoder: bool) -> nn.Module:
+    if decoder and not has_class_attention(model):
+        raise ValueError(
+            f"A decoder of type {model.config.decoder_type!r} has no class embeddings: class attention needs a Segmenter "
+            "with the decoder 'mask_transformer'."
+        )
+    layers = model.decode_head.layers if decoder else model.base_model.layers
+    if not -len(layers) <= index < len(layers):
+        raise ValueError(f"`layer` must be from {-len(layers)} to {len(layers) - 1}, got {index}.")
+    return layers[index]
+
+
+__all__ = ["attention_picture", "attention_rows", "class_attention", "has_class_attention", "patch_attention"]

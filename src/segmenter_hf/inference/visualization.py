@@ -1,0 +1,522 @@
+"""Pictures of segmentations: colours, overlays on the photograph, legends and grids of predictions."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..models.image_io import pil_to_array
+
+
+Picture = Image.Image | np.ndarray
+Segmentation = np.ndarray | torch.Tensor
+Entry = tuple[tuple[int, int, int] | None, str, str]  # colour of the swatch, name, share
+
+_TEXT, _FAINT_TEXT, _BACKGROUND = (30, 30, 30), (110, 110, 110), (255, 255, 255)
+# Black over red and orange to white, 256 steps: readable in grey too, as its brightness only rises.
+_HEAT = np.stack([np.clip(np.arange(256) * 3 - 255 * channel, 0, 255) for channel in range(3)], 1).astype(np.uint8)
+_SMALLEST_FONT = 14  # pixels; smaller ones of the built-in font are hard to read
+_LONGEST_NAME = 200  # characters; more of a class name are not shown, and Pillow measures a million only
+_SMALLEST_SIDE = 400  # pixels, geometric mean of width and height of a picture beside a legend
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """A picture in RGB as the models see it: 16 bits are scaled to 8, where Pillow and `pipeline` clip them.
+
+    Args:
+        picture (`PIL.Image.Image`):
+            Picture of any mode.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture.
+    """
+    if picture.mode.startswith("I"):
+        return Image.fromarray(np.moveaxis(pil_to_array(picture, do_convert_rgb=True), 0, -1))
+    return picture.convert("RGB")
+
+
+def colorize(segmentation: Segmentation, palette: np.ndarray, ignore_index: int = 255) -> Image.Image:
+    """Paints every pixel in the colour of its class.
+
+    Args:
+        segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`):
+            Class ids in `[0, num_labels)`, or `ignore_index`.
+        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`):
+            RGB colours, as `LabelSet.palette`.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Pixels with this id are black.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture of size `(width, height)`.
+
+    Raises:
+        `ValueError`: If the segmentation has another shape, dtype or class ids than above.
+    """
+    ids, ignored = _class_ids(segmentation, len(palette), ignore_index)
+    colors = np.asarray(palette, dtype=np.uint8)[ids]
+    colors[ignored] = 0
+    return Image.fromarray(colors)
+
+
+def label_map_image(segmentation: Segmentation, palette: np.ndarray) -> Image.Image:
+    """Makes a picture that stores the class ids themselves, for saving as PNG.
+
+    Args:
+        segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`):
+            Class ids in `[0, 255]`, among them any ignore index; in `[0, 65535]` if the palette has more than 256 colours.
+        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`):
+            RGB colours in which viewers show the ids; ids beyond are black.
+
+    Returns:
+        `PIL.Image.Image`: Picture of mode "P", or of mode "I;16" and without colours for more than 256 of them.
+
+    Raises:
+        `ValueError`: If the segmentation has another shape, dtype or class ids than above.
+    """
+    dtype = np.uint16 if len(palette) > 256 else np.uint8
+    array = _map_array(segmentation)
+    if array.min(initial=0) < 0 or array.max(initial=0) > np.iinfo(dtype).max:
+        raise ValueError(
+            f"with {len(palette)} colors, class ids must lie in [0, {np.iinfo(dtype).max}], "
+            f"got values from {array.min()} to {array.max()}."
+        )
+    picture = Image.fromarray(array.astype(dtype))
+    if dtype is np.uint8:
+        full_palette = np.zeros((256, 3), dtype=np.uint8)  # PNG would cut ids to the bits that a shorter one needs
+        full_palette[: len(palette)] = palette
+        picture.putpalette(full_palette.tobytes())
+    return picture
+
+
+def overlay(
+    image: Picture,
+    segmentation: Segmentation,
+    palette: np.ndarray,
+    alpha: float = 0.5,
+    boundaries: bool = True,
+    ignore_index: int = 255,
+) -> Image.Image:
+    """Lays the colours of the classes over the photograph.
+
+    Args:
+        image (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype `uint8`):
+            Photograph.
+        segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`):
+            Class ids in `[0, num_labels)`, or `ignore_index`.
+        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`):
+            RGB colours, as `LabelSet.palette`.
+        alpha (`float`, *optional*, defaults to 0.5):
+            Opacity of the colours in `[0, 1]`.
+        boundaries (`bool`, *optional*, defaults to `True`):
+            Whether to line each class with a brighter tone of its colour. Pictures below about 225 x 225 pixels have no
+            lines: they would hide the small things.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Pixels with this id stay as in the photograph.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture of the size of `image`.
+
+    Raises:
+        `ValueError`: If the sizes differ, `alpha` is out of range, or an argument has another form than above.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
+    photograph = _rgb(image)
+    ids, ignored = _class_ids(segmentation, len(palette), ignore_index)
+    _check_sizes(photograph, ids)
+    palette = np.asarray(palette, dtype=np.uint8)
+    blended = np.array(Image.blend(photograph, Image.fromarray(palette[ids]), alpha))
+    thickness = round(math.sqrt(ids.size) / 450)
+    if boundaries and thickness:
+        lines = _boundaries(np.where(ignored, -1, ids), thickness)
+        bright = np.rint(0.65 * palette + 0.35 * 255).astype(np.uint8)
+        blended[lines] = bright[ids[lines]]
+    blended[ignored] = np.asarray(photograph)[ignored]
+    return Image.fromarray(blended)
+
+
+def with_legend(
+    picture: Picture,
+    segmentation: Segmentation,
+    id2label: Mapping[int, str],
+    palette: np.ndarray,
+    max_entries: int = 20,
+    ignore_index: int = 255,
+) -> Image.Image:
+    """Puts a legend to the right of a picture: the classes that are present, by area.
+
+    Small pictures are enlarged by a whole factor, so that the legend is readable.
+
+    Args:
+        picture (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype `uint8`):
+            Picture of the size of `segmentation`, usually from `overlay` or `colorize`.
+        segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`):
+            Class ids in `[0, num_labels)`, or `ignore_index`.
+        id2label (`Mapping[int, str]`):
+            Class names, as `LabelSet.id2label`.
+        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`):
+            RGB colours, as `LabelSet.palette`.
+        max_entries (`int`, *optional*, defaults to 20):
+            Number of classes listed; the smaller ones are summed up in one line.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Pixels with this id are left out; the percentages are of the other pixels.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture, wider than `picture`.
+
+    Raises:
+        `ValueError`: If the sizes differ, a class that is present has no name, or an argument has another form than
+            above.
+    """
+    picture = _rgb(picture)
+    _check_sizes(picture, _map_array(segmentation))
+    factor = math.ceil(_SMALLEST_SIDE / math.sqrt(picture.width * picture.height))
+    if factor > 1:
+        picture = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
+    entries = _legend_entries([segmentation], id2label, palette, max_entries, ignore_index)
+    panel = _legend_column(entries, _font(0.03 * math.sqrt(picture.width * picture.height)))
+    canvas = Image.new("RGB", (picture.width + panel.width, max(picture.height, panel.height)), _BACKGROUND)
+    canvas.paste(picture, (0, 0))
+    canvas.paste(panel, (picture.width, 0))
+    return canvas
+
+
+def prediction_grid(
+    rows: Sequence[tuple[Picture, Segmentation | None, Segmentation]],
+    palette: np.ndarray,
+    id2label: Mapping[int, str],
+    column_titles: tuple[str, str, str] = ("image", "ground truth", "prediction"),
+    row_height: int = 240,
+    max_entries: int = 30,
+    ignore_index: int = 255,
+) -> Image.Image:
+    """Shows images beside their ground truth and prediction, with one legend below.
+
+    Args:
+        rows (sequence of `(image, truth, prediction)`):
+            Photograph, true classes or `None`, and predicted classes, as `overlay` takes them. Without any truth, its
+            column is left out.
+        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`):
+            RGB colours, as `LabelSet.palette`.
+        id2label (`Mapping[int, str]`):
+            Class names, as `LabelSet.id2label`.
+        column_titles (`tuple[str, str, str]`, *optional*):
+            Titles of the columns.
+        row_height (`int`, *optional*, defaults to 240):
+            Height of every picture, in pixels.
+        max_entries (`int`, *optional*, defaults to 30):
+            Number of classes in the legend, the largest first.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Pixels with this id show the photograph.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture.
+
+    Raises:
+        `ValueError`: If there are no rows, the sizes within a row differ, or as `overlay` and `with_legend`.
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one (image, truth, prediction), got none.")
+    has_truth = any(truth is not None for _, truth, _ in rows)
+    titles = column_titles if has_truth else column_titles[::2]
+    cells, segmentations = [], []
+    for image, truth, prediction in rows:
+        pictures = [_rgb(image)]
+        for segmentation in (truth, prediction) if has_truth else (prediction,):
+            if segmentation is None:
+                pictures.append(None)
+            else:
+                pictures.append(overlay(image, segmentation, palette, alpha=0.7, ignore_index=ignore_index))
+                segmentations.append(segmentation)
+        cells.append([None if picture is None else _thumbnail(picture, row_height) for picture in pictures])
+
+    font = _font(row_height / 14)
+    gap, title_height = font.size // 2, 2 * font.size
+    column_width = max(pictures[0].width for pictures in cells)
+    width = gap + len(titles) * (column_width + gap)
+    entries = _legend_entries(segmentations, id2label, palette, max_entries, ignore_index)
+    legend = _legend_rows(entries, font, width)
+    height = title_height + len(cells) * (row_height + gap) + legend.height
+    canvas = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    centers = [gap + column * (column_width + gap) + column_width // 2 for column in range(len(titles))]
+    for center, title in zip(centers, titles):
+        title = _shorten(title, font, column_width)
+        draw.text((center, title_height // 2), title, fill=_TEXT, font=font, anchor="mm")
+    for row, pictures in enumerate(cells):
+        top = title_height + row * (row_height + gap)
+        for center, picture in zip(centers, pictures):
+            if picture is None:
+                draw.text((center, top + row_height // 2), "none", fill=_FAINT_TEXT, font=font, anchor="mm")
+            else:
+                canvas.paste(picture, (center - picture.width // 2, top))
+    canvas.paste(legend, (0, height - legend.height))
+    return canvas
+
+
+def attention_overlay(
+    picture: Picture, attention: np.ndarray, point: tuple[int, int] | None = None, alpha: float = 0.7
+) -> Image.Image:
+    """Lays attention over a darkened photograph, from nothing over red and orange to white.
+
+    Args:
+        picture (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype `uint8`):
+            Photograph.
+        attention (`np.ndarray` of shape `(rows, columns)`):
+            Non-negative numbers for a grid that covers the photograph. The colours run up to the largest of them.
+        point (`tuple[int, int]`, *optional*):
+            `(x, y)` in pixels of the photograph, where a cross is drawn.
+        alpha (`float`, *optional*, defaults to 0.7):
+            How much the attention hides of the photograph, in `[0, 1]`.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture of the size of `picture`.
+
+    Raises:
+        `ValueError`: If `attention` has another form, or `alpha` is out of range.
+    """
+    attention = np.asarray(attention, dtype=np.float32)
+    if attention.ndim != 2 or not np.isfinite(attention).all() or attention.min(initial=0) < 0:
+        raise ValueError(
+            f"attention must be a grid of non-negative numbers of shape (rows, columns), got shape {attention.shape}."
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
+    photograph = _rgb(picture)
+    levels = np.rint(255 * attention / max(float(attention.max()), 1e-12)).astype(np.uint8)
+    heat = Image.fromarray(_HEAT[levels]).resize(photograph.size, Image.Resampling.BICUBIC)
+    shown = Image.blend(photograph, heat, alpha)
+    if point is not None:
+        _draw_cross(shown, point)
+    return shown
+
+
+def picture_table(
+    rows: Mapping[str, Sequence[Image.Image]], column_titles: Sequence[str], height: int = 200
+) -> Image.Image:
+    """Puts pictures of one size into a table with titles.
+
+    Args:
+        rows (`Mapping[str, Sequence[PIL.Image.Image]]`):
+            Title and pictures of each row, as many as there are columns.
+        column_titles (`Sequence[str]`):
+            Titles of the columns.
+        height (`int`, *optional*, defaults to 200):
+            Height of every picture, in pixels.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture.
+    """
+    font = _font(height / 14)
+    gap, line = font.size // 2, 2 * font.size
+    cells = {title: [_thumbnail(picture, height) for picture in pictures] for title, pictures in rows.items()}
+    column_width = max(picture.width for pictures in cells.values() for picture in pictures)
+    row_titles = max(math.ceil(font.getlength(title)) for title in cells) + 2 * gap
+    canvas = Image.new(
+        "RGB",
+        (row_titles + len(column_titles) * (column_width + gap), line + len(cells) * (height + gap)),
+        _BACKGROUND,
+    )
+    draw = ImageDraw.Draw(canvas)
+    for column, title in enumerate(column_titles):
+        center = row_titles + column * (column_width + gap) + column_width // 2
+        draw.text((center, line // 2), _shorten(title, font, column_width), fill=_TEXT, font=font, anchor="mm")
+    for row, (title, pictures) in enumerate(cells.items()):
+        top = line + row * (height + gap)
+        draw.text((gap, top + height // 2), title, fill=_FAINT_TEXT, font=font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            canvas.paste(picture, (row_titles + column * (column_width + gap), top))
+    return canvas
+
+
+def training_curves(log_history: Sequence[Mapping[str, float]]) -> Image.Image | None:
+    """Draws loss, learning rate and mean IoU over the steps of a training.
+
+    Args:
+        log_history (sequence of `Mapping[str, float]`):
+            What Trainer logged: entries with `step` and `loss`, `learning_rate` or `eval_mean_iou`.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture, one plot beside the other; `None` if nothing was logged yet.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = {
+        title: [(entry["step"], factor * entry[key]) for entry in log_history if key in entry and "step" in entry]
+        for title, key, factor in (
+            ("training loss", "loss", 1),
+            ("learning rate", "learning_rate", 1),
+            ("mean IoU, percent (validation)", "eval_mean_iou", 100),
+        )
+    }
+    curves = {title: points for title, points in curves.items() if points}
+    if not curves:
+        return None
+    figure = Figure(figsize=(4.5 * len(curves), 3.2), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, (title, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        axes.plot(*zip(*points), marker="o" if len(points) < 30 else None, markersize=3)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _draw_cross(picture: Image.Image, point: tuple[int, int]) -> None:
+    """Draws a cross that is seen on light and on dark."""
+    arm = max(3, round(math.sqrt(picture.width * picture.height) / 50))
+    draw, (x, y) = ImageDraw.Draw(picture), point
+    for color, width in (((0, 0, 0), max(3, arm // 2)), ((255, 255, 255), max(1, arm // 4))):
+        draw.line((x - arm, y, x + arm, y), fill=color, width=width)
+        draw.line((x, y - arm, x, y + arm), fill=color, width=width)
+
+
+def _map_array(segmentation: Segmentation) -> np.ndarray:
+    if isinstance(segmentation, torch.Tensor):
+        segmentation = segmentation.detach().cpu()
+        segmentation = segmentation.float() if segmentation.dtype == torch.bfloat16 else segmentation
+    array = np.asarray(segmentation)
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"segmentation must be an integer map of shape (height, width), got {array.dtype} of shape {array.shape}."
+        )
+    return array
+
+
+def _class_ids(segmentation: Segmentation, num_labels: int, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the class ids, 0 at ignored pixels, and where those are."""
+    array = _map_array(segmentation)
+    ignored = array == ignore_index
+    ids = np.where(ignored, 0, array.astype(np.intp))
+    wrong = np.unique(ids[(ids < 0) | (ids >= num_labels)])
+    if wrong.size:
+        raise ValueError(
+            f"class ids must lie in [0, {num_labels}), the length of the palette, or be the ignore_index "
+            f"{ignore_index}, got {wrong[:10].tolist()}."
+        )
+    return ids, ignored
+
+
+def _rgb(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return as_rgb(picture)
+    if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
+        raise ValueError(
+            "expected a PIL image, or a uint8 array of shape (height, width, 3) or (height, width), "
+            f"got {picture.dtype} of shape {tuple(picture.shape)}."
+        )
+    return Image.fromarray(picture).convert("RGB")
+
+
+def _check_sizes(picture: Image.Image, segmentation: np.ndarray) -> None:
+    size = (picture.height, picture.width)
+    if segmentation.shape != size:
+        raise ValueError(
+            f"image and segmentation must have one (height, width), got {size} and {segmentation.shape}. "
+            "Pass the size of the image as `target_sizes` to `post_process_semantic_segmentation`."
+        )
+
+
+def _thumbnail(picture: Image.Image, height: int) -> Image.Image:
+    """The picture at this height, or lower where it would be longer than four times that."""
+    factor = min(height / picture.height, 4 * height / picture.width)
+    size = (max(1, round(side * factor)) for side in picture.size)
+    return picture.resize(tuple(size), Image.Resampling.LANCZOS)
+
+
+def _boundaries(ids: np.ndarray, thickness: int) -> np.ndarray:
+    """Marks the pixels within `thickness` pixels, along rows and columns, of another class."""
+    marked = np.zeros(ids.shape, dtype=bool)
+    for array, lines in ((ids, marked), (ids.T, marked.T)):
+        different = array[thickness:] != array[:-thickness]
+        lines[thickness:] |= different
+        lines[:-thickness] |= different
+    return marked
+
+
+def _legend_entries(
+    segmentations: Sequence[Segmentation],
+    id2label: Mapping[int, str],
+    palette: np.ndarray,
+    max_entries: int,
+    ignore_index: int,
+) -> list[Entry]:
+    counts = np.zeros(len(palette), dtype=np.int64)
+    for segmentation in segmentations:
+        ids, ignored = _class_ids(segmentation, len(palette), ignore_index)
+        counts += np.bincount(ids[~ignored], minlength=len(palette))
+    present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
+    unnamed = [i for i in present if i not in id2label]
+    if unnamed:
+        raise ValueError(f"id2label must name every class that is present, got none for {unnamed[:10]}.")
+    shares = counts / max(1, counts.sum())
+    entries = [(tuple(palette[i].tolist()), id2label[i], _percent(shares[i])) for i in present[:max_entries]]
+    rest = present[max_entries:]
+    if rest:
+        entries.append((None, f"+ {len(rest)} more", _percent(shares[rest].sum())))
+    return entries
+
+
+def _legend_column(entries: Sequence[Entry], font: ImageFont.FreeTypeFont) -> Image.Image:
+    """Draws swatch, name and share of one class per line."""
+    line, swatch, padding = round(1.5 * font.size), font.size, font.size
+    names = [_shorten(name, font, 12 * font.size) for _, name, _ in entries]
+    name_width = max((math.ceil(font.getlength(name)) for name in names), default=0)
+    share_width = max((math.ceil(font.getlength(share)) for _, _, share in entries), default=0)
+    name_left = padding + swatch + swatch // 2
+    right = name_left + name_width + font.size + share_width
+    panel = Image.new("RGB", (right + padding, 2 * padding + len(entries) * line), _BACKGROUND)
+    draw = ImageDraw.Draw(panel)
+    for i, (name, (color, _, share)) in enumerate(zip(names, entries)):
+        middle = padding + i * line + line // 2
+        _draw_swatch(draw, color, padding, middle, swatch)
+        draw.text((name_left, middle), name, fill=_TEXT, font=font, anchor="lm")
+        draw.text((right, middle), share, fill=_FAINT_TEXT, font=font, anchor="rm")
+    return panel
+
+
+def _legend_rows(entries: Sequence[Entry], font: ImageFont.FreeTypeFont, width: int) -> Image.Image:
+    """Draws swatch and name of the classes side by side, in columns, on as many lines as needed."""
+    line, swatch, padding = round(1.5 * font.size), font.size, font.size // 2
+    space = swatch + swatch // 2 + font.size
+    names = [_shorten(name, font, min(12 * font.size, width - 2 * padding - space)) for _, name, _ in entries]
+    cell = space + max((math.ceil(font.getlength(name)) for name in names), default=0)
+    columns = max(1, (width - 2 * padding) // cell)
+    panel = Image.new("RGB", (width, 2 * padding + math.ceil(len(entries) / columns) * line), _BACKGROUND)
+    draw = ImageDraw.Draw(panel)
+    for i, (name, (color, _, _)) in enumerate(zip(names, entries)):
+        left, middle = padding + i % columns * cell, padding + i // columns * line + line // 2
+        _draw_swatch(draw, color, left, middle, swatch)
+        draw.text((left + swatch + swatch // 2, middle), name, fill=_TEXT, font=font, anchor="lm")
+    return panel
+
+
+def _draw_swatch(
+    draw: ImageDraw.ImageDraw, color: tuple[int, int, int] | None, left: int, middle: int, size: int
+) -> None:
+    if color is not None:
+        top = middle - size // 2
+        draw.rounded_rectangle((left, top, left + size, top + size), radius=size // 5, fill=color, outline=_FAINT_TEXT)
+
+
+def _font(size: float) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=max(_SMALLEST_FONT, round(size)))
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Cuts a text to a width in pixels, with an ellipsis at the end if something is missing."""
+    text = " ".join(text[: _LONGEST_NAME + 1].split())  # in one line
+    if len(text) <= _LONGEST_NAME and font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1].rstrip()
+    return text + "…"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.0005 else "< 0.1 %"

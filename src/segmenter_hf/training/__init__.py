@@ -1,0 +1,1 @@
+"""Training: arguments, recipes, Trainer, the whole run."""

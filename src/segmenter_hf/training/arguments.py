@@ -1,0 +1,267 @@
+"""The arguments of training, as `scripts/train.py` takes them."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..models.configuration_segmenter import SegmenterConfig
+from ..models.configuration_setr import SetrConfig
+
+
+# The sizes of the paper (Strudel et al., ICCV 2021, table 1): width, layers, heads.
+MODEL_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+CONFIGS = {"segmenter": SegmenterConfig, "setr": SetrConfig}
+DECODERS = ["linear", "mask_transformer", "naive", "pup", "mla"]
+NORMALIZATIONS = {
+    "half": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+    "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+}
+METRICS = ("mean_iou", "mean_accuracy", "overall_accuracy")  # of an evaluation while training
+
+
+def check_finite(arguments: Any) -> None:
+    """No argument is NaN or infinite.
+
+    Raises:
+        ValueError: If one is.
+    """
+    for name, value in vars(arguments).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`--{name}` must be a finite number, got {value}.")
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Directory or Hub name to start from; without it a new model is made."}
+    )
+    model_type: str = field(default="segmenter", metadata={"help": "Family of a new model.", "choices": list(CONFIGS)})
+    model_size: str = field(default="tiny", metadata={"help": "Size of a new model.", "choices": list(MODEL_SIZES)})
+    decoder_type: str | None = field(
+        default=None, metadata={"help": "Decoder; by default that of the model.", "choices": DECODERS}
+    )
+    drop_path_rate: float | None = field(
+        default=None, metadata={"help": "Stochastic depth of the encoder; by default that of the model."}
+    )
+    config_overrides: str = field(
+        default="",
+        metadata={"help": 'Other fields of the configuration, as in "patch_size=8,num_hidden_layers=4".'},
+    )
+    normalization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Mean and standard deviation of the pixels; by default those of the model.",
+            "choices": list(NORMALIZATIONS),
+        },
+    )
+    class_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Weights of the classes in the loss, as in "1,2.5,1"; "balanced" makes them from the frequencies.'
+        },
+    )
+    label_smoothing: float | None = field(
+        default=None, metadata={"help": "Share of each label that is spread over all classes."}
+    )
+    dice_weight: float | None = field(
+        default=None, metadata={"help": "Weight of a Dice loss beside the cross-entropy, for few classes."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention: sdpa, flash_attention_2, eager; eager is fastest for bf16 on a CPU."},
+    )
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+
+
+@dataclass
+class DataArguments:
+    """Which images to train on, and what happens to them."""
+
+    recipe: str | None = field(
+        default=None, metadata={"help": "Named values of all arguments; others on the command line replace them."}
+    )
+    dataset_name: str | None = field(
+        default="scenes",
+        metadata={"help": 'Hub name, folder of parquet files or of images; "scenes" are the embedded street scenes.'},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data set while training instead of first; needs --max_steps."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
+    validation_fraction: float | None = field(
+        default=None, metadata={"help": "Share of the train split to evaluate on where there is no validation split."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="annotation", metadata={"help": "Column of the label maps."})
+    label_set: str | None = field(
+        default=None,
+        metadata={"help": "Name of a label set or path of a JSON file; without it the classes are counted."},
+    )
+    ignore_index: int | None = field(
+        default=None, metadata={"help": "Label of pixels without a class; by default that of the label set, 255."}
+    )
+    do_reduce_labels: bool = field(
+        default=False, metadata={"help": "Stored 0 means no class, and the classes are stored from 1 on."}
+    )
+    max_scanned_masks: int | None = field(
+        default=None, metadata={"help": "Check the first so many masks only before training; 0 checks none."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate the first so many images only."})
+    scenes_train: int = field(default=500, metadata={"help": "Number of embedded scenes to train on."})
+    scenes_validation: int = field(default=100, metadata={"help": "Number of embedded scenes to evaluate on."})
+    image_size: int = field(default=512, metadata={"help": "Short side in pixels to which images are resized."})
+    max_ratio: float = field(default=4.0, metadata={"help": "The long side is at most so many times `image_size`."})
+    crop_size: int = field(default=512, metadata={"help": "Side in pixels of training crops and of the windows."})
+    window_stride: int | None = field(
+        default=None, metadata={"help": "Distance of two windows in pixels; `crop_size` by default."}
+    )
+    min_scale: float = field(default=0.5, metadata={"help": "Least factor of the random resize."})
+    max_scale: float = field(default=2.0, metadata={"help": "Greatest factor of the random resize."})
+    cat_max_ratio: float = field(default=0.75, metadata={"help": "Greatest share of one class in a training crop."})
+    photometric_distortion: bool = field(default=True, metadata={"help": "Change colours at random in training."})
+    window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network in evaluation."})
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+
+
+@dataclass
+class SegmentationTrainingArguments(TrainingArguments):
+    """Trainer's arguments with the defaults of segmentation: poly schedule, best mean IoU kept, nothing reported.
+
+    `total_batch_size` is the effective batch: devices x `per_device_train_batch_size` x `gradient_accumulation_steps`. Where
+    it is given, the accumulation follows from it and the batch of a device, or, without that, the batch of a device.
+
+    Raises:
+        ValueError: If the batch cannot be put together so, nothing would be trained, or arguments are not for segmentation.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate at the first step."})
+    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
+    poly_power: float = field(default=0.9, metadata={"help": "Power of the polynomial schedule."})
+    min_learning_rate: float = field(default=1e-6, metadata={"help": "Where the polynomial schedule ends."})
+    head_learning_rate_factor: float = field(
+        default=1.0, metadata={"help": "Factor of the learning rate of the decoder and the auxiliary heads."}
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Crops at once on a device; 8 by default, or what total_batch_size leaves."}
+    )
+    total_batch_size: int | None = field(
+        default=None, metadata={"help": "Crops of a step over all devices and accumulated batches."}
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Whether to end with the best checkpoint."})
+    metric_for_best_model: str | None = field(default="mean_iou", metadata={"help": "What best means."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
+    batch_eval_metrics: bool = field(default=True, metadata={"help": "Whether counts are added batch by batch."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Transforms need all columns."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Images at once in evaluation."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Whether to pin memory, for a GPU."}
+    )
+    hub_strategy: str = field(default="end", metadata={"help": "When to push with push_to_hub; end: once, complete."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps from log line to log line."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether a loss that is no number is left out of the log; it is an error here."},
+    )
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Where to report: tensorboard, wandb, trackio; any of them."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Delete the checkpoints of an earlier run in output_dir, replace its other files, start anew."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        if self.max_steps < 1 and (self.max_steps != -1 or self.num_train_epochs <= 0):
+            raise ValueError(
+                f"Nothing would be trained in {self.num_train_epochs} epochs or {self.max_steps} steps: give a positive "
+                "`--num_train_epochs` or `--max_steps`."
+            )
+        if wrong := [item for item in (self.optim_args or "=").split(",") if item.count("=") != 1]:
+            raise ValueError(f'`--optim_args` must be as in "momentum=0.9,nesterov=true", got {wrong[0]!r}.')
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "`label_smoothing_factor` is for text: use `--label_smoothing`, which leaves ignored pixels out."
+            )
+        if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"power": self.poly_power, "lr_end": self.min_learning_rate}
+        super().__post_init__()
+        if self.metric_for_best_model is not None and self.metric_for_best_model.removeprefix("eval_") not in METRICS:
+            raise ValueError(
+                f"`--metric_for_best_model` must be one of {', '.join(METRICS)}, got {self.metric_for_best_model!r}."
+            )
+        self._share_out_batch()
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that a step runs on."""
+        return self.world_size * max(self.n_gpu, 1)
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Crops of a step: devices x batch x accumulation."""
+        return self.num_devices * self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def _share_out_batch(self) -> None:
+        total, devices = self.total_batch_size, self.num_devices
+        per_device, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        if total is None:
+            per_device = 8 if per_device is None else per_device
+            total = devices * per_device * accumulation
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = resolve_batch_size(
+            total, devices, per_device, accumulation
+        )
+
+
+def resolve_batch_size(
+    total_batch_size: int, num_devices: int, per_device: int | None = None, accumulation: int = 1
+) -> tuple[int, int]:
+    """Put an effective batch together from what the devices take at once.
+
+    Args:
+        total_batch_size (`int`): Crops of a step: `num_devices` x `per_device` x `accumulation`.
+        num_devices (`int`): Devices that share it.
+        per_device (`int`, *optional*): Crops at once on a device. Where it is given, `accumulation` follows from it.
+        accumulation (`int`, defaults to 1): Batches that are accumulated for a step.
+
+    Returns:
+        `tuple[int, int]`: Crops at once on a device, and accumulated batches.
+
+    Raises:
+        ValueError: If a number is not positive, or no whole ones give the batch.
+    """
+    if min(total_batch_size, num_devices, accumulation, 1 if per_device is None else per_device) < 1:
+        raise ValueError(
+            f"Batches and numbers of devices must be positive, got `total_batch_size` {total_batch_size}, {num_devices} "
+            f"devices, `per_device_train_batch_size` {per_device}, `gradient_accumulation_steps` {accumulation}."
+        )
+    if per_device is None:
+        per_device = total_batch_size // (num_devices * accumulation)
+    else:
+        accumulation = total_batch_size // (num_devices * per_device)
+    if not accumulation or num_devices * per_device * accumulation != total_batch_size:
+        raise ValueError(
+            f"`total_batch_size` {total_batch_size} is not {num_devices} devices x a whole batch: got {per_device} crops per "
+            f"device and {accumulation} accumulated batches. Give other values of `--per_device_train_batch_size`, "
+            "`--gradient_accumulation_steps` or `--total_batch_size`."
+        )
+    return per_device, accumulation

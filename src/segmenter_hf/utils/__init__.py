@@ -1,0 +1,1 @@
+"""What has nothing to do with segmentation: atomic files, JSON, errors."""

@@ -1,0 +1,233 @@
+"""Writing files so that what exists is complete: under a temporary name first, then moved.
+
+A process that is killed leaves its temporary name beside the target: `.NAME-partial-...`. It is in nobody's way and is not
+deleted, for another process may be writing it, and `old` in it is what was to be replaced, if the kill came between the two
+moves. Delete it when no process writes there.
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from safetensors import SafetensorError
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+MAX_STEM_BYTES = 180  # of a name in a temporary one: file systems take 255
+
+MODEL_TYPES = ("segmenter", "setr")
+# What the directory of a saved or published model holds.
+MODEL_FILES = (
+    *("README.md", "config.json", "label_set.json", "model_card.json", "preprocessor_config.json"),
+    *("model*.safetensors", "model.safetensors.index.json", "sample.png", "predictions.png", ".eval_results"),
+    *("configuration_*.py", "modeling_*.py", "image_*.py", "segmentation_loss.py", "sliding_window.py"),
+)
+
+
+@contextmanager
+def translate_writing_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of a full disk or a place that cannot be written, with what was to be written and what to do.
+
+    Args:
+        path (`str` or `os.PathLike`): What the block writes, as the user knows it.
+    """
+    path = Path(path)
+    if any(part.startswith(".") and "-partial" in part for part in path.parts[:-1]):
+        yield  # a part of something whose writing is explained
+        return
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # Libraries that are not Python say it in their text only.
+        if getattr(error, "errno", None) in FULL or any(os.strerror(code) in str(error) for code in FULL):
+            place = next(parent for parent in path.absolute().parents if parent.is_dir())
+            message = f"{shutil.disk_usage(place).free / 2**20:.0f} MB are free there: make room or give another disk."
+            if partial := sorted(other.name for other in place.glob(".*-partial*")):
+                message += (
+                    " What killed runs left (`old` in it is what they were to replace) can be deleted where no run "
+                )
+                message += f"still writes it: {', '.join(partial)}."
+            raise OSError(f"{path} could not be written: {error}. {message}") from error
+        if getattr(error, "errno", None) in FORBIDDEN:
+            advice = "a shorter name" if error.errno == errno.ENAMETOOLONG else "a place that can be written"
+            raise type(error)(f"{path} could not be written: {error}. Give {advice}.") from error
+        raise
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path in the folder of `path`, which takes its place when the block ends without an error.
+
+    Args:
+        path (`str` or `os.PathLike`): The file to write; folders above it are made.
+
+    Yields:
+        `Path`: Where to write.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{_short(path.stem)}-partial-{uuid.uuid4().hex}{path.suffix}")
+    with translate_writing_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `path`, which takes its place when the block ends without an error.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder to write. What it held before is gone afterwards.
+
+    Yields:
+        `Path`: Where to write.
+    """
+    path = Path(path)
+    with translate_writing_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{_short(path.name)}-partial-") as folder:
+            temporary, old = Path(folder) / "new", Path(folder) / "old"
+            temporary.mkdir()
+            yield temporary
+            move_directory(temporary, path, old)
+
+
+def check_replaceable(directory: Path, overwrite: bool, names: Sequence[str]) -> None:
+    """Refuse to write over anything but a directory of a model of this package, and that only when told to.
+
+    Args:
+        directory (`Path`): The directory to write.
+        overwrite (`bool`): Whether it may be replaced.
+        names (`Sequence[str]`): Patterns of all names that such a directory holds.
+
+    Raises:
+        FileExistsError: If it must not be written.
+    """
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not directory.is_dir():
+        raise FileExistsError(f"{directory} is not the directory of a model but a file: give a directory.")
+    if not overwrite:
+        raise FileExistsError(
+            f"{directory} exists and is not empty: give a new directory, or `--overwrite` to replace it."
+        )
+    held = sorted(path.name for path in directory.iterdir())
+    others = [name for name in held if not any(fnmatch(name, pattern) for pattern in names)]
+    if others or not _is_model(directory):
+        raise FileExistsError(
+            f"{directory} is not the directory of a model of this package alone: it holds {(others or held)[0]}, which would "
+            "be lost. Give a new directory."
+        )
+
+
+def _is_model(directory: Path) -> bool:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
+
+
+def _short(name: str) -> str:
+    return os.fsencode(name)[:MAX_STEM_BYTES].decode(errors="ignore")
+
+
+def move_directory(directory: Path, path: Path, old: Path) -> None:
+    """Move a folder to `path`; what was there goes to `old`, or comes back where the move fails. All on one file system."""
+    if path.exists():
+        path.rename(old)
+    try:
+        directory.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+
+
+def move_files(directory: Path, target: Path) -> None:
+    """Move every file below a folder to the same place below another, over those that are there."""
+    for file in sorted(directory.rglob("*")):
+        if file.is_file():
+            destination = target / file.relative_to(directory)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, destination)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write a JSON file, whole or not at all; NaN, which JSON does not know, becomes null."""
+    write_text(path, json.dumps(_without_nan(content), indent=2) + "\n")
+
+
+def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is no JSON, is nested too deep, or holds something else; names the file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got a file that is not: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {content!r:.200}.")
+    return content
+
+
+def check_types(where: str | os.PathLike, values: dict[str, Any], types: dict[str, Any]) -> None:
+    """Values that were read are of the types that they should have.
+
+    Args:
+        where (`str` or `os.PathLike`): What to call their source in errors.
+        values (`dict[str, Any]`): The values by name.
+        types (`dict[str, Any]`): Type of each name, as from `typing.get_type_hints`; others are not looked at.
+
+    Raises:
+        ValueError: If a value is of another type.
+    """
+    for name, kind in types.items():
+        if name in values and not _has_type(values[name], kind):
+            expected = kind if get_args(kind) else kind.__name__
+            raise ValueError(f"{where}: expected `{name}` to be {expected}, got {values[name]!r:.200}.")
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a value fits an annotation; lists and tuples are alike, and whole numbers are floats too."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_has_type(value, other) for other in inner)
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(_has_type(item, inner[0]) for item in value if inner)
+    if origin in (int, float):
+        return isinstance(value, (int, origin)) and not isinstance(value, bool)
+    if origin is Literal:
+        return value in inner
+    return origin is Any or isinstance(value, origin)
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content

@@ -1,0 +1,212 @@
+"""The protocol applied to images, files and a dataset."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segmenter_hf.data.label_sets import LABEL_SET_FILE, get_model_label_set, label_set_from_names, load_label_set
+from segmenter_hf.data.loading import decode_example, load_segmentation_datasets
+from segmenter_hf.evaluation.evaluate import evaluate_segmentation, per_class_table, save_results
+from segmenter_hf.evaluation.metrics import MeanIoU
+from segmenter_hf.inference import predictor as prediction
+from segmenter_hf.inference.predictor import (
+    MULTI_SCALES,
+    describe_protocol,
+    find_pictures,
+    load_model,
+    predict_files,
+    segment_images,
+)
+
+
+SCENES = load_label_set("scenes")
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.mark.parametrize("multi_scale_flip", [False, True])
+@torch.no_grad()
+def test_windows_can_go_through_the_network_in_any_batches(model, processor, multi_scale_flip) -> None:
+    images = [picture(50, 70), picture(45, 41, seed=1)]
+    scales = list(MULTI_SCALES) if multi_scale_flip else [1.0]
+    outputs = model(**processor(images, scales=scales, do_flip=multi_scale_flip))
+    expected = processor.post_process_semantic_segmentation(outputs, return_segmentation_scores=True)
+    for window_batch_size in (1, 5, 1000):
+        results = segment_images(
+            model,
+            processor,
+            images,
+            multi_scale_flip=multi_scale_flip,
+            window_batch_size=window_batch_size,
+            return_segmentation_scores=True,
+        )
+        for result, wanted in zip(results, expected):
+            torch.testing.assert_close(result.segmentation_scores, wanted.segmentation_scores, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="window_batch_size"):
+        segment_images(model, processor, images, window_batch_size=0)
+
+
+def test_pictures_are_found_and_named_apart(tmp_path) -> None:
+    for name in ("a.png", "deep/a.jpg", "deep/b.JPG", "deep/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_pictures([tmp_path, tmp_path / "deep", tmp_path / "a.png"])
+    assert list(found) == ["a", "deep/a", "deep/b", "a-2", "b", "a-3"]
+    assert found["a-2"] == tmp_path / "deep" / "a.jpg"
+    for missing in (tmp_path / "nothing.png", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(FileNotFoundError, match="no picture"):
+            find_pictures([missing])
+
+
+def test_each_file_gets_a_label_map_and_an_overlay_of_its_upright_size(model, processor, tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(48, 64).save(tmp_path / "turned.jpg", exif=exif)
+    written = predict_files(model, processor, [tmp_path], tmp_path / "out", SCENES, show_progress=False)
+    label_map = Image.open(written["turned"])
+    assert label_map.size == (48, 64)
+    assert set(np.unique(np.asarray(label_map))) <= set(range(8))
+    (expected,) = segment_images(model, processor, [str(tmp_path / "turned.jpg")])
+    assert np.array_equal(np.asarray(label_map), expected.numpy())
+    assert (tmp_path / "out" / "turned_overlay.png").is_file()
+
+
+def test_attention_is_written_where_it_is_wanted(model, processor, tmp_path) -> None:
+    picture(50, 70).save(tmp_path / "street.png")
+    predict_files(model, processor, [tmp_path / "street.png"], tmp_path / "out", SCENES, attention=True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"street.png", "street_overlay.png", "street_attention.png"}
+
+
+def test_unreadable_pictures_are_named_after_the_others_are_done(model, processor, tmp_path) -> None:
+    picture(48, 64).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:200])
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(ValueError, match="2 of 3 pictures cannot be read") as caught:
+        predict_files(model, processor, [tmp_path], tmp_path / "out", SCENES, show_progress=False)
+    assert "bad.png" in str(caught.value)
+    assert "empty.jpg" in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.png", "good_overlay.png"]
+
+
+@pytest.mark.parametrize("multi_scale_flip", [False, True])
+def test_evaluation_counts_the_maps_at_original_size(model, processor, tmp_path, multi_scale_flip) -> None:
+    (dataset,) = load_segmentation_datasets(splits=["validation"], scenes_size=(48, 64), scenes_validation=3).values()
+    results = evaluate_segmentation(
+        model, processor, dataset, SCENES, multi_scale_flip=multi_scale_flip, show_progress=False
+    )
+    metric = MeanIoU(8)
+    for row in dataset:
+        image, labels = decode_example(row, SCENES)
+        metric.add(
+            prediction=segment_images(model, processor, [image], multi_scale_flip=multi_scale_flip)[0],
+            reference=labels,
+        )
+    expected = metric.compute()
+    assert {name: results[name] for name in expected} == expected
+    assert results["num_images"] == 3
+    assert results["protocol"]["do_flip"] is multi_scale_flip
+    assert results["protocol"]["window_stride"] == 16
+    save_results(tmp_path, results, SCENES.labels)
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert {*expected, "protocol", "num_images"} <= saved.keys()
+    assert (tmp_path / "per_class.md").read_text() == per_class_table(results, SCENES.labels)
+
+
+def test_a_label_set_of_other_classes_is_refused(model, processor) -> None:
+    (dataset,) = load_segmentation_datasets(splits=["validation"], scenes_validation=1).values()
+    with pytest.raises(ValueError, match="8 classes"):
+        evaluate_segmentation(model, processor, dataset, load_label_set("camvid"))
+
+
+def test_the_label_set_of_a_model_is_the_one_beside_it_or_of_its_names(tmp_path) -> None:
+    assert get_model_label_set(tmp_path, SCENES.id2label) == SCENES
+    assert get_model_label_set(tmp_path, {0: "a", 1: "b"}).labels == ("a", "b")
+    label_set_from_names(["a", "b"], name="mine").save(tmp_path / LABEL_SET_FILE)
+    assert get_model_label_set(tmp_path, {0: "a", 1: "b"}).name == "mine"
+    load_label_set("camvid").save(tmp_path / LABEL_SET_FILE)
+    assert get_model_label_set(tmp_path, {}) == load_label_set("camvid")
+
+
+@pytest.mark.parametrize(
+    ("multi_scale_flip", "scales", "name"),
+    [
+        (False, None, "single scale"),
+        (True, None, "multi-scale + flip"),
+        (False, [1.0], "single scale"),
+        (False, [0.5, 1.0], "scales 0.5, 1.0"),
+        (True, [1.0], "scales 1.0 + flip"),
+    ],
+)
+def test_a_protocol_is_named_by_what_it_does(processor, multi_scale_flip, scales, name) -> None:
+    described = describe_protocol(processor, multi_scale_flip, scales)
+    assert described["name"] == name
+    assert described["do_flip"] is multi_scale_flip
+    assert described["scales"] == (scales or (list(MULTI_SCALES) if multi_scale_flip else [1.0]))
+
+
+def test_pictures_beyond_the_limit_are_refused_until_it_is_raised(model, processor, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit would refuse the picture too
+    picture(48, 64).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="64 x 48 pixels are more than 3071.*max_image_pixels"):
+        predict_files(
+            model, processor, [tmp_path], tmp_path / "out", SCENES, max_image_pixels=3071, show_progress=False
+        )
+    written = predict_files(
+        model, processor, [tmp_path], tmp_path / "out", SCENES, max_image_pixels=3072, show_progress=False
+    )
+    assert list(written) == ["large"]
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "L", "I;16"])
+def test_the_overlay_of_a_large_picture_is_reduced_and_its_label_map_is_not(
+    model, processor, tmp_path, monkeypatch, mode
+) -> None:
+    monkeypatch.setattr(prediction, "MAX_OVERLAY_SIDE", 50)
+    image = picture(148, 151)
+    image = (
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16)) if mode == "I;16" else image.convert(mode)
+    )
+    image.save(tmp_path / "large.png")
+    drawn = []
+    monkeypatch.setattr(
+        prediction, "overlay", lambda image, segmentation, palette: drawn.append((image.size, segmentation)) or image
+    )
+    written = predict_files(
+        model, processor, [tmp_path], tmp_path / "out", SCENES, full_resolution=True, show_progress=False
+    )
+    label_map = np.asarray(Image.open(written["large"]))
+    assert label_map.shape == (148, 151)
+    ((size, reduced),) = drawn
+    assert size == (37, 37)
+    assert np.array_equal(reduced, label_map[2:148:4, 2:150:4])
+
+
+def test_other_precisions_give_nearly_the_same_maps_in_float32(model, processor, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    images = [picture(50, 70), picture(45, 41, seed=1)]
+    expected = segment_images(model, processor, images)
+    options = [{}, {"dtype": torch.bfloat16}]
+    try:
+        import torchao  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="torchao"):
+            load_model(tmp_path, int8=True)
+    else:
+        options += [{"int8": True}, {"int8": True, "dtype": torch.bfloat16}]
+    for option in options:
+        loaded, its_processor, _ = load_model(tmp_path, device="cpu", **option)
+        assert loaded.dtype == option.get("dtype", torch.float32)
+        results = segment_images(loaded, its_processor, images, return_segmentation_scores=True)
+        for result, wanted in zip(results, expected, strict=True):
+            assert result.segmentation_scores.dtype == torch.float32
+            assert (result.segmentation == wanted).float().mean() > (0.9 if option else 0.999)

@@ -1,0 +1,34 @@
+"""The common tests of transformers on the Segmenter models."""
+
+import unittest
+
+from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterModel
+
+from ..transformers_common.segmentation_models import SegmentationModelTestMixin
+
+
+class SegmenterModelTestMixin(SegmentationModelTestMixin):
+    config_class = SegmenterConfig
+    all_model_classes = (SegmenterModel, SegmenterForSemanticSegmentation)
+    num_hidden_states_types = (1, 2)
+
+    def test_attention_outputs(self) -> None:
+        """It counts the kinds of hidden states: those of the encoder and, where there are layers, of the decoder."""
+        for model_class, num_hidden_states_types in zip(type(self).all_model_classes, self.num_hidden_states_types):
+            self.all_model_classes = (model_class,)
+            self.model_tester.num_hidden_states_types = num_hidden_states_types
+            super().test_attention_outputs()
+
+
+class SegmenterMaskTransformerTest(SegmenterModelTestMixin, unittest.TestCase):
+    config_arguments = {"decoder_type": "mask_transformer", "decoder_hidden_size": 24}
+
+
+class SegmenterLinearTest(SegmenterModelTestMixin, unittest.TestCase):
+    config_arguments = {"decoder_type": "linear"}
+    num_hidden_states_types = (1, 1)
+
+
+class SegmenterWithDistillationTokenTest(SegmenterModelTestMixin, unittest.TestCase):
+    config_arguments = {"use_distillation_token": True, "position_embedding_interpolation": "bicubic"}
+    num_prefix_tokens = 2
