@@ -41,10 +41,10 @@ COMMANDS = {  # in the folder of a test: a card names its directory
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
-        "tests.test_faults",
+        "tests.utils.test_faults",
         "onnxruntime",
         "onnxscript",
-        *(f"segmenter_hf.{name}" for name in ("conversion", "publishing")),
+        *(f"segmenter_hf.cli.{name}" for name in ("convert", "evaluate", "export", "predict", "publish", "train")),
     ]
 )
 
