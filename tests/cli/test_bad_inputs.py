@@ -22,8 +22,10 @@ from segmenter_hf import (
     SegmenterImageProcessorPil,
     SetrConfig,
 )
+from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.label_sets import label_set_from_names, load_label_set, map_labels
-from segmenter_hf.data.loading import check_masks, decode_example, load_segmentation_datasets
+from segmenter_hf.data.loading import load_segmentation_datasets
+from segmenter_hf.data.mask_checks import check_masks
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation
 from segmenter_hf.models.configuration_vit_encoder import VitEncoderConfig
 from segmenter_hf.models.segmentation_loss import upsampled_cross_entropy

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.label_sets import load_label_set
-from segmenter_hf.data.loading import check_masks, decode_example, load_segmentation_datasets
+from segmenter_hf.data.loading import load_segmentation_datasets
+from segmenter_hf.data.mask_checks import check_masks
 
 from .test_loading import HEIGHT, WIDTH, assert_holds_pairs, image_array, mask_array, save, save_pairs
 

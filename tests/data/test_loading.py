@@ -15,14 +15,10 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.label_sets import LabelSet, label_set_from_names, load_label_set
-from segmenter_hf.data.loading import (
-    check_masks,
-    decode_example,
-    infer_num_labels,
-    load_segmentation_datasets,
-    split_train_validation,
-)
+from segmenter_hf.data.loading import load_segmentation_datasets, split_train_validation
+from segmenter_hf.data.mask_checks import check_masks, infer_num_labels
 from segmenter_hf.training.trainer import StreamedTrainingExamples, TrainDataset
 
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
+from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.label_sets import load_label_set
-from segmenter_hf.data.loading import decode_example, load_segmentation_datasets
+from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.inference import datasets as dataset_prediction
 from segmenter_hf.inference.datasets import Row, load_image_dataset, named_rows, predict_dataset
 from segmenter_hf.inference.predictor import segment_images

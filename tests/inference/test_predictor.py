@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.label_sets import LABEL_SET_FILE, get_model_label_set, label_set_from_names, load_label_set
-from segmenter_hf.data.loading import decode_example, load_segmentation_datasets
+from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation, per_class_table, save_results
 from segmenter_hf.evaluation.metrics import MeanIoU
 from segmenter_hf.inference import predictor as prediction

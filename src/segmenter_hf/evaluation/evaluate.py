@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..data.decoding import decode_example
 from ..data.label_sets import LabelSet
-from ..data.loading import decode_example
 from ..inference.predictor import (
     Picture,
     check_label_set,

@@ -21,15 +21,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.augmentation import SegmentationAugmentation
 from ..data.label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, load_label_set
-from ..data.loading import (
-    AnyDataset,
-    MaskReport,
-    check_masks,
-    first_rows,
-    infer_num_labels,
-    limited_split,
-    load_segmentation_datasets,
-)
+from ..data.loading import AnyDataset, first_rows, limited_split, load_segmentation_datasets
+from ..data.mask_checks import MaskReport, check_masks, infer_num_labels
 from ..evaluation.evaluate import EvaluationDataset, evaluate_segmentation, save_results
 from ..hub.model_card import CardFacts, hub_name, recorded_result, write_model_card
 from ..hub.publishing import PREDICTIONS_PICTURE

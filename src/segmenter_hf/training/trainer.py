@@ -30,8 +30,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
 from ..data.augmentation import SegmentationAugmentation
+from ..data.decoding import decode_example
 from ..data.label_sets import LabelSet
-from ..data.loading import decode_example
 from ..evaluation.evaluate import collate_examples, confusion_matrices, save_prediction_grid
 from ..evaluation.metrics import MeanIoU
 from ..hub.publishing import PREDICTIONS_PICTURE, publish_model

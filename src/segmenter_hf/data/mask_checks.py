@@ -1,0 +1,245 @@
+"""What the masks of a dataset hold, checked and counted before a model is trained on them."""
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+from tqdm.auto import tqdm
+
+from .decoding import class_ids, open_pair, row_label_set, row_name, stored_ids
+from .label_sets import LabelSet
+from .loading import AnyDataset
+
+
+logger = logging.getLogger(__name__)
+
+_NUM_SHOWN = 5
+
+
+@dataclass
+class MaskReport:
+    """What the masks of a dataset hold.
+
+    Args:
+        num_labels (`int`):
+            Number of classes expected.
+        ignore_index (`int`):
+            Label of pixels without a class.
+        pixels_per_class (`np.ndarray` of shape `(num_labels,)` and dtype `int64`):
+            Pixels of each class.
+        images_per_class (`np.ndarray` of shape `(num_labels,)` and dtype `int64`):
+            Masks that each class occurs in.
+        num_images (`int`):
+            Masks seen.
+        num_ignored_pixels (`int`):
+            Pixels with the label `ignore_index`.
+        problems (`list[str]`):
+            One line per example that cannot be trained on, with its position and name.
+        wrong_ids (`dict[int, int]`):
+            Ids that are neither a class nor `ignore_index`, and the number of their pixels.
+    """
+
+    num_labels: int
+    ignore_index: int
+    pixels_per_class: np.ndarray
+    images_per_class: np.ndarray
+    num_images: int = 0
+    num_ignored_pixels: int = 0
+    problems: list[str] = field(default_factory=list)
+    wrong_ids: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def ignored_fraction(self) -> float:
+        """Share of the pixels that belong to no class; those with wrong ids count as pixels."""
+        num_pixels = int(self.pixels_per_class.sum()) + self.num_ignored_pixels + sum(self.wrong_ids.values())
+        return self.num_ignored_pixels / max(num_pixels, 1)
+
+    def describe(self, names: Sequence[str], max_rows: int = 20) -> str:
+        """Says in some lines how many pixels are of each class, the most frequent first, and which classes are missing.
+
+        Args:
+            names (sequence of `str`):
+                Names of the classes.
+            max_rows (`int`, *optional*, defaults to 20):
+                Classes that are listed.
+        """
+        num_pixels = max(int(self.pixels_per_class.sum()), 1)
+        order = np.argsort(-self.pixels_per_class, kind="stable")
+        present = [i for i in order if self.pixels_per_class[i]]
+        lines = [
+            f"  {names[i]:<24} {100 * self.pixels_per_class[i] / num_pixels:6.2f} % of the pixels, in "
+            f"{self.images_per_class[i]} images"
+            for i in present[:max_rows]
+        ]
+        if len(present) > max_rows:
+            lines.append(f"  and {len(present) - max_rows} more classes")
+        absent = [names[i] for i in range(self.num_labels) if not self.pixels_per_class[i]]
+        if absent:
+            lines.append(f"  not there: {', '.join(absent[:max_rows])}{' ...' if len(absent) > max_rows else ''}")
+        head = f"  {self.num_images} images, {len(present)} of {self.num_labels} classes, "
+        return "\n".join([f"{head}{100 * self.ignored_fraction:.2f} % of the pixels ignored", *lines])
+
+    def raise_if_impossible(self) -> None:
+        """Raises a `ValueError`, which says what to do, if a model cannot be trained on these masks."""
+        if self.problems:
+            shown = "\n  ".join(self.problems[:_NUM_SHOWN])
+            more = f"\n  and {len(self.problems) - _NUM_SHOWN} more" if len(self.problems) > _NUM_SHOWN else ""
+            raise ValueError(f"{len(self.problems)} masks cannot be used:\n  {shown}{more}\n{self._remedy()}".rstrip())
+        if self.num_images == 0:
+            raise ValueError("There are no masks: the data set or the split is empty.")
+        if not self.pixels_per_class.any():
+            raise ValueError(
+                f"No pixel of {self.num_images} masks belongs to a class: all are {self.ignore_index}. "
+                "Check the label map and reduce_labels."
+            )
+        if np.count_nonzero(self.pixels_per_class) == 1 and self.num_ignored_pixels and self.num_labels > 1:
+            raise ValueError(
+                f"The masks hold only class {int(self.pixels_per_class.argmax())} and {self.ignore_index}, which is "
+                f"ignored. If they are black and white (0 and {self.ignore_index}), pass a label map "
+                f"(label_id_to_train_id) {{0: 0, {self.ignore_index}: 1}} with another ignore_index."
+            )
+
+    def _remedy(self) -> str:
+        if not self.wrong_ids:
+            return ""
+        wrong = sorted(self.wrong_ids)
+        found = f"Ids out of range: {wrong[:20]}; expected 0 to {self.num_labels - 1} and {self.ignore_index}."
+        if wrong == [255] and self.num_labels == 2:
+            return f"{found} Black and white masks: pass a label map (label_id_to_train_id) {{0: 0, 255: 1}}."
+        if wrong == [255]:
+            return f"{found} 255 mostly means no class: set ignore_index=255."
+        if wrong == [self.num_labels]:
+            return (
+                f"{found} If 0 is background or 'other' and the classes start at 1, set do_reduce_labels; if 0 is a "
+                f"class too, num_labels is {self.num_labels + 1}."
+            )
+        if wrong[0] < 0 or wrong[-1] > 255:
+            return f"{found} Map the stored ids to class ids with a label map (label_id_to_train_id)."
+        return (
+            f"{found} Either num_labels is too small (at least {wrong[-1] + 1}) or the stored ids need a label map "
+            "(label_id_to_train_id)."
+        )
+
+
+def check_masks(
+    dataset: AnyDataset,
+    num_labels: int,
+    label_set: LabelSet | None = None,
+    *,
+    ignore_index: int = 255,
+    reduce_labels: bool = False,
+    max_images: int | None = None,
+    show_progress: bool = True,
+) -> MaskReport:
+    """Reads the masks of a dataset and counts what is in them.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            As from `load_segmentation_datasets`.
+        num_labels (`int`):
+            Number of classes of the model.
+        label_set (`LabelSet`, *optional*):
+            As for `decode_example`, like the next two.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Label of pixels without a class.
+        reduce_labels (`bool`, *optional*, defaults to `False`):
+            Whether stored 0 means "no class".
+        max_images (`int`, *optional*):
+            Read only so many masks from the beginning.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+
+    Returns:
+        `MaskReport`: the counts and the problems; call its `raise_if_impossible` before training.
+    """
+    if label_set is not None:
+        ignore_index = label_set.ignore_index
+    counts = np.zeros((2, num_labels), dtype=np.int64)
+    report = MaskReport(num_labels, ignore_index, pixels_per_class=counts[0], images_per_class=counts[1])
+    mapped_ids = set()
+    for i, (name, ids, mapped, problem) in enumerate(
+        _class_counts(dataset, label_set, ignore_index, reduce_labels, max_images, show_progress)
+    ):
+        report.num_images += 1
+        mapped_ids.update(mapped)
+        wrong = {}
+        for class_id, num_pixels in ids.items():
+            if class_id == ignore_index:
+                report.num_ignored_pixels += num_pixels
+            elif 0 <= class_id < num_labels:
+                counts[:, class_id] += num_pixels, 1
+            else:
+                wrong[class_id] = num_pixels
+                report.wrong_ids[class_id] = report.wrong_ids.get(class_id, 0) + num_pixels
+        if wrong:
+            problem = f"{name}: ids {sorted(wrong)[:20]} in {sum(wrong.values())} pixels"
+        if problem:
+            report.problems.append(f"example {i}, {problem}")
+    mapped_ids.discard(ignore_index)
+    if mapped_ids and max(mapped_ids) < num_labels <= max(label_set.label_id_to_train_id):
+        logger.warning(
+            "The stored ids end at %d, but the label set %r maps ids up to %d to its %d classes. If the masks hold class ids "
+            "already, use a label set without label_id_to_train_id.",
+            max(mapped_ids),
+            label_set.name,
+            max(label_set.label_id_to_train_id),
+            num_labels,
+        )
+    return report
+
+
+def infer_num_labels(
+    dataset: AnyDataset,
+    *,
+    ignore_index: int = 255,
+    reduce_labels: bool = False,
+    max_images: int | None = None,
+    show_progress: bool = True,
+) -> int:
+    """Returns the largest class id of a dataset's masks plus one. Arguments as for `check_masks`.
+
+    Raises:
+        `ValueError`: If a mask cannot be decoded, or no pixel belongs to a class.
+    """
+    largest = -1
+    for _, ids, _, problem in _class_counts(dataset, None, ignore_index, reduce_labels, max_images, show_progress):
+        if problem:
+            raise ValueError(problem)
+        largest = max(largest, *(class_id for class_id in ids if class_id != ignore_index), -1)
+    if largest < 0:
+        raise ValueError(
+            f"No pixel belongs to a class: every label is {ignore_index}. Check the masks and reduce_labels."
+        )
+    return largest + 1
+
+
+def _class_counts(
+    dataset: AnyDataset,
+    label_set: LabelSet | None,
+    ignore_index: int,
+    reduce_labels: bool,
+    max_images: int | None,
+    show_progress: bool,
+) -> Iterator[tuple[str, dict[int, int], list[int], str]]:
+    """Yields per example its name, pixels of each id, stored ids that a label map applied to, and what is wrong or ""."""
+    length = len(dataset) if isinstance(dataset, datasets.Dataset) else None
+    total = max_images if length is None else min(length, max_images or length)
+    rows = itertools.islice(dataset, max_images)
+    for example in tqdm(rows, desc="Checking masks", total=total, disable=not show_progress, unit="image"):
+        name = row_name(example)
+        try:
+            stored = stored_ids(open_pair(example)[1], name)
+        except ValueError as error:
+            yield name, {}, [], str(error)
+            continue
+        values, counts = np.unique(stored, return_counts=True)
+        label_set_here = row_label_set(example, label_set)
+        ids = Counter()
+        for class_id, count in zip(class_ids(values, label_set_here, ignore_index, reduce_labels), counts.tolist()):
+            ids[int(class_id)] += count
+        is_mapped = label_set_here is not None and label_set_here.label_id_to_train_id is not None
+        yield name, ids, values.tolist() if is_mapped else [], ""
