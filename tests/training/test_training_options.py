@@ -52,7 +52,7 @@ def test_one_class_is_trained_evaluated_and_predicted(leaves, decoder_type) -> N
     more += ["--dice_weight", "0.5", "--photometric_distortion", "false"]
     results = train(leaves / "model", *more)
     assert results["mean_iou"] > 0.9 and len(results["per_category_iou"]) == 2
-    assert AutoConfig.from_pretrained(leaves / "model").id2label == {0: "leaf"}
+    assert AutoConfig.from_pretrained(leaves / "model").id2label == {0: "background", 1: "leaf"}
     model, processor, label_set = load_model(leaves / "model")
     assert label_set.labels == ("background", "leaf")
     written = predict_files(model, processor, [leaves / "leaves" / "images" / "train"], leaves / "out", label_set)

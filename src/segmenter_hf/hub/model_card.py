@@ -205,7 +205,7 @@ def write_model_card(
             if num_parameters >= 1e5
             else f"{num_parameters} parameters",
         ],
-        labels=[config.id2label[index] for index in range(config.num_labels)],
+        labels=list(config.id2label.values()),
         facts=facts,
         published=published,
     )

@@ -26,6 +26,19 @@ def check_labels(name: str, id2label: Any, num_labels: Any) -> None:
         raise ValueError(f"{name}: `id2label` must name the classes 0, 1, 2 and so on, got {id2label!r:.200}.")
 
 
+def with_background_name(id2label: dict[int, str]) -> dict[int, str]:
+    """Name the labels 0 and 1 of a model with one class: a background, and the class.
+
+    Args:
+        id2label (`dict[int, str]`): The name of the class alone.
+
+    Returns:
+        `dict[int, str]`: Both names.
+    """
+    (name,) = id2label.values()
+    return {0: "background" if name != "background" else "foreground", 1: name}
+
+
 def strict_config(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Make `cls` a strict data class whose constructor reports every invalid field as `ValueError`."""
     cls = strict(cls)
@@ -77,6 +90,9 @@ class VitEncoderConfig(PreTrainedConfig):
             with few classes; it holds the upsampled logits in memory.
         use_tiled_loss (`bool`, defaults to `True`): Whether the loss is computed tile by tile, without the upsampled
             logits. `False` is the plain path, equal and slower.
+        use_single_logit (`bool`, defaults to `False`): Whether the model has one logit, which tells label 1 from label 0,
+            the background. Set by `num_labels=1` or a single name in `id2label`; `num_labels` stays 1, and `id2label`
+            names both labels, so that every label of a segmentation map has a name.
 
     Raises:
         ValueError: If a value is out of its range or values contradict each other.
@@ -105,6 +121,45 @@ class VitEncoderConfig(PreTrainedConfig):
     semantic_loss_label_smoothing: float | int = 0.0
     semantic_loss_dice_weight: float | int = 0.0
     use_tiled_loss: bool = True
+    use_single_logit: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        num_labels = kwargs.get("num_labels")
+        if self.id2label is None and (num_labels == 1 or (num_labels is None and self.use_single_logit)):
+            self.id2label = {0: "LABEL_0"}
+        if self.id2label is not None:
+            number = len(self.id2label)
+            self.use_single_logit = number == 1 or (number == 2 and (num_labels == 1 or self.use_single_logit))
+            if number == 1:
+                self.id2label = with_background_name(self.id2label)
+                self.label2id = {name: label for label, name in self.id2label.items()}
+            if self.use_single_logit:
+                kwargs.pop("num_labels", None)  # transformers would count the names
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # As `from_pretrained(..., id2label={0: "leaf"}, label2id={"leaf": 0})` sets them, after the constructor.
+        if getattr(self, "_post_init_done", False) and name in ("id2label", "label2id") and value and len(value) == 1:
+            names = with_background_name(value if name == "id2label" else {0: next(iter(value))})
+            value = names if name == "id2label" else {label: index for index, label in names.items()}
+            super().__setattr__("use_single_logit", True)
+        super().__setattr__(name, value)
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of logits of a pixel: that of the names in `id2label`, or 1 with `use_single_logit`."""
+        if self.id2label is None:
+            return None
+        return 1 if self.use_single_logit and len(self.id2label) <= 2 else len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, num_labels: int) -> None:
+        if self.num_labels == num_labels:
+            return
+        self.use_single_logit = num_labels == 1
+        names = {label: f"LABEL_{label}" for label in range(num_labels)}
+        self.id2label = with_background_name(names) if self.use_single_logit else names
+        self.label2id = {name: label for label, name in self.id2label.items()}
 
     @property
     def image_height_and_width(self) -> tuple[int, int]:

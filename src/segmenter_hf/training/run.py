@@ -334,6 +334,7 @@ def build_model_and_processor(
     labels = {
         "id2label": label_set.id2label,
         "label2id": label_set.label2id,
+        "use_single_logit": label_set.num_labels == 1,
         "semantic_loss_ignore_index": label_set.ignore_index,
     }
     chosen = {
