@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +14,20 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..data.label_sets import LABEL_SET_FILE
 from ..inference.predictor import load_model
+from ..models.sliding_window import merge_windows
 from ..utils.atomic_files import atomic_directory, check_replaceable, write_json
+from .dtypes import DEFAULT_DTYPES, check_dtypes, external_data, model_file, save_model, write_dtype
 
 
-MODEL_FILE = "model.onnx"
+ONNX_FOLDER = "onnx"
 EXAMPLE_FILE = "run_onnx.py"
-FILES = (MODEL_FILE, f"{MODEL_FILE}.data", "config.json", "preprocessor_config.json", LABEL_SET_FILE, EXAMPLE_FILE)
+FILES = (ONNX_FOLDER, "config.json", "preprocessor_config.json", LABEL_SET_FILE, EXAMPLE_FILE)
+FILES += ("model.onnx", "model.onnx.data")  # of exports by earlier versions
 # Float32 in another order of summation; of the largest logit. A wrong operator is further off by far.
 TOLERANCE = 1e-4
+LEAST_AGREEMENT = 0.999  # of the pixels of a label map, for float32
+CHECKED_IMAGE_SIZE = (60, 90)  # pixels; longer than high, so that most protocols cut it into several windows
+WINDOWS_AT_ONCE = 4
 
 Shape = tuple[int, int, int, int]  # batch, channels, height, width
 
@@ -30,13 +38,16 @@ class OnnxExport(NamedTuple):
     Args:
         directory (`Path`): The directory.
         opset (`int`): Version of the ONNX operators.
-        differences (`dict[tuple[int, int, int, int], float]`): The largest difference of a logit from the model's, for
-            each shape (batch, channels, height, width) of the input that was compared.
+        differences (`dict[tuple[int, int, int, int], float]`): The largest difference of a float32 logit from the
+            model's, for each shape (batch, channels, height, width) of the input that was compared.
+        agreements (`dict[str, float]`): For each dtype the share of pixels, from 0 to 1, whose class is the model's, in
+            an image of random blocks.
     """
 
     directory: Path
     opset: int
     differences: dict[Shape, float]
+    agreements: dict[str, float]
 
 
 class PatchLogits(nn.Module):
@@ -65,7 +76,7 @@ def unseen_shapes(config: PreTrainedConfig) -> list[Shape]:
 
 
 def write_onnx(model: PreTrainedModel, path: Path, opset: int | None = None) -> int:
-    """Export a model to a file; weights of more than about 2 GB go into another, with `.data` behind its name.
+    """Export a model to a file; weights of more than about 2 GB go into another, with `_data` behind its name.
 
     Args:
         model (`PreTrainedModel`): A semantic segmentation model of this package, on the CPU, in evaluation mode.
@@ -78,6 +89,7 @@ def write_onnx(model: PreTrainedModel, path: Path, opset: int | None = None) -> 
     Raises:
         ValueError: If torch cannot export for that version.
     """
+    import onnx
     from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
 
     sides = {0: "batch", 2: "height", 3: "width"}
@@ -96,6 +108,9 @@ def write_onnx(model: PreTrainedModel, path: Path, opset: int | None = None) -> 
         raise ValueError(f"torch cannot export this model for opset {opset}: it gave opset {written}. Use that one.")
     ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine
     program.save(path)
+    if path.with_name(f"{path.name}.data").exists():  # torch's name, which transformers.js does not look for
+        save_model(onnx.load(path), path)
+        path.with_name(f"{path.name}.data").unlink()
     return written
 
 
@@ -134,6 +149,81 @@ def compare_with_model(model: PreTrainedModel, path: Path) -> dict[Shape, float]
     return differences
 
 
+@torch.no_grad()
+def compare_label_maps(model: PreTrainedModel, processor: BaseImageProcessor, path: Path) -> float:
+    """Segment an image of random blocks with a model and with its export, by the whole protocol at a single scale.
+
+    Args:
+        model (`PreTrainedModel`): The model that was exported, on the CPU, in evaluation mode.
+        processor (`BaseImageProcessor`): Its image processor.
+        path (`Path`): The exported file.
+
+    Returns:
+        `float`: The share of pixels, from 0 to 1, that have the same class.
+
+    Raises:
+        ValueError: If the exported model gives NaN or infinite logits.
+    """
+    from onnxruntime import InferenceSession
+
+    height, width = CHECKED_IMAGE_SIZE
+    blocks = np.random.default_rng(0).integers(0, 256, (height // 10, width // 10, model.config.num_channels))
+    image = np.kron(blocks, np.ones((10, 10, 1))).astype(np.uint8)
+    inputs = processor(image, input_data_format="channels_last", scales=[1.0], do_flip=False)
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    expected, found = [], []
+    for pixel_values in inputs["pixel_values"].split(WINDOWS_AT_ONCE):
+        expected.append(model(pixel_values=pixel_values).logits)
+        (logits,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
+        found.append(torch.from_numpy(logits).float())
+    if not all(bool(logits.isfinite().all()) for logits in found):
+        raise ValueError(
+            f"{path.name} gives NaN or infinite logits: the model needs more range than that dtype has. Nothing was kept: "
+            "leave it out of `dtypes`."
+        )
+    maps = [
+        merge_windows(torch.cat(logits), inputs["window_offsets"], processor.patch_size)[0][0]
+        for logits in (expected, found)
+    ]
+    return float((maps[0] == maps[1]).float().mean())
+
+
+def write_all_dtypes(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    folder: Path,
+    dtypes: Sequence[str],
+    opset: int | None,
+) -> tuple[int, dict[Shape, float], dict[str, float]]:
+    """Write the model files of an export into a folder and compare each with the model.
+
+    Returns:
+        `tuple[int, dict, dict]`: The version of the ONNX operators, and `differences` and `agreements` of [`OnnxExport`].
+
+    Raises:
+        ValueError: If a file cannot be written or does not agree with the model.
+    """
+    folder.mkdir()
+    source = folder / model_file("fp32")
+    opset = write_onnx(model, source, opset)
+    differences = compare_with_model(model, source)
+    agreements = {}
+    for dtype in dict.fromkeys(("fp32", *dtypes)):
+        path = folder / model_file(dtype)
+        if dtype != "fp32":
+            write_dtype(source, dtype, path)
+        agreements[dtype] = compare_label_maps(model, processor, path)
+    if not agreements["fp32"] >= LEAST_AGREEMENT:
+        raise ValueError(
+            f"The exported model gives the class of the model at {agreements['fp32']:.2%} of the pixels, expected "
+            f"{LEAST_AGREEMENT:.1%}. Nothing was kept: try another `opset`, or other versions of torch and onnxscript."
+        )
+    if "fp32" not in dtypes:
+        source.unlink()
+        external_data(source).unlink(missing_ok=True)
+    return opset, differences, agreements
+
+
 def fields_of(part: PreTrainedConfig | BaseImageProcessor) -> dict[str, Any]:
     """What its JSON file holds, without the names of code files, for they are not beside an exported model."""
     fields = json.loads(part.to_json_string())
@@ -141,17 +231,38 @@ def fields_of(part: PreTrainedConfig | BaseImageProcessor) -> dict[str, Any]:
     return fields
 
 
+def check_export_directory(directory: Path, overwrite: bool) -> None:
+    """Refuse to write over anything but an earlier export, and that only when told to.
+
+    Raises:
+        FileExistsError: If `directory` must not be written.
+    """
+    check_replaceable(directory, overwrite, FILES)
+    patterns = ("model*.onnx", "model*.onnx_data")
+    for path in sorted((directory / ONNX_FOLDER).glob("*")):
+        if not any(fnmatch(path.name, pattern) for pattern in patterns):
+            raise FileExistsError(f"{path} is not of an export and would be lost: give a new directory.")
+
+
 def export_onnx(
-    model_name_or_path: str | Path, output_dir: str | Path, *, opset: int | None = None, overwrite: bool = False
+    model_name_or_path: str | Path,
+    output_dir: str | Path,
+    *,
+    dtypes: Sequence[str] = DEFAULT_DTYPES,
+    opset: int | None = None,
+    overwrite: bool = False,
 ) -> OnnxExport:
     """Export a segmentation model to a directory that needs neither torch nor transformers.
 
-    It holds `model.onnx`, `config.json`, `preprocessor_config.json`, `label_set.json`, and `run_onnx.py`, an example
-    that segments a picture with numpy, onnxruntime and Pillow.
+    It has the layout of transformers.js: `onnx/model.onnx`, `onnx/model_fp16.onnx`, `onnx/model_quantized.onnx`, and
+    `config.json` and `preprocessor_config.json` beside that folder. `label_set.json` holds the names and colors of the
+    classes, and `run_onnx.py` is an example that segments an image with numpy, onnxruntime and Pillow.
 
     Args:
         model_name_or_path (`str` or `Path`): Directory or Hub name of a model of this package.
         output_dir (`str` or `Path`): The directory to write; appears when it is complete and compared.
+        dtypes (`Sequence[str]`, defaults to `("fp32", "fp16", "q8")`): The number formats to write, as transformers.js
+            names them: `"fp32"`, `"fp16"`, `"q8"`, `"int8"`, `"uint8"`, `"q4"`, `"q4f16"`, `"bnb4"`.
         opset (`int`, *optional*): Version of the ONNX operators; by default the one that torch recommends.
         overwrite (`bool`, defaults to `False`): Whether to replace an earlier export in `output_dir`.
 
@@ -161,7 +272,8 @@ def export_onnx(
     Raises:
         FileExistsError: If `output_dir` holds anything but an export that is to be replaced.
         ImportError: If onnx, onnxruntime or onnxscript is missing.
-        ValueError: If the exported model does not agree with the model, or torch cannot export for `opset`.
+        ValueError: If a dtype is unknown, the exported model does not agree with the model, or torch cannot export for
+            `opset`.
     """
     try:
         import onnx  # noqa: F401
@@ -171,17 +283,22 @@ def export_onnx(
         raise ImportError(
             f"The export needs onnx, onnxruntime and onnxscript: `pip install segmenter-hf[onnx]` ({error})."
         ) from error
+    check_dtypes(dtypes)
     output_dir = Path(output_dir)
-    check_replaceable(output_dir, overwrite, FILES)
+    check_export_directory(output_dir, overwrite)
     model, processor, label_set = load_model(model_name_or_path, device="cpu")
     with atomic_directory(output_dir.absolute()) as temporary:
-        opset = write_onnx(model, temporary / MODEL_FILE, opset)
-        differences = compare_with_model(model, temporary / MODEL_FILE)
-        write_json(temporary / "config.json", fields_of(model.config))
+        folder = temporary / ONNX_FOLDER
+        opset, differences, agreements = write_all_dtypes(model, processor, folder, dtypes, opset)
+        config = fields_of(model.config)
+        split = {path.name: 1 for path in sorted(folder.glob("*.onnx")) if external_data(path).exists()}
+        if split:
+            config["transformers.js_config"] = {"use_external_data_format": split}
+        write_json(temporary / "config.json", config)
         write_json(temporary / "preprocessor_config.json", fields_of(processor))
         label_set.save(temporary / LABEL_SET_FILE)
         shutil.copyfile(Path(__file__).parent / EXAMPLE_FILE, temporary / EXAMPLE_FILE)
-    return OnnxExport(output_dir, opset, differences)
+    return OnnxExport(output_dir, opset, differences, {dtype: agreements[dtype] for dtype in dtypes})
 
 
-__all__ = ["OnnxExport", "compare_with_model", "export_onnx", "write_onnx"]
+__all__ = ["OnnxExport", "compare_label_maps", "compare_with_model", "export_onnx", "write_onnx"]

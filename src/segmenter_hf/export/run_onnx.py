@@ -1,14 +1,16 @@
-"""Segment a picture with the exported model beside this file; needs numpy, onnxruntime and Pillow, nothing else.
+"""Segment an image with the exported model beside this file; needs numpy, onnxruntime and Pillow, nothing else.
 
     python run_onnx.py street.jpg labels.png
+    python run_onnx.py street.jpg labels.png --model onnx/model_quantized.onnx
 
-The pixels of the label map are class ids, shown in the colours of `label_set.json`.
+The pixels of the label map are class ids, shown in the colors of `label_set.json`. A model of one class has one logit: where
+it is above 0 the pixel is 1, the class, and elsewhere 0, the background.
 
 This is the single-scale protocol of the published numbers: resize, sliding windows, mean of the logits that overlap,
-resize to the picture's own size. It agrees with `post_process_semantic_segmentation` of segmenter-hf but for the rounding of
+resize to the image's own size. It agrees with `post_process_semantic_segmentation` of segmenter-hf but for the rounding of
 float32, which may decide where two classes are as good as equal. It is written to be read: `scales`, `do_flip` and
-`do_split_windows` of `preprocessor_config.json` are not used, pictures have 8 bits, windows go through one at a time, and
-the scores of all classes at all pixels of the resized picture are in memory at once.
+`do_split_windows` of `preprocessor_config.json` are not used, images have 8 bits, windows go through one at a time, and
+the scores of all classes at all pixels of the resized image are in memory at once.
 """
 
 import argparse
@@ -50,13 +52,13 @@ def starts(side: int, window: int, stride: int) -> list[int]:
     return [*range(0, side - window, stride), side - window]
 
 
-def prepare(picture: Image.Image, settings: dict[str, Any]) -> np.ndarray:
-    """Resize and normalise a picture: float32 (height, width, 3), no side shorter than a window."""
+def prepare(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
+    """Resize and normalise an image: float32 (height, width, 3), no side shorter than a window."""
     if settings["resample"] != Image.Resampling.BILINEAR:
         raise SystemExit("error: this example resizes bilinearly, preprocessor_config.json asks for something else.")
-    if picture.mode.startswith(("I", "F")):
-        raise SystemExit(f"error: expected a picture with 8 bits, got the mode {picture.mode!r}: convert it first.")
-    values = np.asarray(picture.convert("RGB"))
+    if image.mode.startswith(("I", "F")):
+        raise SystemExit(f"error: expected an image with 8 bits, got the mode {image.mode!r}: convert it first.")
+    values = np.asarray(image.convert("RGB"))
     height, width = values.shape[:2]
     if settings["do_resize"]:
         size = settings["size"]
@@ -78,9 +80,9 @@ def prepare(picture: Image.Image, settings: dict[str, Any]) -> np.ndarray:
     return values
 
 
-def segment(picture: Image.Image, session: onnxruntime.InferenceSession, settings: dict[str, Any]) -> np.ndarray:
-    """The class ids (height, width) of a picture."""
-    values, window, stride = prepare(picture, settings), settings["window_size"], settings["window_stride"]
+def segment(image: Image.Image, session: onnxruntime.InferenceSession, settings: dict[str, Any]) -> np.ndarray:
+    """The class ids (height, width) of an image."""
+    values, window, stride = prepare(image, settings), settings["window_size"], settings["window_stride"]
     height, width = values.shape[:2]
     scores, count = None, np.zeros((height, width, 1), np.float32)
     for top in starts(height, window, stride):
@@ -93,37 +95,43 @@ def segment(picture: Image.Image, session: onnxruntime.InferenceSession, setting
             scores[part] += resize(logits[0].transpose(1, 2, 0), window, window)
             count[part] += 1
     scores /= count
-    width, height = picture.size
-    bands = [slice(first, first + 64) for first in range(0, height, 64)]  # rows of a large picture, a few at a time
-    return np.concatenate([resize(scores, height, width, rows).argmax(-1) for rows in bands])
+    width, height = image.size
+    bands = [slice(first, first + 64) for first in range(0, height, 64)]  # rows of a large image, a few at a time
+    return np.concatenate([class_ids(resize(scores, height, width, rows)) for rows in bands])
+
+
+def class_ids(scores: np.ndarray) -> np.ndarray:
+    """The class ids (height, width) of scores (height, width, labels): the best of several, or the only one above 0."""
+    return scores.argmax(-1) if scores.shape[-1] > 1 else (scores[..., 0] > 0).astype(int)
 
 
 def label_map(ids: np.ndarray, colors: list[list[int]]) -> Image.Image:
-    """A picture whose pixels are class ids; of more than 256 classes it has no colours."""
+    """An image whose pixels are class ids; of more than 256 classes it has no colors."""
     if len(colors) > 256:
         return Image.fromarray(ids.astype(np.uint16))
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(colors)] = colors
-    picture = Image.fromarray(ids.astype(np.uint8))
-    picture.putpalette(palette.tobytes())
-    return picture
+    image = Image.fromarray(ids.astype(np.uint8))
+    image.putpalette(palette.tobytes())
+    return image
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", help="Picture to segment.")
+    parser.add_argument("image", help="Image to segment.")
     parser.add_argument("output", help="PNG file of the label map.")
+    parser.add_argument("--model", default=HERE / "onnx" / "model.onnx", help="Model file to run.")
     args = parser.parse_args()
     settings = json.loads((HERE / "preprocessor_config.json").read_text(encoding="utf-8"))
     labels = json.loads((HERE / "label_set.json").read_text(encoding="utf-8"))["labels"]
     # On a GPU: the package onnxruntime-gpu, and "CUDAExecutionProvider" before this one.
-    session = onnxruntime.InferenceSession(HERE / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
     try:
-        with Image.open(args.picture) as opened:
-            picture = ImageOps.exif_transpose(opened)
-    except OSError as error:  # also what is no picture
-        raise SystemExit(f"error: {args.picture} cannot be read: {error}") from error
-    ids = segment(picture, session, settings)
+        with Image.open(args.image) as opened:
+            image = ImageOps.exif_transpose(opened)
+    except OSError as error:  # also what is no image
+        raise SystemExit(f"error: {args.image} cannot be read: {error}") from error
+    ids = segment(image, session, settings)
     label_map(ids, [label["color"] for label in labels]).save(args.output)
     present = sorted(((ids == label["id"]).mean(), label["name"]) for label in labels)[::-1]
     print(f"Wrote {args.output}: {', '.join(f'{name} {share:.1%}' for share, name in present if share)}")
