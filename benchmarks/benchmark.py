@@ -15,17 +15,12 @@ import itertools
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
 import datasets
 import evaluate
@@ -38,6 +33,8 @@ from transformers import HfArgumentParser, SegformerImageProcessor
 
 import segmenter_hf
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
+from segmenter_hf.cli.errors import cli_main
+from segmenter_hf.cli.parsing import parse_arguments
 from segmenter_hf.data.augmentation import SegmentationAugmentation
 from segmenter_hf.data.label_sets import label_set_from_names
 from segmenter_hf.evaluation.metrics import MeanIoU
@@ -46,7 +43,6 @@ from segmenter_hf.models.segmentation_loss import upsampled_cross_entropy
 from segmenter_hf.models.sliding_window import merge_windows
 from segmenter_hf.training.trainer import TrainDataset
 from segmenter_hf.utils.atomic_files import write_json, write_text
-from segmenter_hf.utils.commands import command, parse_arguments
 
 
 SIZES = {"T": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
@@ -638,10 +634,10 @@ def machine(bench: Bench) -> dict[str, Any]:
     }
 
 
-@command()
-def main(arguments: Sequence[str] | None = None) -> None:
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the tasks that the command line names, print the rows, and write them where asked."""
-    (args,) = parse_arguments(HfArgumentParser(Arguments), arguments)
+    (args,) = parse_arguments(HfArgumentParser(Arguments), argv)
     names = list(TASKS) if "all" in args.task else args.task
     for given, known in ((names, TASKS), (args.sizes, SIZES)):
         if unknown := [name for name in given if name not in known]:

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from segmenter_hf.training.recipes import parse_training_arguments
+from segmenter_hf.cli.errors import cli_main
+from segmenter_hf.cli.train import parse_training_arguments
 from segmenter_hf.training.run import train_segmenter
-from segmenter_hf.utils.commands import command
 
 
 TINY = (
@@ -36,7 +36,7 @@ def words(output_dir: str, *more: str) -> list[str]:
     return [*given, "--use_cpu", "--disable_tqdm", "true", "--output_dir", output_dir, *more]
 
 
-@command()
+@cli_main
 def main() -> None:
     train_segmenter(*parse_training_arguments(words(*sys.argv[1:])))
 

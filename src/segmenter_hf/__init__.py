@@ -1,37 +1,64 @@
 """Segmenter and SETR, plain-transformer semantic segmentation, as Hugging Face Transformers models.
 
-Importing the package registers its classes with transformers' Auto classes.
+Importing the package takes milliseconds: names are imported when they are used, and the models are registered with
+transformers' Auto classes when transformers loads these.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
 
-from .conversion.convert import convert_checkpoint
-from .models.configuration_segmenter import SegmenterConfig
-from .models.configuration_setr import SetrConfig
-from .models.image_processing_segmenter import SegmenterImageProcessor, SegmenterImageProcessorPil
-from .models.modeling_segmenter import SegmenterForSemanticSegmentation, SegmenterModel
-from .models.modeling_setr import SetrForSemanticSegmentation, SetrModel
+from .registration import RegisterWithTransformers
 
 
-for _config, _model, _segmentation_model in (
-    (SegmenterConfig, SegmenterModel, SegmenterForSemanticSegmentation),
-    (SetrConfig, SetrModel, SetrForSemanticSegmentation),
-):
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _model)
-    AutoImageProcessor.register(
-        _config, image_processor_classes={"torchvision": SegmenterImageProcessor, "pil": SegmenterImageProcessorPil}
-    )
-    AutoModelForSemanticSegmentation.register(_config, _segmentation_model)
+if TYPE_CHECKING:
+    from .conversion.convert import convert_checkpoint as convert_checkpoint
+    from .evaluation.evaluate import evaluate_segmentation as evaluate_segmentation
+    from .evaluation.metrics import MeanIoU as MeanIoU
+    from .hub.publishing import publish_model as publish_model
+    from .models.configuration_segmenter import SegmenterConfig as SegmenterConfig
+    from .models.configuration_setr import SetrConfig as SetrConfig
+    from .models.image_processing_segmenter import SegmenterImageProcessor as SegmenterImageProcessor
+    from .models.image_processing_segmenter import SegmenterImageProcessorPil as SegmenterImageProcessorPil
+    from .models.modeling_segmenter import SegmenterForSemanticSegmentation as SegmenterForSemanticSegmentation
+    from .models.modeling_segmenter import SegmenterModel as SegmenterModel
+    from .models.modeling_setr import SetrForSemanticSegmentation as SetrForSemanticSegmentation
+    from .models.modeling_setr import SetrModel as SetrModel
+    from .training.run import train_segmenter as train_segmenter
+    from .training.trainer import SegmentationTrainer as SegmentationTrainer
 
-__all__ = [
-    "SegmenterConfig",
-    "SegmenterForSemanticSegmentation",
-    "SegmenterImageProcessor",
-    "SegmenterImageProcessorPil",
-    "SegmenterModel",
-    "SetrConfig",
-    "SetrForSemanticSegmentation",
-    "SetrModel",
-    "convert_checkpoint",
-]
+    __version__: str
+
+# The public names and where they are.
+_MODULES = {
+    "MeanIoU": "evaluation.metrics",
+    "SegmentationTrainer": "training.trainer",
+    "SegmenterConfig": "models.configuration_segmenter",
+    "SegmenterForSemanticSegmentation": "models.modeling_segmenter",
+    "SegmenterImageProcessor": "models.image_processing_segmenter",
+    "SegmenterImageProcessorPil": "models.image_processing_segmenter",
+    "SegmenterModel": "models.modeling_segmenter",
+    "SetrConfig": "models.configuration_setr",
+    "SetrForSemanticSegmentation": "models.modeling_setr",
+    "SetrModel": "models.modeling_setr",
+    "convert_checkpoint": "conversion.convert",
+    "evaluate_segmentation": "evaluation.evaluate",
+    "publish_model": "hub.publishing",
+    "train_segmenter": "training.run",
+}
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("segmenter-hf")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+RegisterWithTransformers().install()

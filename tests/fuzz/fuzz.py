@@ -16,7 +16,6 @@ import random
 import re
 import resource
 import shutil
-import sys
 import tempfile
 import time
 import zipfile
@@ -26,21 +25,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
-
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import HfArgumentParser
 
+from segmenter_hf.cli.errors import cli_main
+from segmenter_hf.cli.parsing import parse_arguments
 from segmenter_hf.conversion.convert import convert_checkpoint
 from segmenter_hf.conversion.safe_loading import read_checkpoint, read_json, read_python_config, read_yaml
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.models.image_processing_segmenter import SegmenterImageProcessor
-from segmenter_hf.utils.commands import command, parse_arguments
 
 
 EXPECTED = (ValueError, FileNotFoundError)
@@ -272,7 +268,7 @@ def outcome(read: Callable[[Path], object], path: Path, content: bytes) -> str:
     return "read"
 
 
-@command()
+@cli_main
 def main() -> None:
     (args,) = parse_arguments(HfArgumentParser(Arguments))
     faulthandler.enable()

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from segmenter_hf.cli.train import parse_training_arguments
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation
 from segmenter_hf.inference.predictor import load_model
-from segmenter_hf.training.recipes import parse_training_arguments
 from segmenter_hf.training.run import train_segmenter
 
 from ..run_training import TINY, words

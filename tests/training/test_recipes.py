@@ -5,12 +5,12 @@ from dataclasses import fields
 
 import pytest
 
+from segmenter_hf.cli.train import parse_training_arguments
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.training.recipes import (
     ARGUMENTS,
     check_same_run,
     load_recipes,
-    parse_training_arguments,
     resolved_recipe,
     save_recipe,
 )

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig
 
+from segmenter_hf.cli.train import parse_training_arguments
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation
 from segmenter_hf.inference.predictor import load_model, predict_files
-from segmenter_hf.training.recipes import parse_training_arguments
 from segmenter_hf.training.run import class_weights, train_segmenter
 
 from ..run_training import words

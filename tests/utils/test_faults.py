@@ -20,9 +20,9 @@ from huggingface_hub import constants
 from PIL import Image
 
 from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
+from segmenter_hf.cli.errors import TRACEBACK_VARIABLE, cli_main
 from segmenter_hf.inference.predictor import find_pictures, segment_images
 from segmenter_hf.utils.atomic_files import atomic_directory, write_text
-from segmenter_hf.utils.commands import TRACEBACK_VARIABLE, command
 
 from ..hub_server import TOKEN, Handler, running_hub
 from ..tiny_models import save_tiny_scenes_model
@@ -347,16 +347,16 @@ def test_only_mistakes_of_the_user_lose_their_traceback(monkeypatch) -> None:
 
     for mistake in (ValueError("wrong"), FileNotFoundError("gone"), ImportError("missing"), MemoryError()):
         with pytest.raises(SystemExit, match=f"^error: {str(mistake) or 'MemoryError'}$") as ended:
-            command()(main)(mistake)
+            cli_main(main)(mistake)
         assert ended.value.__cause__ is mistake
     for bug in (TypeError("bug"), KeyError("bug"), RuntimeError("bug")):
         with pytest.raises(type(bug)):
-            command()(main)(bug)
+            cli_main(main)(bug)
     with pytest.raises(SystemExit, match="error: too large"):
-        command(FloatingPointError)(main)(FloatingPointError("too large"))
+        cli_main(main)(FloatingPointError("too large"))
     monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
     with pytest.raises(ValueError, match="wrong"):
-        command()(main)(ValueError("wrong"))
+        cli_main(main)(ValueError("wrong"))
 
 
 # The same again

@@ -1,10 +1,10 @@
 """Convert a published checkpoint into a directory that `from_pretrained` reads.
 
-    python scripts/convert_checkpoint.py --model seg-t-mask-16-ade20k --output_dir outputs/seg-t-mask-16-ade20k
-    python scripts/convert_checkpoint.py --checkpoint_path seg_tiny_mask/checkpoint.pth --output_dir outputs/segmenter-t
-    python scripts/convert_checkpoint.py --list
+    segmenter-hf convert --model seg-t-mask-16-ade20k --output_dir outputs/seg-t-mask-16-ade20k
+    segmenter-hf convert --checkpoint_path seg_tiny_mask/checkpoint.pth --output_dir outputs/segmenter-t
+    segmenter-hf models
 
-`--model` downloads one of the published models that `--list` prints. Files of rstrudel/segmenter (with variant.yml beside
+`--model` downloads one of the published models that `segmenter-hf models` lists. Files of rstrudel/segmenter (with variant.yml beside
 them), mmsegmentation, its DeiT reproduction and PaddleViT become models; AugReg, timm, DeiT and Hugging Face ViTs become
 encoders to train from.
 """
@@ -14,19 +14,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig
 
 from ..conversion.convert import SOURCE_FORMATS, check_output, convert_checkpoint
 from ..conversion.download import cache_folder, download_checkpoint
 from ..hub.published_models import PublishedModel, get_published_model, list_published_models
-from ..utils.commands import command, parse_arguments
+from .errors import cli_main
+from .parsing import build_parser, parse_arguments
 
 
 @dataclass
 class ConversionArguments:
     """What to convert, and where to."""
 
-    model: str | None = field(default=None, metadata={"help": "Published model to download, by its name in --list."})
+    _argument_group_name = "conversion"
+
+    model: str | None = field(
+        default=None, metadata={"help": "Published model to download, by its name in `segmenter-hf models`."}
+    )
     checkpoint_path: str | None = field(
         default=None, metadata={"help": "File of the weights, or a directory that holds one."}
     )
@@ -70,7 +75,9 @@ def convert(args: ConversionArguments) -> tuple[Path, PublishedModel | None]:
     """
     if (args.model is None) == (args.checkpoint_path is None):
         got = "neither" if args.model is None else "both"
-        raise ValueError(f"Give --model NAME (--list prints the names) or --checkpoint_path FILE, not {got}.")
+        raise ValueError(
+            f"Give --model NAME (`segmenter-hf models` lists the names) or --checkpoint_path FILE, not {got}."
+        )
     if args.output_dir is None:
         raise ValueError("Give --output_dir DIR, the directory to write.")
     published, checkpoint_path, label_set = None, args.checkpoint_path, args.label_set
@@ -96,10 +103,10 @@ def convert(args: ConversionArguments) -> tuple[Path, PublishedModel | None]:
     return output_dir, published
 
 
-@command()
-def main(arguments: Sequence[str] | None = None) -> None:
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
     """Convert what the command line says, and print what was written and what to do with it."""
-    (args,) = parse_arguments(HfArgumentParser(ConversionArguments), arguments)
+    (args,) = parse_arguments(build_parser("convert", __doc__, [ConversionArguments]), argv)
     if args.list:
         print(list_published_models())
         return

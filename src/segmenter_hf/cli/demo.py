@@ -1,21 +1,25 @@
-"""Serve a web page that segments pictures in the browser. Needs Gradio: `pip install segmenter-hf[demo]`.
+"""Serve a web page that segments images in the browser. Needs Gradio: `pip install segmenter-hf[demo]`.
 
-    python scripts/demo.py --model_name_or_path outputs/my_model outputs/segmenter-b
+    segmenter-hf demo --model_name_or_path outputs/my_model outputs/segmenter-b
 
 Without a model the one of `make demo` is shown; where there is none it is trained first, which takes some minutes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from ..training import run
-from ..utils.commands import command, parse_arguments
+from .errors import cli_main
+from .parsing import build_parser, parse_arguments
 
 
 @dataclass
 class Arguments:
+    """Which models to show, and where."""
+
+    _argument_group_name = "page"
+
     model_name_or_path: list[str] = field(
         default_factory=list, metadata={"help": "Directories or Hub names of models to choose from on the page."}
     )
@@ -23,15 +27,16 @@ class Arguments:
         default="outputs/demo/model",
         metadata={"help": "Directory of the model that is shown, or trained, by default."},
     )
-    max_image_pixels: int = field(default=50_000_000, metadata={"help": "Larger pictures are refused."})
+    max_image_pixels: int = field(default=50_000_000, metadata={"help": "Larger images are refused."})
     device: str | None = field(default=None, metadata={"help": "Device of the models; a GPU where there is one."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for other machines too."})
     port: int | None = field(default=None, metadata={"help": "Port to listen on; the first free one from 7860."})
 
 
-@command()
-def main() -> None:
-    (args,) = parse_arguments(HfArgumentParser(Arguments))
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve the page until it is stopped."""
+    (args,) = parse_arguments(build_parser("demo", __doc__, [Arguments]), argv)
     if args.port is not None and not 1 <= args.port <= 65535:
         raise ValueError(f"--port must be from 1 to 65535, got {args.port}.")
     from ..demo.app import build_page, launch_page, load_models, train_scenes_model  # needs the extra

@@ -1,18 +1,22 @@
-"""Draw embedded street scenes as a folder of images and masks, which is also an example of a dataset folder.
+"""Draw synthetic street scenes as a folder of images and masks, which is also an example of a dataset folder.
 
-python scripts/draw_scenes.py --num_images 6 --output_dir outputs/pictures
+segmenter-hf draw-scenes --num_images 6 --output_dir outputs/scenes
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
 from ..data.synthetic_scenes import save_scenes
-from ..utils.commands import command, parse_arguments
+from .errors import cli_main
+from .parsing import build_parser, parse_arguments
 
 
 @dataclass
 class Arguments:
+    """How many scenes of what size, and where to."""
+
+    _argument_group_name = "scenes"
+
     output_dir: str = field(metadata={"help": "Folder for `images/` and `masks/`."})
     num_images: int = field(default=6, metadata={"help": "Number of scenes."})
     height: int = field(default=192, metadata={"help": "Height in pixels."})
@@ -20,8 +24,9 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Seed of the scenes."})
 
 
-@command()
-def main() -> None:
-    (args,) = parse_arguments(HfArgumentParser(Arguments))
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the scenes."""
+    (args,) = parse_arguments(build_parser("draw-scenes", __doc__, [Arguments]), argv)
     save_scenes(args.output_dir, args.num_images, (args.height, args.width), args.seed)
     print(f"Wrote {args.num_images} scenes to {args.output_dir}/images and their masks to {args.output_dir}/masks.")

@@ -1,26 +1,30 @@
 """Estimate the memory and time of a training from parameter and operation counts, before renting anything.
 
-    python scripts/estimate.py --recipe segmenter_ade20k --model_size base --num_devices 8 --num_images 20210
+    segmenter-hf estimate --recipe segmenter_ade20k --model_size base --num_devices 8 --num_images 20210
 
 Peaks in bfloat16 by NVIDIA's data sheets: 312 for an A100, 989 for an H100 or H200 (without sparsity). Two fifths of the peak
 is a usual share for a ViT of this size. Nothing here is measured.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from transformers import HfArgumentParser
 
 from ..data.label_sets import load_label_set
 from ..training.arguments import resolve_batch_size
 from ..training.estimates import estimate_training
-from ..training.recipes import parse_training_arguments
+from ..training.recipes import resolve_training_arguments
 from ..training.run import build_model_and_processor
-from ..utils.commands import command, parse_arguments
+from .errors import cli_main
+from .parsing import build_parser, parse_arguments
 
 
 @dataclass
 class Arguments:
+    """Which training, on what devices."""
+
+    _argument_group_name = "training and devices"
+
     recipe: str = field(metadata={"help": "Recipe whose training is estimated."})
     model_size: str | None = field(default=None, metadata={"help": "Size of the model, if not that of the recipe."})
     num_images: int | None = field(
@@ -32,12 +36,13 @@ class Arguments:
     utilization: float = field(default=0.4, metadata={"help": "Share of the peak that is reached."})
 
 
-@command()
-def main() -> None:
-    (args,) = parse_arguments(HfArgumentParser(Arguments))
-    words = ["--recipe", args.recipe, "--output_dir", "", "--use_cpu"]
-    words += ["--model_size", args.model_size] if args.model_size else []
-    model_args, data_args, training_args = parse_training_arguments(words)
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the estimate."""
+    (args,) = parse_arguments(build_parser("estimate", __doc__, [Arguments]), argv)
+    values = {"recipe": args.recipe, "output_dir": "", "use_cpu": True}
+    values |= {"model_size": args.model_size} if args.model_size else {}
+    model_args, data_args, training_args = resolve_training_arguments(values)
     model, _ = build_model_and_processor(model_args, data_args, load_label_set(data_args.label_set or "scenes"))
     total = training_args.total_batch_size
     per_device, accumulation = resolve_batch_size(total, args.num_devices, args.per_device_train_batch_size)

@@ -1,18 +1,17 @@
-"""Evaluate a model with the published protocol.
+r"""Evaluate a model with the published protocol.
 
-    python scripts/evaluate.py --model_name_or_path outputs/scenes --dataset_name scenes --output_dir outputs/scenes_eval
+    segmenter-hf evaluate --model_name_or_path outputs/scenes --dataset_name scenes --output_dir outputs/scenes_eval
 
 `--multi_scale_flip` averages over six scales, each also mirrored, as the tables of the papers do. Several processes share the
 images and give exactly the numbers of one:
 
-    accelerate launch --num_processes 8 scripts/evaluate.py --model_name_or_path org/segmenter-vit-l-mask \
+    accelerate launch --num_processes 8 -m segmenter_hf evaluate --model_name_or_path org/segmenter-vit-l-mask \
         --dataset_name ADEChallengeData2016 --label_set ade20k --output_dir outputs/ade20k
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from transformers import HfArgumentParser
 
 from ..data.loading import limited_split, load_split
 from ..evaluation.evaluate import (
@@ -24,21 +23,27 @@ from ..evaluation.evaluate import (
     save_results,
 )
 from ..inference.predictor import process_state
-from ..utils.commands import command, parse_arguments
+from .errors import cli_main
+from .parsing import build_parser, parse_arguments
 from .prediction_arguments import EvaluationDataArguments, PredictionArguments
 
 
 @dataclass
 class Arguments:
+    """On what dataset, and where to."""
+
+    _argument_group_name = "dataset and output"
+
     output_dir: str = field(metadata={"help": "Directory for results.json and the table of classes."})
     dataset_name: str = field(default="scenes", metadata={"help": "Hub name or folder."})
     num_worst: int = field(default=4, metadata={"help": "Show so many images of the lowest mean IoU in worst.png."})
 
 
-@command()
-def main() -> None:
-    parser = HfArgumentParser((PredictionArguments, Arguments, EvaluationDataArguments))
-    prediction_args, args, data_args = parse_arguments(parser)
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate the model, write the results and print the table."""
+    parser = build_parser("evaluate", __doc__, [PredictionArguments, Arguments, EvaluationDataArguments])
+    prediction_args, args, data_args = parse_arguments(parser, argv)
     model, processor, label_set = prediction_args.load_model()
     dataset = load_split(args.dataset_name, **vars(data_args))
     results = evaluate_segmentation(

@@ -1,23 +1,27 @@
 """Export a model to ONNX: batch, height and width stay open, and the result is compared with the model.
 
-    python scripts/export_onnx.py --model_name_or_path outputs/demo/model --output_dir outputs/demo/onnx
+    segmenter-hf export --model_name_or_path outputs/demo/model --output_dir outputs/demo/onnx
 
 The directory has the layout of transformers.js: `onnx/model.onnx`, `onnx/model_fp16.onnx`, `onnx/model_quantized.onnx`, and
 what belongs to them. `run_onnx.py` in it segments an image without torch. The directory appears only if onnxruntime gives the
 logits of the model, at three sizes that the export has not seen, and its label map of an image.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from transformers import HfArgumentParser
 
 from ..export.dtypes import DEFAULT_DTYPES, DTYPE_SUFFIXES
 from ..export.onnx import export_onnx
-from ..utils.commands import command, parse_arguments
+from .errors import cli_main
+from .parsing import build_parser, parse_arguments
 
 
 @dataclass
 class Arguments:
+    """What to export, and where to."""
+
+    _argument_group_name = "export"
+
     model_name_or_path: str = field(metadata={"help": "Directory or Hub name of the model."})
     output_dir: str = field(metadata={"help": "Directory to write."})
     dtypes: list[str] = field(
@@ -30,9 +34,10 @@ class Arguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier export in output_dir."})
 
 
-@command()
-def main() -> None:
-    (args,) = parse_arguments(HfArgumentParser(Arguments))
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export the model and print how far its logits differ."""
+    (args,) = parse_arguments(build_parser("export", __doc__, [Arguments]), argv)
     export = export_onnx(
         args.model_name_or_path, args.output_dir, dtypes=args.dtypes, opset=args.opset, overwrite=args.overwrite
     )

@@ -1,4 +1,4 @@
-"""The arguments that the scripts share which run a model: which one and how, and on which labelled images."""
+"""The arguments that the subcommands share which run a model: which one and how, and on which labelled images."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +14,12 @@ from ..inference.predictor import load_model
 class PredictionArguments:
     """Which model to run, by which protocol, and where."""
 
+    _argument_group_name = "model and protocol"
+
     model_name_or_path: str = field(metadata={"help": "Directory or Hub name of the model."})
     label_set: str | None = field(
         default=None,
-        metadata={"help": "Name or JSON file: names, colours, and how stored labels map to the model's classes."},
+        metadata={"help": "Name or JSON file: names, colors, and how stored labels map to the model's classes."},
     )
     multi_scale_flip: bool = field(default=False, metadata={"help": "Average over six scales, each also mirrored."})
     scales: list[float] | None = field(default=None, metadata={"help": "Average over these scales instead."})
@@ -48,6 +50,8 @@ class PredictionArguments:
 @dataclass
 class EvaluationDataArguments:
     """Which images to evaluate, as [`~segmenter_hf.data.loading.load_split`] takes them."""
+
+    _argument_group_name = "images of the dataset"
 
     split: str = field(default="validation", metadata={"help": "Split to evaluate."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})

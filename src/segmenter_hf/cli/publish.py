@@ -1,20 +1,19 @@
-"""Publish a trained or converted model on the Hub: weights, code, image processor, card and pictures in one commit.
+r"""Publish a trained or converted model on the Hub: weights, code, image processor, card and pictures in one commit.
 
-    python scripts/publish.py --checkpoint_dir outputs/demo/model --hub_model_id your-name/segmenter-scenes
+    segmenter-hf publish --checkpoint_dir outputs/demo/model --hub_model_id your-name/segmenter-scenes
 
 Look first, without pushing anything:
 
-    python scripts/publish.py --checkpoint_dir outputs/demo/model --hub_model_id your-name/segmenter-scenes \
+    segmenter-hf publish --checkpoint_dir outputs/demo/model --hub_model_id your-name/segmenter-scenes \
         --output_dir outputs/segmenter-scenes --dry_run
 
-`--evaluate DATASET` measures the mIoU for the card; `--results` takes it from recorded runs of scripts/evaluate.py.
+`--evaluate DATASET` measures the mIoU for the card; `--results` takes it from recorded runs of `segmenter-hf evaluate`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from transformers import HfArgumentParser
-
-from ..hub.model_card import read_card_facts, save_card_facts
+from ..hub.model_card import CardFacts, read_card_facts, save_card_facts
 from ..hub.publishing import (
     PublishingError,
     build_repository,
@@ -24,37 +23,59 @@ from ..hub.publishing import (
     read_recorded_result,
 )
 from ..utils.atomic_files import read_json_object
-from ..utils.commands import command, parse_arguments
+from .errors import UsageError, cli_main
+from .parsing import build_parser, parse_arguments
 from .prediction_arguments import EvaluationDataArguments
 
 
 @dataclass
 class Arguments:
+    """Which model goes where on the Hub."""
+
+    _argument_group_name = "model and repository"
+
     checkpoint_dir: str = field(metadata={"help": "Directory of a trained or converted model."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Where it goes on the Hub, as owner/name."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Where it goes on the Hub, as owner/name; required without --dry_run."}
+    )
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to push to; made where there is none."})
     commit_message: str = field(default="Publish the model", metadata={"help": "First line of the commit."})
     dry_run: bool = field(default=False, metadata={"help": "Only write what would be pushed into output_dir."})
-    output_dir: str | None = field(default=None, metadata={"help": "Directory to write with --dry_run."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the model that output_dir holds."})
-    published_model: str | None = field(
-        default=None, metadata={"help": "Model of published_models.json whose converted weights these are."}
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Directory to write with --dry_run, where it is required."}
     )
-    license: str | None = field(default=None, metadata={"help": "Licence of the weights, such as apache-2.0."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the model that output_dir holds."})
+
+
+@dataclass
+class CardArguments:
+    """What the card says beside what is noted with the model."""
+
+    _argument_group_name = "model card"
+
+    published_model: str | None = field(
+        default=None,
+        metadata={"help": "Name in `segmenter-hf models` of the model whose converted weights these are."},
+    )
+    license: str | None = field(default=None, metadata={"help": "License of the weights, such as apache-2.0."})
     results: list[str] | None = field(
-        default=None, metadata={"help": "Files results.json of scripts/evaluate.py to put into the card."}
+        default=None, metadata={"help": "Files results.json of `segmenter-hf evaluate` to put into the card."}
     )
     speed: str | None = field(
         default=None, metadata={"help": "JSON file with what a recorded run measured, name by name, for the card."}
-    )
-    evaluate: str | None = field(
-        default=None, metadata={"help": "Hub name, folder or scenes: measure the mIoU on it."}
     )
 
 
 @dataclass
 class EvaluationArguments(EvaluationDataArguments):
+    """The evaluation whose mean IoU the card gets."""
+
+    _argument_group_name = "evaluation"
+
+    evaluate: str | None = field(
+        default=None, metadata={"help": "Hub name, folder or scenes: measure the mIoU on it."}
+    )
     label_set: str | None = field(
         default=None, metadata={"help": "Name or JSON file; says how stored labels map to the model's classes."}
     )
@@ -63,27 +84,26 @@ class EvaluationArguments(EvaluationDataArguments):
     device: str | None = field(default=None, metadata={"help": "Device of the model; a GPU where there is one."})
 
 
-@command(PublishingError)
-def main() -> None:
-    args, evaluation_args = parse_arguments(HfArgumentParser((Arguments, EvaluationArguments)))
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    """Publish what the command line names."""
+    parser = build_parser("publish", __doc__, [Arguments, CardArguments, EvaluationArguments])
+    args, card_args, evaluation_args = parse_arguments(parser, argv)
     if args.dry_run and args.output_dir is None:
-        raise ValueError("--dry_run needs --output_dir, the directory to write.")
+        raise UsageError("--dry_run needs --output_dir, the directory to write.")
     if not args.dry_run and args.hub_model_id is None:
-        raise ValueError("Give --hub_model_id owner/name, or --dry_run with --output_dir.")
+        raise UsageError("Give --hub_model_id owner/name, or --dry_run with --output_dir.")
+    try:
+        publish(args, card_args, evaluation_args)
+    except PublishingError as error:
+        raise ConnectionError(str(error)) from error
+
+
+def publish(args: Arguments, card_args: CardArguments, evaluation_args: EvaluationArguments) -> None:
+    """Publish what the arguments name, or write it with `--dry_run`, and print what was done."""
     if not args.dry_run:
         check_push(args.hub_model_id)
-    facts = read_card_facts(args.checkpoint_dir)
-    facts = replace(
-        facts,
-        published_model=args.published_model or facts.published_model,
-        license=args.license or facts.license,
-        speed=read_json_object(args.speed) if args.speed else facts.speed,
-    )
-    facts = facts.with_results([read_recorded_result(path) for path in args.results or []])
-    if args.evaluate is not None:
-        facts = facts.with_results(measure(args.checkpoint_dir, args.evaluate, **vars(evaluation_args)))
-        save_card_facts(args.checkpoint_dir, facts)
-        print(f"Recorded in {args.checkpoint_dir}: from now on the card has these numbers without --evaluate.")
+    facts = collect_facts(args.checkpoint_dir, card_args, evaluation_args)
     if args.dry_run:
         directory = build_repository(
             args.checkpoint_dir,
@@ -107,3 +127,22 @@ def main() -> None:
     print(f"Published {args.hub_model_id}: {commit.commit_url}")
     at = f', revision="{args.revision}"' if args.revision else ""
     print(f'Next: pipeline("image-segmentation", "{args.hub_model_id}"{at}, trust_remote_code=True)')
+
+
+def collect_facts(checkpoint_dir: str, card_args: CardArguments, evaluation_args: EvaluationArguments) -> CardFacts:
+    """What the card is to say: what is noted with the model, what the arguments add, and what is measured now."""
+    facts = read_card_facts(checkpoint_dir)
+    facts = replace(
+        facts,
+        published_model=card_args.published_model or facts.published_model,
+        license=card_args.license or facts.license,
+        speed=read_json_object(card_args.speed) if card_args.speed else facts.speed,
+    )
+    facts = facts.with_results([read_recorded_result(path) for path in card_args.results or []])
+    options = vars(evaluation_args).copy()
+    dataset_name = options.pop("evaluate")
+    if dataset_name is not None:
+        facts = facts.with_results(measure(checkpoint_dir, dataset_name, **options))
+        save_card_facts(checkpoint_dir, facts)
+        print(f"Recorded in {checkpoint_dir}: from now on the card has these numbers without --evaluate.")
+    return facts

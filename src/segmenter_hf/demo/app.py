@@ -26,7 +26,7 @@ from ..inference.attention import class_attention, has_class_attention, patch_at
 from ..inference.predictor import load_model, open_image, stream_segmentations
 from ..inference.visualization import as_rgb, label_map_image
 from ..models.image_io import IMAGE_FORMATS
-from ..training.recipes import parse_training_arguments
+from ..training.recipes import read_arguments, resolve_training_arguments
 from ..training.run import train_segmenter
 
 
@@ -156,10 +156,11 @@ def train_scenes_model(config_path: str | Path, output_dir: str | Path) -> None:
     """Train a model as a JSON file of training arguments says, into another directory.
 
     Args:
-        config_path (`str` or `Path`): The arguments, as `scripts/train.py` takes them.
+        config_path (`str` or `Path`): The arguments, as [`read_arguments`] takes them.
         output_dir (`str` or `Path`): Where the model goes.
     """
-    train_segmenter(*parse_training_arguments([str(config_path), "--output_dir", str(output_dir)]))
+    values = {**read_arguments(config_path), "output_dir": str(output_dir)}
+    train_segmenter(*resolve_training_arguments(values))
 
 
 def refusal(message: str) -> gr.Error:

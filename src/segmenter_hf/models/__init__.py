@@ -1,1 +1,21 @@
-"""The model files: imported as a package, and loaded by transformers as remote code from a model's repository."""
+"""The models, their configurations and image processors. Importing them registers them with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
+
+from .configuration_segmenter import SegmenterConfig
+from .configuration_setr import SetrConfig
+from .image_processing_segmenter import SegmenterImageProcessor, SegmenterImageProcessorPil
+from .modeling_segmenter import SegmenterForSemanticSegmentation, SegmenterModel
+from .modeling_setr import SetrForSemanticSegmentation, SetrModel
+
+
+for _config, _model, _segmentation_model in (
+    (SegmenterConfig, SegmenterModel, SegmenterForSemanticSegmentation),
+    (SetrConfig, SetrModel, SetrForSemanticSegmentation),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoImageProcessor.register(
+        _config, image_processor_classes={"torchvision": SegmenterImageProcessor, "pil": SegmenterImageProcessorPil}
+    )
+    AutoModelForSemanticSegmentation.register(_config, _segmentation_model)

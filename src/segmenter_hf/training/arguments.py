@@ -1,4 +1,4 @@
-"""The arguments of training, as `scripts/train.py` takes them."""
+"""The arguments of training: model, data, and those of Trainer."""
 
 import math
 from dataclasses import dataclass, field
@@ -36,6 +36,8 @@ def check_finite(arguments: Any) -> None:
 @dataclass
 class ModelArguments:
     """Which model to train."""
+
+    _argument_group_name = "model"  # title of the group in the help of a parser
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Directory or Hub name to start from; without it a new model is made."}
@@ -83,6 +85,8 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """Which images to train on, and what happens to them."""
+
+    _argument_group_name = "data"
 
     recipe: str | None = field(
         default=None, metadata={"help": "Named values of all arguments; others on the command line replace them."}
@@ -146,6 +150,8 @@ class SegmentationTrainingArguments(TrainingArguments):
     Raises:
         ValueError: If the batch cannot be put together so, nothing would be trained, or arguments are not for segmentation.
     """
+
+    _argument_group_name = "training"
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate at the first step."})
     lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})

@@ -1,17 +1,13 @@
 """Recipes: named values of the arguments of training, those of the papers among them."""
 
-import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from transformers import HfArgumentParser
-
 from ..utils.atomic_files import check_types, read_json_object, write_json
-from ..utils.commands import parse_arguments
 from .arguments import DataArguments, ModelArguments, SegmentationTrainingArguments
 
 
@@ -46,25 +42,6 @@ TRAINER_ARGUMENTS = (
     "load_best_model_at_end",
     "metric_for_best_model",
 )
-OFTEN_USED = (
-    "output_dir",
-    "total_batch_size",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "save_total_limit",
-    "logging_steps",
-    "report_to",
-    "disable_tqdm",
-    "dataloader_num_workers",
-    "train_sampling_strategy",
-    "torch_compile",
-    "use_cpu",
-    "full_determinism",
-    "push_to_hub",
-    "hub_model_id",
-)
 NOT_OF_THE_RUN = ("recipe", "max_scanned_masks", "window_batch_size")
 
 
@@ -86,30 +63,28 @@ def recipe_arguments(name: str) -> dict[str, Any]:
     return recipes[name]["arguments"]
 
 
-def parse_training_arguments(
-    words: Sequence[str],
+def resolve_training_arguments(
+    values: Mapping[str, Any],
 ) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
-    """The arguments of a command line, over those of a JSON file, over those of a recipe, over the defaults.
+    """The arguments of training from values by name, over those of the recipe among them, over the defaults.
 
     Args:
-        words (`Sequence[str]`): The command line. The first word may be a JSON file of arguments, such as the `recipe.json` of
-            another run.
+        values (`Mapping[str, Any]`): The values, such as those of [`read_arguments`].
 
     Returns:
         `tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]`: The arguments.
 
     Raises:
-        ValueError: If the recipe, an option or an argument in the file is not known, or one in the file is of another type.
+        ValueError: If there is no such recipe, or a name is no argument of training.
     """
-    words, from_file = list(words), {}
-    if words and words[0].endswith(".json"):
-        from_file = read_arguments(words.pop(0))
-    only_recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only_recipe.add_argument("--recipe", default=from_file.get("recipe"))
-    name = only_recipe.parse_known_args(words)[0].recipe
-    parser = argument_parser(show_all="--help_all" in words)
-    parser.set_defaults(**({} if name is None else recipe_arguments(name)) | from_file)
-    return parse_arguments(parser, words)
+    name = values.get("recipe")
+    values = {**({} if name is None else recipe_arguments(name)), **values}
+    known = {field.name: each for each in ARGUMENTS for field in fields(each)}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"Training has no arguments {', '.join(unknown)}.")
+    return tuple(  # type: ignore[return-value]
+        each(**{name: value for name, value in values.items() if known[name] is each}) for each in ARGUMENTS
+    )
 
 
 def read_arguments(path: str | Path) -> dict[str, Any]:
@@ -133,74 +108,10 @@ def read_arguments(path: str | Path) -> dict[str, Any]:
     return arguments
 
 
-def argument_parser(show_all: bool = False) -> HfArgumentParser:
-    """The parser of all arguments, whose help is in groups and leaves out those of Trainer that are seldom used here.
-
-    Args:
-        show_all (`bool`, defaults to `False`): Whether the help has all arguments of Trainer.
-    """
-    parser = HfArgumentParser(
-        ARGUMENTS,
-        usage="%(prog)s [FILE.json] [--recipe NAME] --output_dir DIR [argument ...]",
-        description="Fine-tune a Segmenter or SETR with Trainer, by a recipe or by your own arguments.",
-        epilog="Boolean arguments take true or false. Every other argument of transformers.TrainingArguments works too: "
-        "--help_all lists them.",
-        formatter_class=_ShortHelp,
-    )
-    unkept = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-    parser.add_argument("--help_all", action="help", help="show all arguments of Trainer too and exit", **unkept)
-    parser.add_argument("--list_recipes", action=_ListRecipes, nargs=0, help="print the recipes and exit", **unkept)
-    groups = {
-        "model": [field.name for field in fields(ModelArguments)],
-        "data": [field.name for field in fields(DataArguments)],
-        "training": [*TRAINER_ARGUMENTS, *OFTEN_USED],
-    }
-    if show_all:
-        groups["training"] += [field.name for field in fields(SegmentationTrainingArguments)]
-    positive = [action for action in parser._actions if not action.option_strings[0].startswith("--no_")]
-    for title, names in groups.items():
-        section = parser.add_argument_group(title)
-        section._group_actions += [action for action in positive if action.dest in names]
-    parser._optionals._group_actions = [
-        action for action in parser._actions if action.dest in ("help", argparse.SUPPRESS)
-    ]
-    return parser
-
-
-class _ShortHelp(argparse.HelpFormatter):
-    """One spelling of each argument, what kind of value it takes, and its default where there is one to tell."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=36)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.nargs == 0:
-            return ", ".join(action.option_strings)
-        kinds = {int: "N", float: "X", str: "TEXT"}
-        value = kinds.get(action.type, "VALUE")
-        if action.choices and len(action.choices) < 10:
-            value = "{" + ",".join(map(str, action.choices)) + "}"
-        return f"{action.option_strings[0]} {'true|false' if isinstance(action.default, bool) else value}"
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = (action.help or "").strip()
-        shows_default = action.default not in (None, "", argparse.SUPPRESS) and action.nargs != 0
-        return f"{text} (default: {str(action.default).replace('%', '%%')})" if shows_default else text
-
-
-class _ListRecipes(argparse.Action):
-    """Prints the recipes and ends."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        for name, recipe in load_recipes().items():
-            print(f"{name:<28} {recipe['description']} ({recipe['source']})")
-        parser.exit()
-
-
 def resolved_recipe(
     model_args: ModelArguments, data_args: DataArguments, training_args: SegmentationTrainingArguments
 ) -> dict[str, Any]:
-    """Everything that makes a run what it is, as it will be. `scripts/train.py` takes the file of it as arguments.
+    """Everything that makes a run what it is, as it will be. [`read_arguments`] reads the file of it.
 
     Returns:
         `dict`: `recipe` (its name, if any), `arguments`, and `batch`: how the effective batch is put together, from
