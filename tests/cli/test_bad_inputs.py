@@ -113,9 +113,9 @@ def row(image: Image.Image | bytes, mask: Image.Image | bytes, name: str = "phot
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (Image.fromarray(COLOUR), "RGB picture with colours. Convert it with the palette"),
-        (Image.fromarray(COLOUR).convert("RGBA"), "RGB picture with colours"),
-        (Image.fromarray(COLOUR).convert("F"), "class ids in grey or palette mode, got mode F"),
+        (Image.fromarray(COLOUR), "RGB image with colors, .* pixels.*Give the classes of the colors"),
+        (Image.fromarray(COLOUR).convert("RGBA"), "RGB image with colors"),
+        (Image.fromarray(COLOUR).convert("F"), "class ids in gray or palette mode, got mode F"),
         (Image.fromarray(ZEROS.T.copy()), "mask of the size of the image"),
         (b"", "cannot be read as an image"),
         (b"\x89PNG\r\n\x1a\n", "cannot be read as an image"),
@@ -135,7 +135,10 @@ def test_what_is_no_mask_is_refused_when_decoded_and_counted(mask, message) -> N
     ("value", "message"),
     [
         (8, "Ids out of range: .8.; expected 0 to 7 and 255.*do_reduce_labels"),
-        (77, "Either num_labels is too small .at least 78. or the stored ids need a label map"),
+        (
+            77,
+            "If 77 marks .* `ignore_index=77`. Otherwise either num_labels is too small .at least 78..*need a label map",
+        ),
         (300, "Map the stored ids to class ids with a label map"),
         (255, "No pixel of 1 masks belongs to a class"),
     ],
@@ -334,8 +337,8 @@ def test_an_impossible_configuration_is_a_value_error_that_names_the_field(confi
     [
         ({"ignore_index": "255"}, "ignore_index must be an integer"),
         ({"ignore_index": None}, "ignore_index must be an integer"),
-        ({"reduce_labels": "no"}, "reduce_labels true or false"),
-        ({"reduce_labels": 1}, "reduce_labels true or false"),
+        ({"reduce_labels": "no"}, "color_masks and reduce_labels true or false"),
+        ({"reduce_labels": 1}, "color_masks and reduce_labels true or false"),
         ({"label_id_to_train_id": [1]}, "expected an object as label_id_to_train_id"),
         ({"label_id_to_train_id": {}}, "must map integers"),
         ({"label_id_to_train_id": {"a": 0}}, "label_id_to_train_id|invalid literal"),

@@ -122,6 +122,62 @@ def test_a_list_of_names_gets_the_default_colors(tmp_path):
     assert loaded == label_set_from_names(["Straße", "ciel", "木"], name="mine")
 
 
+def test_a_color_may_be_left_out(tmp_path):
+    labels = [{"id": 0, "name": "sky"}, {"id": 1, "name": "road", "color": [4, 5, 6]}]
+    loaded = load_label_set(write(tmp_path / "mine.json", {"labels": labels}))
+    assert loaded.labels == ("sky", "road")
+    assert loaded.colors == (tuple(default_palette(2)[0].tolist()), (4, 5, 6))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("colors.json", '{"sky": [1, 2, 3], "__ignore__": [0, 0, 0], "road": [4, 5, 6]}'),
+        ("colors.json", '[{"name": "sky", "r": 1, "g": 2, "b": 3}, {"name": "road", "color": [4, 5, 6]}]'),
+        ("class_dict.csv", "\ufeffname, r, g, b\nsky, 1, 2, 3\n__ignore__, 0, 0, 0\n\nroad, 4, 5, 6\n"),
+        ("class_dict.csv", "Name,R,G,B\r\nsky,1,2,3\r\nroad,4,5,6\r\n"),
+        ("labelmap.txt", "# label:color_rgb:parts:actions\nsky:1,2,3::\n__ignore__:0,0,0::\nroad:4,5,6::\n"),
+        ("label_colors.txt", "1 2 3\t\tsky\n4 5 6\t\troad\n"),
+    ],
+)
+def test_names_with_colors_are_read_from_files_of_others(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    loaded = load_label_set(tmp_path / name)
+    assert (loaded.labels, loaded.colors) == (("sky", "road"), ((1, 2, 3), (4, 5, 6)))
+    assert loaded.ignore_colors == (((0, 0, 0),) if "__ignore__" in text else ())
+
+
+def test_a_text_file_has_a_name_per_line(tmp_path):
+    (tmp_path / "classes.txt").write_text("__ignore__\n_background_\nStraße\n\n  traffic light \n", encoding="utf-8")
+    loaded = load_label_set(tmp_path / "classes.txt")
+    assert (loaded.name, loaded.labels) == ("classes", ("_background_", "Straße", "traffic light"))
+    assert np.array_equal(loaded.palette, default_palette(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("class_dict.csv", b"sky,1,2,3\n", "expected the columns name, r, g, b in the first line"),
+        ("class_dict.csv", b"name,r,g,b\nsky,1,2\n", "class_dict.csv: expected name, r, g, b in row 2, got .'sky'"),
+        ("class_dict.csv", b"name,r,g,b\nsky,1,2,x\n", "in row 2"),
+        ("names.txt", b"\x89PNG\r\n\x1a\n\xff", "names.txt: expected class names in UTF-8"),
+        ("names.txt", b"", "names.txt: .*at least one label"),
+        ("names.txt", b"sky\nsky\n", "names.txt: .*'sky'. more than once"),
+        ("names.txt", bytes(2**24 + 1), "names.txt: expected class names in at most"),
+    ],
+)
+def test_files_of_names_that_are_not_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_label_set(tmp_path / name)
+
+
+def test_masks_of_colors_survive_being_saved(tmp_path):
+    colored = label_set(color_masks=True, ignore_colors=((0, 0, 0),))
+    colored.save(tmp_path / "two.json")
+    assert load_label_set(tmp_path / "two.json") == colored
+
+
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(FileNotFoundError, match="one of .*'ade20k'.* got 'ade20'"):
         load_label_set("ade20")
@@ -134,7 +190,13 @@ def test_an_unknown_name_lists_the_known_ones():
         ("sky", "list of names or an object"),
         ({"labels": ["sky"]}, "as label 0, got sky"),
         ({"labels": [{"id": 1, "name": "sky", "color": [1, 2, 3]}]}, "as label 0, got .*'id': 1"),
-        ({"labels": [{"id": 0, "name": "sky"}]}, "as label 0"),
+        ({"labels": [{"id": 0, "color": [1, 2, 3]}]}, "as label 0"),
+        ({"sky": [1, 2, 300]}, "color of 'sky' must be 3 integers"),
+        ([{"name": "sky"}, {"r": 1}], "as item 1, got .*'r': 1"),
+        (
+            {"labels": [{"id": 0, "name": "sky"}], "ignore_colors": [0]},
+            r"list of \[r, g, b\] as ignore_colors, got \[0\]",
+        ),
         ({"labels": [], "ignore_indx": 0}, "got also .*ignore_indx"),
         ({"labels": [{"id": 0, "name": "sky", "color": [1, 2, 3]}], "num_labels": 2}, "num_labels is 2, .* 1 labels"),
         ([], "at least one label"),
@@ -165,6 +227,9 @@ def test_a_file_that_is_not_json_is_named(tmp_path):
         ({"labels": ("leaf",), "colors": ((0, 0, 0),), "ignore_index": 1}, "ignore_index 1 is also the id of 'leaf'"),
         ({"label_id_to_train_id": {0: 0, 1: 2}}, r"must map to \[0, 2\) or to the ignore_index 255, got \[2\]"),
         ({"label_id_to_train_id": {0: 0}, "reduce_labels": True}, "either reduce_labels or label_id_to_train_id"),
+        ({"label_id_to_train_id": {0: 0}, "color_masks": True}, "either color_masks or label_id_to_train_id"),
+        ({"colors": ((1, 2, 3), (1, 2, 3)), "color_masks": True}, r"a color for each class, got \[\(1, 2, 3\)\]"),
+        ({"ignore_colors": ((1, 2),)}, "color of '__ignore__' must be 3 integers"),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused(fields, message):

@@ -228,8 +228,8 @@ def test_reduced_labels_shift_down_once_and_leave_the_ignore_index():
     assert decode_example(row)[1].tolist() == stored.tolist()
 
 
-def test_a_coloured_mask_is_refused_with_advice():
-    with pytest.raises(ValueError, match="Convert it with the palette"):
+def test_a_colored_mask_is_refused_with_advice():
+    with pytest.raises(ValueError, match="convert the mask with its palette"):
         decode_example(example(image_array(1)))
 
 
@@ -413,9 +413,15 @@ def test_problems_name_the_example_and_what_is_wrong():
     [
         ((0, 255), {"num_labels": 2}, r"black and white.*\{0: 0, 255: 1\}"),
         ((0, 255), {"num_labels": 2, "ignore_index": 254}, r"Black and white.*\{0: 0, 255: 1\}"),
-        ((0, 1, 2, 255), {"num_labels": 3, "ignore_index": 254}, "set ignore_index=255"),
-        ((0, 1, 2, 3), {"num_labels": 3}, "do_reduce_labels.*num_labels is 4"),
-        ((0, 1, 2, 7), {"num_labels": 3}, r"num_labels is too small \(at least 8\)"),
+        ((0, 1, 2, 255), {"num_labels": 3, "ignore_index": 254}, "set `ignore_index=255`"),
+        (
+            (0, 1, 2, 3),
+            {"num_labels": 3},
+            "If 3 marks .* `ignore_index=3`; .* `do_reduce_labels=True`; .* `num_labels=4`",
+        ),
+        ((1, 2, 3), {"num_labels": 3}, "If 0 is background .* `do_reduce_labels=True`; if 3 .* `ignore_index=3`"),
+        ((0, 1, 2, 7), {"num_labels": 3}, r"If 7 .* `ignore_index=7`.*num_labels is too small \(at least 8\)"),
+        ((0, 1, 2, 3, 4), {"num_labels": 3}, r"Either num_labels is too small \(at least 5\).* `num_labels=5`"),
         ((255,), {"num_labels": 3}, "No pixel .* belongs to a class"),
         ((0,), {"num_labels": 3, "reduce_labels": True}, "No pixel .* belongs to a class"),
     ],
@@ -453,6 +459,8 @@ def test_class_ids_under_the_label_map_of_other_ids_are_suspected(caplog):
     caplog.clear()
     check_masks(dataset_of([train_ids, train_ids + 15]), 19, label_set, show_progress=False)
     check_masks(dataset_of([train_ids % 11]), 11, load_label_set("camvid"), show_progress=False)
+    binary = LabelSet("x", "x", ("a", "b"), ((0, 0, 0), (1, 1, 1)), label_id_to_train_id={0: 0, 255: 1})
+    check_masks(dataset_of([mask_array(num_labels=2) * 255]), 2, binary, show_progress=False)
     assert not caplog.text
 
 

@@ -22,7 +22,7 @@ def decode_example(
     ignore_index: int = 255,
     reduce_labels: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes a row into an image and its mask of class ids.
+    """Decode a row into an image and its mask of class ids.
 
     An EXIF orientation of the image is applied. The mask is drawn over the image as it is seen, so its own EXIF
     orientation is applied only if the image has one.
@@ -33,9 +33,10 @@ def decode_example(
     Args:
         example (`dict`):
             A row with `image` and `annotation`, each encoded (`{"bytes", "path"}`) or a PIL image. Masks may be grey in 1,
-            8, 16 or 32 bits, palette images (the index counts), or RGB with three equal channels.
+            8, 16 or 32 bits, palette images (the index counts), or RGB with three equal channels; with the `color_masks` of
+            a label set, images of its colors in any mode.
         label_set (`LabelSet`, *optional*):
-            Gives the map from stored ids to class ids and the ignore index; excludes the next two.
+            Says what is stored: colors, or ids and the map to class ids, and the ignore index; excludes the next two.
         ignore_index (`int`, *optional*, defaults to 255):
             Label of pixels without a class.
         reduce_labels (`bool`, *optional*, defaults to `False`):
@@ -46,20 +47,20 @@ def decode_example(
         width)`: uint8 if all ids fit, else int32.
 
     Raises:
-        `ValueError`: If a file cannot be decoded, is of an unexpected kind, or the sizes of image and mask differ.
+        ValueError: If a file cannot be decoded, is of an unexpected kind, or the sizes of image and mask differ.
     """
     image, mask = open_pair(example)
     if image.mode == "F":
         raise ValueError(f"{row_name(example)}: expected an image of 8 or 16 bits per channel, got floats.")
-    stored = stored_ids(mask, row_name(example, "annotation"))
+    stored = stored_ids(mask, row_name(example, "annotation"), label_set)
     with _translate_decoding_errors(row_name(example, "image")):
         pixels = np.ascontiguousarray(np.moveaxis(pil_to_array(image, do_convert_rgb=True), 0, -1))
     return pixels, class_ids(stored, row_label_set(example, label_set), ignore_index, reduce_labels)
 
 
 def open_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
-    """Opens image and mask, both upright, without decoding more than needed."""
-    image, mask = _open_image(example, "image"), _open_image(example, "annotation")
+    """Open image and mask, both upright, without decoding more than needed."""
+    image, mask = open_image(example, "image"), open_image(example, "annotation")
     with _translate_decoding_errors(row_name(example, "image")):
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         image = ImageOps.exif_transpose(image) if turned else image
@@ -73,7 +74,8 @@ def open_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
     return image, mask
 
 
-def _open_image(example: dict[str, Any], column: str) -> Image.Image:
+def open_image(example: dict[str, Any], column: str) -> Image.Image:
+    """Open the image in a column of a row; its pixels are not decoded yet."""
     value = example[column]
     if value is None:
         raise ValueError(f"{row_name(example)}: the row has no {column}. Give it one, or leave the row out.")
@@ -85,7 +87,7 @@ def _open_image(example: dict[str, Any], column: str) -> Image.Image:
 
 @contextmanager
 def _translate_decoding_errors(name: str) -> Iterator[None]:
-    """Turns PIL's errors, which do not say which file they are about, into a `ValueError` that does."""
+    """Turn PIL's errors, which do not say which file they are about, into a `ValueError` that does."""
     try:
         yield
     except (Image.DecompressionBombError, OSError, SyntaxError) as error:
@@ -93,34 +95,112 @@ def _translate_decoding_errors(name: str) -> Iterator[None]:
 
 
 def row_name(example: dict[str, Any], column: str = "annotation") -> str:
-    """Returns what to call a row, or the file in one of its columns, in a message."""
+    """What to call a row, or the file in one of its columns, in a message."""
     value = example.get(column)
     path = value.get("path") if isinstance(value, dict) else None
     names = [str(name) for name in (example.get("id"), path) if name is not None]
     return f"{names[0]} ({names[1]})" if len(names) == 2 else names[0] if names else f"an {column} without a name"
 
 
-def stored_ids(mask: Image.Image, name: str) -> np.ndarray:
-    """Returns the ids as stored, of shape (height, width) and some integer dtype."""
+def stored_ids(mask: Image.Image, name: str, label_set: LabelSet | None = None) -> np.ndarray:
+    """The ids as stored, or those of the classes whose colors are stored.
+
+    Args:
+        mask (`Image.Image`): The mask.
+        name (`str`): What to call it in errors.
+        label_set (`LabelSet`, *optional*): Says whether masks store colors, and which.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)`: Of some integer dtype.
+
+    Raises:
+        ValueError: If it cannot be decoded, holds something else, or a color of no class.
+    """
+    if label_set is not None and label_set.color_masks:
+        return color_ids(_rgb_array(mask, name), label_set, name)
     with _translate_decoding_errors(name):
         ids = np.asarray(mask)
     if mask.mode in ("RGB", "RGBA", "LA"):
         colors = ids[..., :3] if mask.mode != "LA" else ids[..., :1]
         if (colors != colors[..., :1]).any():
             raise ValueError(
-                f"{name}: expected a mask of class ids, got an RGB picture with colours. Convert it with the palette "
-                "that it was made with: one id per colour, saved as an 8-bit grey PNG."
+                f"{name}: expected a mask of class ids, got an RGB image with colors, {_most_frequent(_codes(colors))}. Give "
+                "the classes of the colors: as `label_set` with colors, or as colors.json or class_dict.csv (name, r, g, b) "
+                "beside the data; or convert the mask with its palette to ids, saved as an 8-bit gray PNG."
             )
         ids = colors[..., 0]
     if ids.dtype == bool:
         ids = ids.astype(np.uint8)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{name}: expected a mask of class ids in grey or palette mode, got mode {mask.mode}.")
+        raise ValueError(f"{name}: expected a mask of class ids in gray or palette mode, got mode {mask.mode}.")
     return ids
 
 
+def has_colors(mask: Image.Image, name: str) -> bool:
+    """Whether a mask stores colors: it is RGB, and somewhere its channels differ."""
+    if mask.mode not in ("RGB", "RGBA"):
+        return False
+    colors = _rgb_array(mask, name)
+    return bool((colors != colors[..., :1]).any())
+
+
+def color_ids(colors: np.ndarray, label_set: LabelSet, name: str) -> np.ndarray:
+    """The class ids of colors.
+
+    Args:
+        colors (`np.ndarray` of shape `(height, width, 3)` and dtype `uint8`): RGB.
+        label_set (`LabelSet`): The color of each class.
+        name (`str`): What to call the mask in errors.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)` and dtype `int32`: The ids; `ignore_index` where the color is ignored.
+
+    Raises:
+        ValueError: If a color is of no class; names the colors and the number of their pixels.
+    """
+    known = _codes(np.array([*label_set.colors, *label_set.ignore_colors], dtype=np.uint8).reshape(-1, 3))
+    ids = np.full(len(known), label_set.ignore_index, dtype=np.int32)
+    ids[: label_set.num_labels] = np.arange(label_set.num_labels)
+    order = np.argsort(known)
+    codes = _codes(colors)
+    places = np.searchsorted(known[order], codes).clip(max=len(known) - 1)
+    wrong = codes[known[order][places] != codes]
+    if wrong.size:
+        raise ValueError(
+            f"{name}: {wrong.size} of {codes.size} pixels have colors that are not in the label set {label_set.name!r}: "
+            f"{_most_frequent(wrong)}. Add them to its file: with the name of their class, or as `__ignore__` where there "
+            "is none. If there are many, the mask was saved as JPEG or enlarged smoothly: save it as PNG without either."
+        )
+    return ids[order][places]
+
+
+def _rgb_array(mask: Image.Image, name: str) -> np.ndarray:
+    if mask.mode not in ("1", "L", "P", "RGB", "RGBA"):
+        raise ValueError(f"{name}: expected a mask of colors in RGB or palette mode, got mode {mask.mode}.")
+    with _translate_decoding_errors(name):
+        return np.asarray(mask.convert("RGB"))
+
+
+def _codes(colors: np.ndarray) -> np.ndarray:
+    """Colors of shape (..., 3) as one integer each."""
+    return colors.astype(np.int32) @ np.array([2**16, 2**8, 1], dtype=np.int32)
+
+
+def _most_frequent(codes: np.ndarray, limit: int = 5) -> str:
+    """The most frequent of some colors with the number of their pixels, in words."""
+    values, counts = np.unique(codes, return_counts=True)
+    shown = [
+        f"({value >> 16}, {value >> 8 & 255}, {value & 255}) in {count} pixels"
+        for count, value in sorted(zip(counts.tolist(), values.tolist()), reverse=True)[:limit]
+    ]
+    return ", ".join(shown) + (f" and {len(values) - limit} more" if len(values) > limit else "")
+
+
 def row_label_set(example: dict[str, Any], label_set: LabelSet | None) -> LabelSet | None:
-    """The label set without its map where the name of the mask says that it holds class ids."""
+    """The label set for what `stored_ids` gives: without its map where that holds class ids already.
+
+    That is so for masks of colors, and for files that are named as Cityscapes' tools name those of class ids.
+    """
     value = example["annotation"]
     path = value.get("path") if isinstance(value, dict) else None
     if label_set is None or not (path or "").endswith(TRAIN_IDS_ENDING):
@@ -129,7 +209,7 @@ def row_label_set(example: dict[str, Any], label_set: LabelSet | None) -> LabelS
 
 
 def class_ids(stored: np.ndarray, label_set: LabelSet | None, ignore_index: int, reduce_labels: bool) -> np.ndarray:
-    """Maps stored ids to class ids: uint8 if they fit, else int32."""
+    """Map stored ids to class ids: uint8 if they fit, else int32."""
     if label_set is not None:
         ignore_index, reduce_labels = label_set.ignore_index, label_set.reduce_labels
         if label_set.label_id_to_train_id is not None:

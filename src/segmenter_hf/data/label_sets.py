@@ -1,32 +1,22 @@
-"""Label sets: class names, colours, the ignore index and the map from stored ids to classes."""
+"""Label sets: class names, colors, the ignore index and the map from stored ids to classes."""
 
 import colorsys
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers.utils import cached_file
 
 from ..utils.atomic_files import write_json
+from .label_set_files import read_label_file
 
 
 LABEL_SET_FILE = "label_set.json"  # beside a model: the label set it was trained with
 MAX_TABLE = 2**20  # entries of a table of ids; a map with ids further apart is looked up one by one
+BINARY_MASK_IDS = {0: 0, 255: 1}  # class ids of black and white masks, as `label_id_to_train_id`
 _FOLDER = Path(__file__).parent / "label_sets"
-_FILE_KEYS = {
-    "name",
-    "title",
-    "note",
-    "num_labels",
-    "ignore_index",
-    "reduce_labels",
-    "label_id_to_train_id",
-    "labels",
-}
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,7 @@ class LabelSet:
         labels (`tuple[str, ...]`):
             Class names, all different; the position is the class id.
         colors (`tuple[tuple[int, int, int], ...]`):
-            One RGB colour in `[0, 255]` per class. Published palettes may give two classes one colour.
+            One RGB color in `[0, 255]` per class. Published palettes may give two classes one color.
         ignore_index (`int`, *optional*, defaults to 255):
             Label of pixels that belong to no class.
         reduce_labels (`bool`, *optional*, defaults to `False`):
@@ -49,9 +39,13 @@ class LabelSet:
         label_id_to_train_id (`dict[int, int]`, *optional*):
             Class id of each stored id, for `map_labels`; a stored id that is not in it becomes `ignore_index`. `None`:
             masks store the class ids. Excludes `reduce_labels`, which is a map of its own.
+        color_masks (`bool`, *optional*, defaults to `False`):
+            Whether masks store the colors, which must then differ, in place of ids. Excludes both maps.
+        ignore_colors (`tuple[tuple[int, int, int], ...]`, *optional*):
+            Colors that masks store for pixels without a class.
 
     Raises:
-        `ValueError`: If the fields do not fit together.
+        ValueError: If the fields do not fit together.
     """
 
     name: str
@@ -61,6 +55,8 @@ class LabelSet:
     ignore_index: int = 255
     reduce_labels: bool = False
     label_id_to_train_id: dict[int, int] | None = field(default=None, hash=False)
+    color_masks: bool = False
+    ignore_colors: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
         where = f"label set {self.name!r}"
@@ -71,37 +67,51 @@ class LabelSet:
         repeated = sorted(label for label, count in Counter(self.labels).items() if count > 1)
         if repeated:
             raise ValueError(f"{where}: label names must be different, got {repeated} more than once. Rename them.")
-        if not isinstance(self.ignore_index, int) or not isinstance(self.reduce_labels, bool):
+        kinds = (int, bool, bool)
+        values = (self.ignore_index, self.reduce_labels, self.color_masks)
+        if not all(isinstance(value, kind) for value, kind in zip(values, kinds)):
             raise ValueError(
-                f"{where}: ignore_index must be an integer and reduce_labels true or false, got {self.ignore_index!r} and "
-                f"{self.reduce_labels!r}."
+                f"{where}: ignore_index must be an integer, and color_masks and reduce_labels true or false, got {values}."
             )
-        if len(self.colors) != self.num_labels:
-            raise ValueError(f"{where}: expected {self.num_labels} colors, one per label, got {len(self.colors)}.")
-        for label, color in zip(self.labels, self.colors):
-            if len(color) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in color):
-                raise ValueError(f"{where}: the color of {label!r} must be 3 integers in [0, 255], got {color}.")
         # Masks of one class hold 0 for the background and 1 for the class.
         stored = self.labels if self.num_labels > 1 else ("background", *self.labels)
         if 0 <= self.ignore_index < len(stored):
             raise ValueError(
                 f"{where}: ignore_index {self.ignore_index} is also the id of {stored[self.ignore_index]!r}. "
-                f"Choose one outside of [0, {len(stored)})."
+                f"Choose one outside of [0, {len(stored)}), or leave that class out of the label set."
             )
-        if self.label_id_to_train_id is not None:
-            if self.reduce_labels:
-                raise ValueError(f"{where}: give either reduce_labels or label_id_to_train_id, got both.")
-            ids = [*self.label_id_to_train_id, *self.label_id_to_train_id.values()]
-            if not ids or not all(isinstance(i, int) and abs(i) < 2**31 for i in ids):
-                raise ValueError(
-                    f"{where}: label_id_to_train_id must map integers of 32 bits to such, got {ids[:10]}."
-                )
-            wrong = set(self.label_id_to_train_id.values()) - set(range(len(stored))) - {self.ignore_index}
-            if wrong:
-                raise ValueError(
-                    f"{where}: label_id_to_train_id must map to [0, {len(stored)}) or to the ignore_index "
-                    f"{self.ignore_index}, got {sorted(wrong)}."
-                )
+        self._check_colors(where)
+        self._check_label_map(where, len(stored))
+
+    def _check_colors(self, where: str) -> None:
+        if len(self.colors) != self.num_labels:
+            raise ValueError(f"{where}: expected {self.num_labels} colors, one per label, got {len(self.colors)}.")
+        for label, color in [*zip(self.labels, self.colors), *(("__ignore__", color) for color in self.ignore_colors)]:
+            if len(color) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in color):
+                raise ValueError(f"{where}: the color of {label!r} must be 3 integers in [0, 255], got {color}.")
+        repeated = [color for color, count in Counter((*self.colors, *self.ignore_colors)).items() if count > 1]
+        if self.color_masks and repeated:
+            raise ValueError(
+                f"{where}: masks of colors need a color for each class, got {repeated[:5]} more than once."
+            )
+
+    def _check_label_map(self, where: str, num_stored: int) -> None:
+        if self.label_id_to_train_id is None:
+            if self.color_masks and self.reduce_labels:
+                raise ValueError(f"{where}: give either reduce_labels or color_masks, got both.")
+            return
+        if self.reduce_labels or self.color_masks:
+            other = "reduce_labels" if self.reduce_labels else "color_masks"
+            raise ValueError(f"{where}: give either {other} or label_id_to_train_id, got both.")
+        ids = [*self.label_id_to_train_id, *self.label_id_to_train_id.values()]
+        if not ids or not all(isinstance(i, int) and abs(i) < 2**31 for i in ids):
+            raise ValueError(f"{where}: label_id_to_train_id must map integers of 32 bits to such, got {ids[:10]}.")
+        wrong = set(self.label_id_to_train_id.values()) - set(range(num_stored)) - {self.ignore_index}
+        if wrong:
+            raise ValueError(
+                f"{where}: label_id_to_train_id must map to [0, {num_stored}) or to the ignore_index "
+                f"{self.ignore_index}, got {sorted(wrong)}."
+            )
 
     @property
     def num_labels(self) -> int:
@@ -120,7 +130,7 @@ class LabelSet:
 
     @property
     def palette(self) -> np.ndarray:
-        """Colours as an `np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`, RGB."""
+        """Colors as an `np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`, RGB."""
         return np.array(self.colors, dtype=np.uint8)
 
     def with_background(self) -> "LabelSet":
@@ -128,10 +138,11 @@ class LabelSet:
         if self.num_labels > 1:
             return self
         background = "background" if self.labels[0] != "background" else "foreground"
-        return replace(self, labels=(background, *self.labels), colors=((64, 64, 64), *self.colors))
+        color = (0, 0, 0) if self.color_masks else (64, 64, 64)
+        return replace(self, labels=(background, *self.labels), colors=(color, *self.colors))
 
     def save(self, path: str | Path) -> None:
-        """Writes the label set as a JSON file that `load_label_set` reads."""
+        """Write the label set as a JSON file that `load_label_set` reads."""
         colors = [list(color) for color in self.colors]
         content = {
             "name": self.name,
@@ -143,51 +154,59 @@ class LabelSet:
         }
         if self.label_id_to_train_id is not None:
             content["label_id_to_train_id"] = {str(key): value for key, value in self.label_id_to_train_id.items()}
+        if self.color_masks:
+            content["color_masks"] = True
+        if self.ignore_colors:
+            content["ignore_colors"] = [list(color) for color in self.ignore_colors]
         write_json(path, content)
 
 
 def list_label_sets() -> list[str]:
-    """Returns the names of the label sets that come with the package, sorted."""
+    """Return the names of the label sets that come with the package, sorted."""
     return sorted(path.stem for path in _FOLDER.glob("*.json"))
 
 
 def load_label_set(name_or_path: str | Path) -> LabelSet:
-    """Loads a label set of the package by name, or any other from a JSON file.
+    """Load a label set of the package by name, or any other from a file.
 
-    The file holds either a list of names, which get the colours of `default_palette`, or an object like those in the
-    `label_sets` folder of the package: `{"labels": [{"id": 0, "name": "sky", "color": [112, 172, 226]}, ...]}` with,
-    optionally, the other fields of `LabelSet`, `num_labels` and a `note`.
+    The file is plain text with a name per line; a CSV with the columns name, r, g, b; or JSON: a list of names, colors by name,
+    or an object like those in the `label_sets` folder of the package,
+    `{"labels": [{"id": 0, "name": "sky", "color": [112, 172, 226]}, ...]}` with, optionally, the other fields of `LabelSet`,
+    `num_labels` and a `note`. Colors may be left out anywhere: those of `default_palette` fill in.
 
     Args:
         name_or_path (`str` or `Path`):
-            One of `list_label_sets()`, or the path of a JSON file.
+            One of `list_label_sets()`, or the path of a file.
 
     Returns:
         `LabelSet`: The label set.
 
     Raises:
-        `FileNotFoundError`: If it is neither a known name nor a file.
-        `ValueError`: If the file is not of the form above.
+        FileNotFoundError: If it is neither a known name nor a file.
+        ValueError: If the file is not of one of the forms above.
     """
     path = _FOLDER / f"{name_or_path}.json" if str(name_or_path) in list_label_sets() else Path(name_or_path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected a label set, one of {list_label_sets()}, or the path of a JSON file, got {str(name_or_path)!r}."
+            f"expected a label set, one of {list_label_sets()}, or the path of a file of names (text, CSV or JSON), got "
+            f"{str(name_or_path)!r}."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got a file that is not: {error}") from error
-    try:
-        if isinstance(content, list):
-            return label_set_from_names(content, name=path.stem)
-        return _from_json_object(content, path)
+        fields = read_label_file(path)
+        colors = fill_colors(fields.pop("colors"))
+        return LabelSet(colors=colors, **fields)
     except (TypeError, ValueError) as error:
         raise ValueError(error if str(path) in str(error) else f"{path}: {error}") from error
 
 
+def fill_colors(colors: Sequence[tuple[int, int, int] | None]) -> tuple[tuple[int, int, int], ...]:
+    """Colors of which those that are `None` are replaced by the color of `default_palette` at their place."""
+    palette = default_palette(len(colors)).tolist() if None in colors else []
+    return tuple(tuple(palette[i]) if color is None else color for i, color in enumerate(colors))
+
+
 def get_model_label_set(name_or_path: str | Path, id2label: dict[int, str], revision: str | None = None) -> LabelSet:
-    """Finds the label set that a model was trained with.
+    """Find the label set that a model was trained with.
 
     Args:
         name_or_path (`str` or `Path`):
@@ -212,7 +231,7 @@ def get_model_label_set(name_or_path: str | Path, id2label: dict[int, str], revi
 
 
 def label_set_from_names(names: Sequence[str], name: str = "custom", ignore_index: int = 255) -> LabelSet:
-    """Makes a label set of class names, with the colours of `default_palette`.
+    """Make a label set of class names, with the colors of `default_palette`.
 
     Args:
         names (sequence of `str`):
@@ -226,7 +245,7 @@ def label_set_from_names(names: Sequence[str], name: str = "custom", ignore_inde
         `LabelSet`: The label set.
 
     Raises:
-        `ValueError`: If a name is not a string, names repeat, or `ignore_index` is a class id.
+        ValueError: If a name is not a string, names repeat, or `ignore_index` is a class id.
     """
     if isinstance(names, str):
         raise ValueError(f"names must be a list of strings, got the string {names!r}.")
@@ -235,7 +254,7 @@ def label_set_from_names(names: Sequence[str], name: str = "custom", ignore_inde
 
 
 def default_palette(num_labels: int) -> np.ndarray:
-    """Returns distinct, bright colours; the colour of a class does not depend on `num_labels`.
+    """Return distinct, bright colors; the color of a class does not depend on `num_labels`.
 
     The hue walks in steps of the golden ratio, which keeps any number of hues apart; saturation and value walk in steps
     that share no period with it (the powers of the inverse plastic number), so that a hue that comes close to an earlier
@@ -243,10 +262,10 @@ def default_palette(num_labels: int) -> np.ndarray:
 
     Args:
         num_labels (`int`):
-            Number of colours; all are different up to at least 4000.
+            Number of colors; all are different up to at least 4000.
 
     Returns:
-        `np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`: RGB colours.
+        `np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`: RGB colors.
     """
     hue_step, saturation_step, value_step = 0.6180339887, 0.7548776662, 0.5698402910
     colors = [
@@ -259,7 +278,7 @@ def default_palette(num_labels: int) -> np.ndarray:
 
 
 def map_labels(mask: np.ndarray, label_map: dict[int, int], ignore_index: int = 255) -> np.ndarray:
-    """Maps stored ids to class ids through a table.
+    """Map stored ids to class ids through a table.
 
     Args:
         mask (integer `np.ndarray` of any shape, or a PIL image of mode "L", "P" or "I"):
@@ -274,7 +293,7 @@ def map_labels(mask: np.ndarray, label_map: dict[int, int], ignore_index: int = 
         wider integer dtype.
 
     Raises:
-        `ValueError`: If `label_map` is empty or `mask` has no integer dtype.
+        ValueError: If `label_map` is empty or `mask` has no integer dtype.
     """
     mask = np.asarray(mask)
     if not np.issubdtype(mask.dtype, np.integer):
@@ -292,34 +311,3 @@ def map_labels(mask: np.ndarray, label_map: dict[int, int], ignore_index: int = 
     for stored_id, new_id in label_map.items():
         table[stored_id - first + 1] = new_id
     return table[np.clip(mask.astype(np.int64), first - 1, last + 1) - (first - 1)]
-
-
-def _from_json_object(content: Any, path: Path) -> LabelSet:
-    if not isinstance(content, dict) or not isinstance(content.get("labels"), list):
-        raise ValueError(f"{path}: expected a list of names or an object with a list of `labels`.")
-    unknown = sorted(set(content) - _FILE_KEYS)
-    if unknown:
-        raise ValueError(f"{path}: expected only the keys {sorted(_FILE_KEYS)}, got also {unknown}.")
-    labels = content["labels"]
-    for i, label in enumerate(labels):
-        if not isinstance(label, dict) or set(label) != {"id", "name", "color"} or label["id"] != i:
-            raise ValueError(
-                f'{path}: expected {{"id": {i}, "name": ..., "color": [r, g, b]}} as label {i}, got {label}.'
-            )
-    if content.get("num_labels", len(labels)) != len(labels):
-        raise ValueError(f"{path}: num_labels is {content['num_labels']}, but there are {len(labels)} labels.")
-    name = content.get("name", path.stem)
-    label_map = content.get("label_id_to_train_id")
-    if not isinstance(label_map, (dict, type(None))):
-        raise ValueError(f"{path}: expected an object as label_id_to_train_id, got {label_map!r:.200}.")
-    return LabelSet(
-        name=name,
-        title=content.get("title", name),
-        labels=tuple(label["name"] for label in labels),
-        colors=tuple(tuple(label["color"]) for label in labels if isinstance(label["color"], list)),
-        ignore_index=content.get("ignore_index", 255),
-        reduce_labels=content.get("reduce_labels", False),
-        label_id_to_train_id=None
-        if label_map is None
-        else {int(stored): train for stored, train in label_map.items()},
-    )

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .decoding import class_ids, open_pair, row_label_set, row_name, stored_ids
-from .label_sets import LabelSet
+from .label_sets import BINARY_MASK_IDS, LabelSet
 from .loading import AnyDataset
 
 
@@ -59,7 +59,7 @@ class MaskReport:
         return self.num_ignored_pixels / max(num_pixels, 1)
 
     def describe(self, names: Sequence[str], max_rows: int = 20) -> str:
-        """Says in some lines how many pixels are of each class, the most frequent first, and which classes are missing.
+        """Say in some lines how many pixels are of each class, the most frequent first, and which classes are missing.
 
         Args:
             names (sequence of `str`):
@@ -84,7 +84,7 @@ class MaskReport:
         return "\n".join([f"{head}{100 * self.ignored_fraction:.2f} % of the pixels ignored", *lines])
 
     def raise_if_impossible(self) -> None:
-        """Raises a `ValueError`, which says what to do, if a model cannot be trained on these masks."""
+        """Raise a `ValueError`, which says what to do, if a model cannot be trained on these masks."""
         if self.problems:
             shown = "\n  ".join(self.problems[:_NUM_SHOWN])
             more = f"\n  and {len(self.problems) - _NUM_SHOWN} more" if len(self.problems) > _NUM_SHOWN else ""
@@ -99,30 +99,38 @@ class MaskReport:
         if np.count_nonzero(self.pixels_per_class) == 1 and self.num_ignored_pixels and self.num_labels > 1:
             raise ValueError(
                 f"The masks hold only class {int(self.pixels_per_class.argmax())} and {self.ignore_index}, which is "
-                f"ignored. If they are black and white (0 and {self.ignore_index}), pass a label map "
-                f"(label_id_to_train_id) {{0: 0, {self.ignore_index}: 1}} with another ignore_index."
+                f"ignored. If they are black and white (0 and {self.ignore_index}), do not set `ignore_index`, or pass a label "
+                f"map (label_id_to_train_id) {{0: 0, {self.ignore_index}: 1}} with another ignore_index."
             )
 
     def _remedy(self) -> str:
+        """What to do about ids out of range; the options are named as arguments."""
         if not self.wrong_ids:
             return ""
         wrong = sorted(self.wrong_ids)
         found = f"Ids out of range: {wrong[:20]}; expected 0 to {self.num_labels - 1} and {self.ignore_index}."
+        last = wrong[-1]
         if wrong == [255] and self.num_labels == 2:
             return f"{found} Black and white masks: pass a label map (label_id_to_train_id) {{0: 0, 255: 1}}."
         if wrong == [255]:
-            return f"{found} 255 mostly means no class: set ignore_index=255."
+            return f"{found} 255 mostly means no class: set `ignore_index=255`."
+        if wrong[0] < 0 or last > 255:
+            void = f" If {last} marks pixels without a class, set `ignore_index={last}`." if len(wrong) == 1 else ""
+            return f"{found} Map the stored ids to class ids with a label map (label_id_to_train_id).{void}"
+        void = f"if {last} marks pixels without a class, set `ignore_index={last}`"
+        shift = "if 0 is background or 'other' and the classes start at 1, set `do_reduce_labels=True`"
+        more = f"num_labels is too small (at least {last + 1}): set `num_labels={last + 1}` or give a label set of as many"
+        mapped = "or the stored ids need a label map (label_id_to_train_id)"
         if wrong == [self.num_labels]:
-            return (
-                f"{found} If 0 is background or 'other' and the classes start at 1, set do_reduce_labels; if 0 is a "
-                f"class too, num_labels is {self.num_labels + 1}."
-            )
-        if wrong[0] < 0 or wrong[-1] > 255:
-            return f"{found} Map the stored ids to class ids with a label map (label_id_to_train_id)."
-        return (
-            f"{found} Either num_labels is too small (at least {wrong[-1] + 1}) or the stored ids need a label map "
-            "(label_id_to_train_id)."
-        )
+            first, second = (void, shift) if self.pixels_per_class[0] else (shift, void)
+            return f"{found} {_upper(first)}; {second}; if all are classes, {more}."
+        if len(wrong) == 1:
+            return f"{found} {_upper(void)}. Otherwise either {more}, {mapped}."
+        return f"{found} Either {more}, {mapped}."
+
+
+def _upper(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def check_masks(
@@ -135,7 +143,7 @@ def check_masks(
     max_images: int | None = None,
     show_progress: bool = True,
 ) -> MaskReport:
-    """Reads the masks of a dataset and counts what is in them.
+    """Read the masks of a dataset and counts what is in them.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -160,7 +168,8 @@ def check_masks(
         ignore_index = label_set.ignore_index
     counts = np.zeros((2, num_labels), dtype=np.int64)
     report = MaskReport(num_labels, ignore_index, pixels_per_class=counts[0], images_per_class=counts[1])
-    mapped_ids = set()
+    is_binary = label_set is not None and label_set.label_id_to_train_id == BINARY_MASK_IDS
+    mapped_ids: set[int] = set()
     for i, (name, ids, mapped, problem) in enumerate(
         _class_counts(dataset, label_set, ignore_index, reduce_labels, max_images, show_progress)
     ):
@@ -177,16 +186,22 @@ def check_masks(
                 report.wrong_ids[class_id] = report.wrong_ids.get(class_id, 0) + num_pixels
         if wrong:
             problem = f"{name}: ids {sorted(wrong)[:20]} in {sum(wrong.values())} pixels"
+        if is_binary and (others := sorted(set(mapped) - BINARY_MASK_IDS.keys())):
+            problem = (
+                f"{name}: ids {others[:20]} in a mask of 0 and 255. Save it as PNG of these two, without smooth edges"
+            )
         if problem:
             report.problems.append(f"example {i}, {problem}")
-    mapped_ids.discard(ignore_index)
-    if mapped_ids and max(mapped_ids) < num_labels <= max(label_set.label_id_to_train_id):
+    label_map = (label_set.label_id_to_train_id or {}) if label_set is not None else {}
+    if ignore_index not in label_map:
+        mapped_ids.discard(ignore_index)
+    if mapped_ids and max(mapped_ids) < num_labels <= max(label_map):
         logger.warning(
             "The stored ids end at %d, but the label set %r maps ids up to %d to its %d classes. If the masks hold class ids "
             "already, use a label set without label_id_to_train_id.",
             max(mapped_ids),
             label_set.name,
-            max(label_set.label_id_to_train_id),
+            max(label_map),
             num_labels,
         )
     return report
@@ -200,10 +215,10 @@ def infer_num_labels(
     max_images: int | None = None,
     show_progress: bool = True,
 ) -> int:
-    """Returns the largest class id of a dataset's masks plus one. Arguments as for `check_masks`.
+    """Return the largest class id of a dataset's masks plus one. Arguments as for `check_masks`.
 
     Raises:
-        `ValueError`: If a mask cannot be decoded, or no pixel belongs to a class.
+        ValueError: If a mask cannot be decoded, or no pixel belongs to a class.
     """
     largest = -1
     for _, ids, _, problem in _class_counts(dataset, None, ignore_index, reduce_labels, max_images, show_progress):
@@ -225,20 +240,20 @@ def _class_counts(
     max_images: int | None,
     show_progress: bool,
 ) -> Iterator[tuple[str, dict[int, int], list[int], str]]:
-    """Yields per example its name, pixels of each id, stored ids that a label map applied to, and what is wrong or ""."""
+    """Yield per example its name, pixels of each id, stored ids that a label map applied to, and what is wrong or ""."""
     length = len(dataset) if isinstance(dataset, datasets.Dataset) else None
     total = max_images if length is None else min(length, max_images or length)
     rows = itertools.islice(dataset, max_images)
     for example in tqdm(rows, desc="Checking masks", total=total, disable=not show_progress, unit="image"):
         name = row_name(example)
         try:
-            stored = stored_ids(open_pair(example)[1], name)
+            stored = stored_ids(open_pair(example)[1], name, label_set)
         except ValueError as error:
             yield name, {}, [], str(error)
             continue
         values, counts = np.unique(stored, return_counts=True)
         label_set_here = row_label_set(example, label_set)
-        ids = Counter()
+        ids: Counter[int] = Counter()
         for class_id, count in zip(class_ids(values, label_set_here, ignore_index, reduce_labels), counts.tolist()):
             ids[int(class_id)] += count
         is_mapped = label_set_here is not None and label_set_here.label_id_to_train_id is not None

@@ -109,7 +109,12 @@ class DataArguments:
     label_column: str = field(default="annotation", metadata={"help": "Column of the label maps."})
     label_set: str | None = field(
         default=None,
-        metadata={"help": "Name of a label set or path of a JSON file; without it the classes are counted."},
+        metadata={
+            "help": "Name of a label set or path of a file of names (text, CSV, JSON); without it the classes are counted."
+        },
+    )
+    num_labels: int | None = field(
+        default=None, metadata={"help": "Number of classes, where no label set says so; by default they are counted."}
     )
     ignore_index: int | None = field(
         default=None, metadata={"help": "Label of pixels without a class; by default that of the label set, 255."}

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.augmentation import SegmentationAugmentation
-from ..data.label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, load_label_set
+from ..data.label_resolution import resolve_label_set
+from ..data.label_sets import LABEL_SET_FILE, LabelSet
 from ..data.loading import AnyDataset, first_rows, limited_split, load_segmentation_datasets
-from ..data.mask_checks import MaskReport, check_masks, infer_num_labels
+from ..data.mask_checks import MaskReport, check_masks
 from ..evaluation.evaluate import EvaluationDataset, evaluate_segmentation, save_results
 from ..hub.model_card import CardFacts, hub_name, recorded_result, write_model_card
 from ..hub.publishing import PREDICTIONS_PICTURE
@@ -82,7 +82,7 @@ def train_segmenter(
     recipe = resolved_recipe(model_args, data_args, training_args)
     checkpoint = find_checkpoint(training_args, recipe)
     train_set, validation_set = load_splits(data_args, training_args)
-    label_set = resolve_label_set(data_args, train_set)
+    label_set = find_label_set(data_args, train_set)
     one_class, label_set = label_set, label_set.with_background()
     report = scan_masks(train_set, validation_set, label_set, data_args)
 
@@ -222,23 +222,16 @@ def load_splits(
     return train_set, validation_set
 
 
-def resolve_label_set(data_args: DataArguments, train_set: AnyDataset) -> LabelSet:
-    """The label set that was named, that of the embedded scenes, or one with as many classes as the masks hold.
-
-    The ignore index and the reduction of the labels are those of the arguments, where they are given.
-    """
-    changes: dict[str, Any] = {}
-    if data_args.ignore_index is not None:
-        changes["ignore_index"] = data_args.ignore_index
-    if data_args.do_reduce_labels:
-        changes["reduce_labels"] = True
-    named = data_args.label_set or ("scenes" if data_args.dataset_name == "scenes" else None)
-    if named is not None:
-        return replace(load_label_set(named), **changes)
-    limit = data_args.max_scanned_masks or (STREAM_SCAN if data_args.streaming else None)
-    num_labels = infer_num_labels(train_set, max_images=limit, **changes)
-    logger.warning("Found %d classes in the label maps; name them with --label_set.", num_labels)
-    return replace(label_set_from_names([f"class {index}" for index in range(num_labels)]), **changes)
+def find_label_set(data_args: DataArguments, train_set: AnyDataset) -> LabelSet:
+    """The label set that was named, that of the embedded scenes, or what [`resolve_label_set`] finds."""
+    return resolve_label_set(
+        train_set,
+        data_args.label_set or ("scenes" if data_args.dataset_name == "scenes" else None),
+        num_labels=data_args.num_labels,
+        ignore_index=data_args.ignore_index,
+        do_reduce_labels=data_args.do_reduce_labels,
+        max_images=data_args.max_scanned_masks or (STREAM_SCAN if data_args.streaming else None),
+    )
 
 
 def scan_masks(
