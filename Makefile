@@ -5,7 +5,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 DEMO = outputs/demo
 
-.PHONY: demo test test-lowest coverage bench style format clean
+.PHONY: demo test test-fast test-lowest test-colab build test-wheel docs coverage bench style format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,11 +22,32 @@ demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, ev
 test: $(VENV)/installed  ## install and run all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-test-lowest:  ## run all tests with the lowest versions that setup.cfg declares, in an environment of their own
-	$(PYTHON) -m venv $(VENV)-lowest
-	sed -nE 's/^ +([a-z0-9_-]+)>=([0-9.]+).*/\1==\2/p' setup.cfg > $(VENV)-lowest/lowest.txt
-	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c $(VENV)-lowest/lowest.txt
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2
+test-fast: $(VENV)/installed  ## the tests that take under a minute together
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
+
+# Environments of their own with older versions: the lowest that setup.cfg declares, and those of a notebook on Colab.
+test-lowest: VERSIONS = tests/requirements/lowest.txt
+test-colab: VERSIONS = tests/requirements/colab.txt
+test-lowest test-colab:
+	$(PYTHON) -m venv $(VENV)-$@
+	$(VENV)-$@/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]" -r $(VERSIONS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n 2
+
+build: $(VENV)/installed  ## wheel and source distribution, checked, in dist/
+	rm -rf dist build
+	$(PY) -m build
+	$(VENV)/bin/twine check --strict dist/*
+	$(VENV)/bin/check-wheel-contents dist/*.whl
+
+test-wheel: build  ## every subcommand, from the wheel, in an environment without extras
+	rm -rf $(VENV)-wheel
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	$(PY) tests/check_wheel.py $(VENV)-wheel/bin/segmenter-hf
+
+docs: $(VENV)/installed  ## the documentation as a site, in site/
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 coverage: $(VENV)/installed  ## run all tests and show which lines and branches of the package they leave out
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --cov --cov-fail-under=90
@@ -44,4 +65,4 @@ format: $(VENV)/installed  ## mend style
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) $(VENV)-lowest outputs .cache build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(VENV)-* outputs .cache build dist site *.egg-info src/*.egg-info
