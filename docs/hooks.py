@@ -14,7 +14,7 @@ def help_text(arguments: list[str]) -> str:
     """What `segmenter-hf ARGUMENTS` prints, at a fixed width."""
     from unittest import mock
 
-    from segmenter_hf.__main__ import main
+    from segmenter_hf.cli.main import main
 
     printed = io.StringIO()
     with (
@@ -28,7 +28,7 @@ def help_text(arguments: list[str]) -> str:
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     if PLACE in markdown:
-        from segmenter_hf.__main__ import SUBCOMMANDS
+        from segmenter_hf.cli.main import SUBCOMMANDS
 
         sections = [
             f"## segmenter-hf {name}\n\n```text\n{help_text([name, '--help']).strip()}\n```" for name in SUBCOMMANDS
