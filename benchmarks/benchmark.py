@@ -38,7 +38,8 @@ from segmenter_hf.cli.parsing import parse_arguments
 from segmenter_hf.data.augmentation import SegmentationAugmentation
 from segmenter_hf.data.label_sets import label_set_from_names
 from segmenter_hf.evaluation.metrics import MeanIoU
-from segmenter_hf.inference.predictor import MULTI_SCALES, segment_images
+from segmenter_hf.inference.predictor import Predictor
+from segmenter_hf.inference.protocol import MULTI_SCALES, InferenceProtocol
 from segmenter_hf.models.segmentation_loss import upsampled_cross_entropy
 from segmenter_hf.models.sliding_window import merge_windows
 from segmenter_hf.training.trainer import TrainDataset
@@ -554,13 +555,14 @@ def run_chunks(model: SegmenterForSemanticSegmentation, chunks: Sequence[torch.T
 def large(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
     """One photograph of 20000x15000 at its own size through a network of one layer, run once; no peer."""
     model = make_model(bench, "T", num_hidden_layers=1, decoder_type="linear")
-    processor = SegmenterImageProcessor()
+    label_set = label_set_from_names([str(index) for index in range(NUM_LABELS)])
+    predictor = Predictor(model, SegmenterImageProcessor(), label_set, InferenceProtocol(full_resolution=True))
 
     def run() -> torch.Tensor:
         picture = make_image()[:500, :625].repeat(30, 0).repeat(32, 1)
-        return segment_images(model, processor, [picture], full_resolution=True, dtype=torch.uint8)[0]
+        return predictor(picture, dtype=torch.uint8).class_map
 
-    segment_images(model, processor, [make_image()])
+    predictor.with_protocol(InferenceProtocol())(make_image())
     start = time.perf_counter()
     peak = bench.peak_mb(run)
     case = "20000x15000 uint8 in, class map of 150 classes out, network of one layer, the picture included"

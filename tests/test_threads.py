@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from segmenter_hf.conversion.convert import convert_checkpoint
-from segmenter_hf.inference.predictor import open_image, segment_images
+from segmenter_hf.inference.files import open_image
 from segmenter_hf.models.sliding_window import full_float32, single_thread
+
+from .prediction import segment_images
 
 
 THREADS = 4

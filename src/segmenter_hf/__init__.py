@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate_segmentation as evaluate_segmentation
     from .evaluation.metrics import MeanIoU as MeanIoU
     from .hub.publishing import publish_model as publish_model
+    from .inference.predictor import Predictor as Predictor
+    from .inference.predictor import Segmentation as Segmentation
+    from .inference.protocol import InferenceProtocol as InferenceProtocol
     from .models.configuration_segmenter import SegmenterConfig as SegmenterConfig
     from .models.configuration_setr import SetrConfig as SetrConfig
     from .models.image_processing_segmenter import SegmenterImageProcessor as SegmenterImageProcessor
@@ -30,7 +33,10 @@ if TYPE_CHECKING:
 
 # The public names and where they are.
 _MODULES = {
+    "InferenceProtocol": "inference.protocol",
     "MeanIoU": "evaluation.metrics",
+    "Predictor": "inference.predictor",
+    "Segmentation": "inference.predictor",
     "SegmentationTrainer": "training.trainer",
     "SegmenterConfig": "models.configuration_segmenter",
     "SegmenterForSemanticSegmentation": "models.modeling_segmenter",

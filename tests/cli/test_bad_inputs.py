@@ -27,6 +27,7 @@ from segmenter_hf.data.label_sets import label_set_from_names, load_label_set, m
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.data.mask_checks import check_masks
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation
+from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.models.configuration_vit_encoder import VitEncoderConfig
 from segmenter_hf.models.segmentation_loss import upsampled_cross_entropy
 
@@ -402,9 +403,8 @@ def test_images_of_mixed_sizes_and_masks_of_one_class_are_fine(tmp_path) -> None
     report.raise_if_impossible()
     assert report.pixels_per_class.tolist() == [0, 0, 0, 40 * 50 + 7 * 90 + 1, 0, 0, 0, 0]
     model = SegmenterForSemanticSegmentation(tiny_scenes_config()).eval()
-    results = evaluate_segmentation(
-        model, SegmenterImageProcessor(**FIELDS), dataset, load_label_set("scenes"), show_progress=False
-    )
+    predictor = Predictor(model, SegmenterImageProcessor(**FIELDS), load_label_set("scenes"))
+    results = evaluate_segmentation(predictor, dataset, show_progress=False)
     assert results["num_images"] == 3
 
 

@@ -27,7 +27,7 @@ from segmenter_hf.conversion.pretrained import resolve_model
 from segmenter_hf.conversion.safe_loading import lookup, read_checkpoint, read_yaml
 from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.loading import load_segmentation_datasets
-from segmenter_hf.inference.predictor import load_model
+from segmenter_hf.inference.model_loading import load_model
 
 from ..tiny_models import tiny_scenes_config
 

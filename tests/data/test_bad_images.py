@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
-from segmenter_hf.data.label_sets import load_label_set
-from segmenter_hf.inference.predictor import predict_files, segment_images
+from segmenter_hf.inference.files import predict_files
 from segmenter_hf.models import image_io as image_io
 from segmenter_hf.models.image_io import read_image
 
+from ..prediction import make_predictor, segment_images
 from ..tiny_models import spread_weights, tiny_scenes_config
 
 
@@ -102,8 +102,8 @@ def test_a_bad_file_is_refused_and_nothing_is_written(processor, model, name, tm
         processor(path)
     with pytest.raises(ValueError, match=message):
         segment_images(model, processor, [str(path)])
-    with pytest.raises(ValueError, match=rf"1 of 1 pictures cannot be read.*\n  .*{name}: .*{message}"):
-        predict_files(model, processor, [path], tmp_path / "out", load_label_set("scenes"), show_progress=False)
+    with pytest.raises(ValueError, match=rf"1 of 1 images cannot be read.*\n  .*{name}: .*{message}"):
+        predict_files(make_predictor(model, processor), [path], tmp_path / "out", show_progress=False)
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
@@ -112,10 +112,8 @@ def test_bad_files_do_not_keep_the_others_from_being_segmented(processor, model,
     for name, (content, _) in BAD_FILES.items():
         (tmp_path / "in" / name).write_bytes(content)
     Image.fromarray(COLOUR).save(tmp_path / "in" / "good.png")
-    with pytest.raises(ValueError, match=r"18 of 19 pictures cannot be read") as caught:
-        predict_files(
-            model, processor, [tmp_path / "in"], tmp_path / "out", load_label_set("scenes"), show_progress=False
-        )
+    with pytest.raises(ValueError, match=r"18 of 19 images cannot be read") as caught:
+        predict_files(make_predictor(model, processor), [tmp_path / "in"], tmp_path / "out", show_progress=False)
     pictures = [name for name in BAD_FILES if not name.endswith((".svg", ".eps"))]
     assert all(str(caught.value).count(str(tmp_path / "in" / name)) == 1 for name in pictures)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.png", "good_overlay.png"]
@@ -373,12 +371,7 @@ def test_files_are_upright_wherever_they_are_read(processor, model, orientation,
     got = processor(str(tmp_path / f"turned.{suffix}"))
     assert torch.equal(got["pixel_values"], processor(upright)["pixel_values"])
     written = predict_files(
-        model,
-        processor,
-        [tmp_path / f"turned.{suffix}"],
-        tmp_path / "out",
-        load_label_set("scenes"),
-        show_progress=False,
+        make_predictor(model, processor), [tmp_path / f"turned.{suffix}"], tmp_path / "out", show_progress=False
     )
     assert Image.open(written["turned"]).size == upright.size
 
@@ -422,12 +415,7 @@ def test_the_overlay_of_16_bits_is_scaled_and_not_clipped(processor, model, tmp_
     for name, image in {"deep": Image.fromarray(GREY.astype(np.uint16) * 257), "plain": Image.fromarray(GREY)}.items():
         image.save(tmp_path / f"{name}.png")
         predict_files(
-            model,
-            processor,
-            [tmp_path / f"{name}.png"],
-            tmp_path / "out",
-            load_label_set("scenes"),
-            show_progress=False,
+            make_predictor(model, processor), [tmp_path / f"{name}.png"], tmp_path / "out", show_progress=False
         )
         overlays[name] = np.asarray(Image.open(tmp_path / "out" / f"{name}_overlay.png"))
     assert np.array_equal(overlays["deep"], overlays["plain"])

@@ -14,9 +14,9 @@ from segmenter_hf import (
     SetrConfig,
     SetrForSemanticSegmentation,
 )
-from segmenter_hf.inference.predictor import segment_images, stream_segmentations
 from segmenter_hf.models.sliding_window import Window, WindowMerger, merge_windows, window_corners
 
+from ..prediction import make_predictor, segment_images
 from ..tiny_models import spread_weights
 
 
@@ -129,9 +129,9 @@ def test_images_are_taken_when_they_are_needed(processor) -> None:
     def images():
         for seed in range(10):
             taken.append(seed)
-            yield picture(40, 40, seed)  # four windows
+            yield seed, picture(40, 40, seed)  # four windows
 
-    maps = stream_segmentations(make_model("segmenter"), processor, images(), window_batch_size=4)
+    maps = make_predictor(make_model("segmenter"), processor, window_batch_size=4).stream(images())
     assert taken == []
     next(maps)
     assert taken == [0, 1]

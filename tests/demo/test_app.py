@@ -22,7 +22,8 @@ from PIL import Image
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.inference.attention import class_attention, patch_attention
-from segmenter_hf.inference.predictor import segment_images
+from segmenter_hf.inference.predictor import Predictor
+from segmenter_hf.inference.protocol import InferenceProtocol
 
 from ..tiny_models import tiny_scenes_config, tiny_scenes_processor
 
@@ -31,7 +32,6 @@ gr = pytest.importorskip("gradio", reason="the page needs the extra `demo`")
 
 from segmenter_hf.demo.app import (  # noqa: E402
     MAX_IMAGE_PIXELS,
-    LoadedModel,
     build_page,
     describe_attention,
     describe_segmentation,
@@ -53,11 +53,11 @@ PAINTED = """() => {
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
+def loaded() -> Predictor:
     """A model that sees several classes in noise."""
     torch.manual_seed(0)
     config = SegmenterConfig(**tiny_scenes_config().to_dict() | {"initializer_range": 0.5})
-    return LoadedModel(
+    return Predictor(
         SegmenterForSemanticSegmentation(config).eval(), tiny_scenes_processor(), load_label_set("scenes")
     )
 
@@ -84,14 +84,13 @@ def from_data_url(url: str) -> Image.Image:
 
 def test_the_browser_gets_classes_probabilities_and_areas(loaded, picture_path) -> None:
     picture = open_upload(picture_path, MAX_IMAGE_PIXELS)
-    (expected,) = segment_images(
-        loaded.model, loaded.processor, [picture], multi_scale_flip=True, return_segmentation_scores=True
-    )
-    segmentation = expected.segmentation.numpy()
-    found = describe_segmentation(loaded, picture, multi_scale_flip=True)
+    predictor = loaded.with_protocol(InferenceProtocol.multi_scale_flip())
+    expected = predictor(picture, return_scores=True)
+    segmentation = expected.class_map.numpy()
+    found = describe_segmentation(predictor, picture)
     pixels = np.asarray(from_data_url(found["pixels"])).astype(int)
     np.testing.assert_array_equal(pixels[..., 0] + 256 * pixels[..., 1], segmentation)
-    np.testing.assert_allclose(pixels[..., 2] / 255, expected.segmentation_scores.amax(0).numpy(), atol=1 / 255)
+    np.testing.assert_allclose(pixels[..., 2] / 255, expected.scores.amax(0).numpy(), atol=1 / 255)
     np.testing.assert_array_equal(np.asarray(from_data_url(found["label_map"])), segmentation)
     assert (found["width"], found["height"]) == from_data_url(found["photograph"]).size == (90, 60)
     shares = {entry["name"]: entry["share"] for entry in found["classes"]}
@@ -140,10 +139,9 @@ def test_bad_uploads_are_refused_in_words(tmp_path, picture_path) -> None:
 
 def test_attention_is_the_average_and_each_head(loaded, picture_path) -> None:
     picture = open_upload(picture_path, MAX_IMAGE_PIXELS)
-    model, processor, _ = loaded
     for asked, expected in [
-        ({"x": 80, "y": 10}, patch_attention(model, processor, picture, (80, 10), 0)),
-        ({"class_id": 3}, class_attention(model, processor, picture, 3, 0)),
+        ({"x": 80, "y": 10}, patch_attention(loaded, picture, (80, 10), 0)),
+        ({"class_id": 3}, class_attention(loaded, picture, 3, 0)),
     ]:
         found = describe_attention(loaded, picture, **asked, layer=0)
         maps = np.frombuffer(base64.b64decode(found["maps"]), np.uint8).reshape(-1, found["rows"], found["columns"])

@@ -31,7 +31,7 @@ from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.export import onnx as onnx_export
 from segmenter_hf.export.dtypes import DTYPE_SUFFIXES
 from segmenter_hf.export.onnx import OnnxExport, export_onnx
-from segmenter_hf.inference.predictor import load_model
+from segmenter_hf.inference.model_loading import load_model
 
 
 ROOT = Path(__file__).parents[2]

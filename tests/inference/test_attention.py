@@ -24,7 +24,10 @@ from segmenter_hf.inference.attention import (
     class_attention,
     patch_attention,
 )
+from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.inference.visualization import attention_overlay
+
+from ..prediction import make_predictor
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "rstrudel"
@@ -73,24 +76,24 @@ def test_a_patch_is_found_under_its_point(model, processor, picture) -> None:
         inputs, size=(48, 80), mode="bilinear", align_corners=False
     )  # 6 x 10 patches
     everything = attention_rows(model, inputs, layer=1)[0, :, 1:, 1:]
-    found = patch_attention(model, processor, picture, (89, 17), layer=1)
+    found = patch_attention(make_predictor(model, processor), picture, (89, 17), layer=1)
     assert found.shape == (2, 6, 10)
     np.testing.assert_allclose(found, everything[:, 2 * 10 + 9].unflatten(-1, (6, 10)), atol=1e-6)
 
 
 def test_a_class_attends_to_patches(model, processor, picture) -> None:
-    found = class_attention(model, processor, picture, class_id=2, layer=0)
-    other = class_attention(model, processor, picture, class_id=1, layer=0)
+    found = class_attention(make_predictor(model, processor), picture, class_id=2, layer=0)
+    other = class_attention(make_predictor(model, processor), picture, class_id=1, layer=0)
     assert found.shape == (2, 6, 10) and (found.sum((1, 2)) < 1).all() and not np.allclose(found, other)
 
 
 def test_what_is_not_there_is_an_error(model, processor, picture) -> None:
     with pytest.raises(ValueError, match=r"`point` must be .* 90 x 50 pixels, got \(90, 0\)"):
-        patch_attention(model, processor, picture, (90, 0))
+        patch_attention(make_predictor(model, processor), picture, (90, 0))
     with pytest.raises(ValueError, match="`layer` must be from -2 to 1, got 2"):
-        patch_attention(model, processor, picture, (0, 0), layer=2)
+        patch_attention(make_predictor(model, processor), picture, (0, 0), layer=2)
     with pytest.raises(ValueError, match="`class_id` must be from 0 to 2, got 3"):
-        class_attention(model, processor, picture, 3)
+        class_attention(make_predictor(model, processor), picture, 3)
     with pytest.raises(ValueError, match="`queries` must be tokens from 0 to 16, got .99."):
         attention_rows(model, torch.zeros(1, 3, 32, 32), [99])
 
@@ -103,17 +106,18 @@ def test_without_class_embeddings_only_patches_attend(decoder_type, processor, p
     else:
         config = SetrConfig(**TINY, patch_size=8, num_labels=3, decoder_type="naive", out_indices=[0, 1])
         model = SetrForSemanticSegmentation(config).eval()
-    assert patch_attention(model, processor, picture, (0, 0)).shape == (2, 6, 10)
+    assert patch_attention(make_predictor(model, processor), picture, (0, 0)).shape == (2, 6, 10)
     with pytest.raises(ValueError, match="has no class embeddings"):
-        class_attention(model, processor, picture, 0)
+        class_attention(make_predictor(model, processor), picture, 0)
 
 
 def test_the_picture_has_a_column_for_each_large_class(model, processor, picture) -> None:
     segmentation = np.zeros((50, 90), dtype=np.uint8)
     segmentation[:, 60:] = 2
     label_set = label_set_from_names(["sky", "road", "tree"])
-    two = attention_picture(model, processor, picture, segmentation, label_set)
-    one = attention_picture(model, processor, picture, np.zeros_like(segmentation), label_set)
+    predictor = Predictor(model, processor, label_set)
+    two = attention_picture(predictor, picture, segmentation)
+    one = attention_picture(predictor, picture, np.zeros_like(segmentation))
     assert two.width - one.width > 200 and two.height == one.height
 
 

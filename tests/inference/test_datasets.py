@@ -21,12 +21,16 @@ from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.inference import datasets as dataset_prediction
-from segmenter_hf.inference.datasets import Row, load_image_dataset, named_rows, predict_dataset
-from segmenter_hf.inference.predictor import segment_images
+from segmenter_hf.inference.dataset_files import OutputLayout, Row
+from segmenter_hf.inference.datasets import load_image_dataset, named_rows, predict_dataset
+from segmenter_hf.inference.predictor import Predictor
+
+from ..prediction import make_predictor, segment_images
 
 
 ROOT = Path(__file__).parents[2]
 SCENES = load_label_set("scenes")
+LAYOUT_FIELDS = ("split", "output_format", "rows_per_file", "with_images")
 
 
 def encoded(height: int, width: int, seed: int, **options) -> dict:
@@ -55,9 +59,15 @@ def predict(model, processor):
     """`predict_dataset` of seven pictures in chunks of three, unless told otherwise."""
 
     def predict(output_dir: Path, dataset=None, **options) -> dataset_prediction.DatasetPrediction:
-        options = {"rows_per_file": 3, "show_progress": False, **options}
+        layout = {name: options.pop(name) for name in LAYOUT_FIELDS if name in options}
+        arguments = {name: options.pop(name) for name in ("source", "overwrite") if name in options}
         return predict_dataset(
-            model, processor, images() if dataset is None else dataset, output_dir, SCENES, **options
+            Predictor(model, processor, SCENES, make_predictor(model, processor, **options).protocol),
+            images() if dataset is None else dataset,
+            output_dir,
+            OutputLayout(**{"rows_per_file": 3, **layout}),
+            show_progress=False,
+            **arguments,
         )
 
     return predict

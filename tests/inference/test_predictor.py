@@ -12,15 +12,12 @@ from segmenter_hf.data.label_sets import LABEL_SET_FILE, get_model_label_set, la
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation, per_class_table, save_results
 from segmenter_hf.evaluation.metrics import MeanIoU
-from segmenter_hf.inference import predictor as prediction
-from segmenter_hf.inference.predictor import (
-    MULTI_SCALES,
-    describe_protocol,
-    find_pictures,
-    load_model,
-    predict_files,
-    segment_images,
-)
+from segmenter_hf.inference import files as prediction
+from segmenter_hf.inference.files import find_images, predict_files
+from segmenter_hf.inference.predictor import Predictor
+from segmenter_hf.inference.protocol import MULTI_SCALES, InferenceProtocol
+
+from ..prediction import make_predictor, segment_images
 
 
 SCENES = load_label_set("scenes")
@@ -57,20 +54,20 @@ def test_pictures_are_found_and_named_apart(tmp_path) -> None:
     for name in ("a.png", "deep/a.jpg", "deep/b.JPG", "deep/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_pictures([tmp_path, tmp_path / "deep", tmp_path / "a.png"])
+    found = find_images([tmp_path, tmp_path / "deep", tmp_path / "a.png"])
     assert list(found) == ["a", "deep/a", "deep/b", "a-2", "b", "a-3"]
     assert found["a-2"] == tmp_path / "deep" / "a.jpg"
     for missing in (tmp_path / "nothing.png", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(FileNotFoundError, match="no picture"):
-            find_pictures([missing])
+        with pytest.raises(FileNotFoundError, match="no image"):
+            find_images([missing])
 
 
 def test_each_file_gets_a_label_map_and_an_overlay_of_its_upright_size(model, processor, tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(48, 64).save(tmp_path / "turned.jpg", exif=exif)
-    written = predict_files(model, processor, [tmp_path], tmp_path / "out", SCENES, show_progress=False)
+    written = predict_files(make_predictor(model, processor), [tmp_path], tmp_path / "out", show_progress=False)
     label_map = Image.open(written["turned"])
     assert label_map.size == (48, 64)
     assert set(np.unique(np.asarray(label_map))) <= set(range(8))
@@ -81,7 +78,7 @@ def test_each_file_gets_a_label_map_and_an_overlay_of_its_upright_size(model, pr
 
 def test_attention_is_written_where_it_is_wanted(model, processor, tmp_path) -> None:
     picture(50, 70).save(tmp_path / "street.png")
-    predict_files(model, processor, [tmp_path / "street.png"], tmp_path / "out", SCENES, attention=True)
+    predict_files(make_predictor(model, processor), [tmp_path / "street.png"], tmp_path / "out", attention=True)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"street.png", "street_overlay.png", "street_attention.png"}
 
@@ -90,8 +87,8 @@ def test_unreadable_pictures_are_named_after_the_others_are_done(model, processo
     picture(48, 64).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:200])
     (tmp_path / "empty.jpg").touch()
-    with pytest.raises(ValueError, match="2 of 3 pictures cannot be read") as caught:
-        predict_files(model, processor, [tmp_path], tmp_path / "out", SCENES, show_progress=False)
+    with pytest.raises(ValueError, match="2 of 3 images cannot be read") as caught:
+        predict_files(make_predictor(model, processor), [tmp_path], tmp_path / "out", show_progress=False)
     assert "bad.png" in str(caught.value)
     assert "empty.jpg" in str(caught.value)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.png", "good_overlay.png"]
@@ -100,14 +97,14 @@ def test_unreadable_pictures_are_named_after_the_others_are_done(model, processo
 @pytest.mark.parametrize("multi_scale_flip", [False, True])
 def test_evaluation_counts_the_maps_at_original_size(model, processor, tmp_path, multi_scale_flip) -> None:
     (dataset,) = load_segmentation_datasets(splits=["validation"], scenes_size=(48, 64), scenes_validation=3).values()
-    results = evaluate_segmentation(
-        model, processor, dataset, SCENES, multi_scale_flip=multi_scale_flip, show_progress=False
-    )
+    protocol = InferenceProtocol.multi_scale_flip() if multi_scale_flip else InferenceProtocol()
+    predictor = Predictor(model, processor, SCENES, protocol)
+    results = evaluate_segmentation(predictor, dataset, show_progress=False)
     metric = MeanIoU(8)
     for row in dataset:
         image, labels = decode_example(row, SCENES)
         metric.add(
-            prediction=segment_images(model, processor, [image], multi_scale_flip=multi_scale_flip)[0],
+            prediction=predictor(image).class_map,
             reference=labels,
         )
     expected = metric.compute()
@@ -122,9 +119,8 @@ def test_evaluation_counts_the_maps_at_original_size(model, processor, tmp_path,
 
 
 def test_a_label_set_of_other_classes_is_refused(model, processor) -> None:
-    (dataset,) = load_segmentation_datasets(splits=["validation"], scenes_validation=1).values()
     with pytest.raises(ValueError, match="8 classes"):
-        evaluate_segmentation(model, processor, dataset, load_label_set("camvid"))
+        Predictor(model, processor, load_label_set("camvid"))
 
 
 def test_the_label_set_of_a_model_is_the_one_beside_it_or_of_its_names(tmp_path) -> None:
@@ -147,7 +143,9 @@ def test_the_label_set_of_a_model_is_the_one_beside_it_or_of_its_names(tmp_path)
     ],
 )
 def test_a_protocol_is_named_by_what_it_does(processor, multi_scale_flip, scales, name) -> None:
-    described = describe_protocol(processor, multi_scale_flip, scales)
+    fields = {} if scales is None else {"scales": scales}
+    make_protocol = InferenceProtocol.multi_scale_flip if multi_scale_flip else InferenceProtocol
+    described = make_protocol(**fields, flip=multi_scale_flip).describe(processor)
     assert described["name"] == name
     assert described["do_flip"] is multi_scale_flip
     assert described["scales"] == (scales or (list(MULTI_SCALES) if multi_scale_flip else [1.0]))
@@ -157,12 +155,10 @@ def test_pictures_beyond_the_limit_are_refused_until_it_is_raised(model, process
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit would refuse the picture too
     picture(48, 64).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match="64 x 48 pixels are more than 3071.*max_image_pixels"):
-        predict_files(
-            model, processor, [tmp_path], tmp_path / "out", SCENES, max_image_pixels=3071, show_progress=False
-        )
-    written = predict_files(
-        model, processor, [tmp_path], tmp_path / "out", SCENES, max_image_pixels=3072, show_progress=False
-    )
+        predictor = make_predictor(model, processor, max_image_pixels=3071)
+        predict_files(predictor, [tmp_path], tmp_path / "out", show_progress=False)
+    predictor = make_predictor(model, processor, max_image_pixels=3072)
+    written = predict_files(predictor, [tmp_path], tmp_path / "out", show_progress=False)
     assert list(written) == ["large"]
     assert Image.MAX_IMAGE_PIXELS == 1000
 
@@ -181,9 +177,8 @@ def test_the_overlay_of_a_large_picture_is_reduced_and_its_label_map_is_not(
     monkeypatch.setattr(
         prediction, "overlay", lambda image, segmentation, palette: drawn.append((image.size, segmentation)) or image
     )
-    written = predict_files(
-        model, processor, [tmp_path], tmp_path / "out", SCENES, full_resolution=True, show_progress=False
-    )
+    predictor = make_predictor(model, processor, full_resolution=True)
+    written = predict_files(predictor, [tmp_path], tmp_path / "out", show_progress=False)
     label_map = np.asarray(Image.open(written["large"]))
     assert label_map.shape == (148, 151)
     ((size, reduced),) = drawn
@@ -201,13 +196,12 @@ def test_other_precisions_give_nearly_the_same_maps_in_float32(model, processor,
         import torchao  # noqa: F401
     except ImportError:
         with pytest.raises(ImportError, match="torchao"):
-            load_model(tmp_path, int8=True)
+            Predictor.from_pretrained(tmp_path, int8=True)
     else:
         options += [{"int8": True}, {"int8": True, "dtype": torch.bfloat16}]
     for option in options:
-        loaded, its_processor, _ = load_model(tmp_path, device="cpu", **option)
-        assert loaded.dtype == option.get("dtype", torch.float32)
-        results = segment_images(loaded, its_processor, images, return_segmentation_scores=True)
-        for result, wanted in zip(results, expected, strict=True):
-            assert result.segmentation_scores.dtype == torch.float32
-            assert (result.segmentation == wanted).float().mean() > (0.9 if option else 0.999)
+        predictor = Predictor.from_pretrained(tmp_path, device="cpu", **option)
+        assert predictor.model.dtype == option.get("dtype", torch.float32)
+        for result, wanted in zip(predictor(images, return_scores=True), expected, strict=True):
+            assert result.scores.dtype == torch.float32
+            assert (result.class_map == wanted).float().mean() > (0.9 if option else 0.999)

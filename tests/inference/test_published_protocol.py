@@ -10,7 +10,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, get_scheduler
 
 from segmenter_hf import convert_checkpoint
-from segmenter_hf.inference.predictor import segment_images
+
+from ..prediction import segment_images
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

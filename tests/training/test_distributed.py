@@ -14,7 +14,7 @@ import torch
 from segmenter_hf.cli.train import parse_training_arguments
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation
-from segmenter_hf.inference.predictor import load_model
+from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.training.run import train_segmenter
 
 from ..run_training import TINY, words
@@ -71,9 +71,9 @@ def test_two_processes_have_the_losses_of_one_with_the_whole_batch(runs) -> None
 
 
 def test_two_processes_count_what_one_counts_of_three_images(runs) -> None:
-    model, processor, label_set = load_model(runs["two"] / "checkpoint-6", "scenes", "cpu")
+    predictor = Predictor.from_pretrained(runs["two"] / "checkpoint-6", device="cpu", label_set="scenes")
     (dataset,) = load_segmentation_datasets(splits=["validation"], scenes_validation=3).values()
-    alone = evaluate_segmentation(model, processor, dataset, label_set)
+    alone = evaluate_segmentation(predictor, dataset)
     for key in ("mean_iou", "overall_accuracy"):
         assert history(runs["two"], f"eval_{key}")[-1] == alone[key]
 

@@ -19,6 +19,7 @@ from segmenter_hf.data.label_sets import label_set_from_names, load_label_set
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.data.synthetic_scenes import save_scenes
 from segmenter_hf.evaluation.evaluate import EvaluationDataset, evaluate_segmentation
+from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.models.image_processing_segmenter import SegmenterImageProcessor
 from segmenter_hf.training.run import (
     DataArguments,
@@ -86,7 +87,7 @@ def test_the_saved_model_gives_the_recorded_results(trained) -> None:
     label_set = load_label_set("scenes")
     assert model.config.id2label == label_set.id2label
     (dataset,) = load_segmentation_datasets(splits=["validation"], scenes_validation=3).values()
-    results = evaluate_segmentation(model, processor, dataset, label_set, show_progress=False)
+    results = evaluate_segmentation(Predictor(model, processor, label_set), dataset, show_progress=False)
     assert results["mean_iou"] == json.loads((trained / "results.json").read_text())["mean_iou"]
 
 
@@ -162,7 +163,7 @@ def test_evaluation_inside_trainer_equals_evaluation_outside(trained, tmp_path, 
         label_set=label_set,
     )
     inside = trainer.evaluate()
-    outside = evaluate_segmentation(model, processor, dataset, label_set, show_progress=False)
+    outside = evaluate_segmentation(Predictor(model, processor, label_set), dataset, show_progress=False)
     for name in ("mean_iou", "mean_accuracy", "overall_accuracy"):
         assert inside[f"eval_{name}"] == outside[name]
 

@@ -12,7 +12,8 @@ from transformers import AutoConfig
 from segmenter_hf.cli.train import parse_training_arguments
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation
-from segmenter_hf.inference.predictor import load_model, predict_files
+from segmenter_hf.inference.files import predict_files
+from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.training.run import class_weights, train_segmenter
 
 from ..run_training import words
@@ -53,9 +54,9 @@ def test_one_class_is_trained_evaluated_and_predicted(leaves, decoder_type) -> N
     results = train(leaves / "model", *more)
     assert results["mean_iou"] > 0.9 and len(results["per_category_iou"]) == 2
     assert AutoConfig.from_pretrained(leaves / "model").id2label == {0: "background", 1: "leaf"}
-    model, processor, label_set = load_model(leaves / "model")
-    assert label_set.labels == ("background", "leaf")
-    written = predict_files(model, processor, [leaves / "leaves" / "images" / "train"], leaves / "out", label_set)
+    predictor = Predictor.from_pretrained(leaves / "model")
+    assert predictor.label_set.labels == ("background", "leaf")
+    written = predict_files(predictor, [leaves / "leaves" / "images" / "train"], leaves / "out")
     assert set(np.unique(np.asarray(Image.open(written["a"])))) == {0, 1}
 
 
@@ -198,7 +199,6 @@ def test_weights_that_become_infinite_after_the_last_loss_are_not_saved(tmp_path
 
 def test_the_recorded_results_are_those_of_the_saved_model_after_mixed_precision_too(tmp_path) -> None:
     results = train(tmp_path, "--bf16", "true", "--max_steps", "12", "--scenes_validation", "5")
-    model, processor, label_set = load_model(tmp_path)
     (dataset,) = load_segmentation_datasets(splits=["validation"], scenes_validation=5).values()
-    again = evaluate_segmentation(model, processor, dataset, label_set, show_progress=False)
+    again = evaluate_segmentation(Predictor.from_pretrained(tmp_path), dataset, show_progress=False)
     assert results["per_category_iou"] == pytest.approx(again["per_category_iou"], abs=1e-6, nan_ok=True)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.cli.errors import TRACEBACK_VARIABLE, cli_main
-from segmenter_hf.inference.predictor import find_pictures, segment_images
+from segmenter_hf.inference.files import find_images
 from segmenter_hf.utils.atomic_files import atomic_directory, write_text
 
 from ..hub_server import TOKEN, Handler, running_hub
@@ -238,7 +238,7 @@ def test_what_a_kill_leaves_is_no_picture_of_a_folder(tmp_path) -> None:
     for name in ("a.png", ".a-partial-0.png", "deep/b.png", "deep/._b.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert list(find_pictures([tmp_path])) == ["a", "deep/b"]
+    assert list(find_images([tmp_path])) == ["a", "deep/b"]
 
 
 # No room, no right
@@ -310,7 +310,7 @@ def test_too_little_memory_ends_in_advice(error, folder, monkeypatch) -> None:
 
     monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(
-        MemoryError, match="--window_batch_size 1` instead of 8, `--bf16`.*--full_resolution"
+        MemoryError, match="`window_batch_size=1` instead of 8, the dtype bfloat16.*`full_resolution`"
     ) as caught:
         segment_images(model, processor, [image])
     assert caught.value.__cause__ is error
@@ -334,7 +334,7 @@ def test_a_process_with_little_memory_gives_advice_about_a_large_picture(folder)
     words = COMMANDS["predict"] + " --full_resolution"
     code, printed = run("predict", folder, limit_memory, 2**27, words=words)
     assert code == 1, printed
-    assert "error: The memory does not suffice" in printed and "`--window_batch_size 1`" in printed
+    assert "error: The memory does not suffice" in printed and "`window_batch_size=1`" in printed
     assert not contents(folder / "out")
 
 

@@ -22,7 +22,7 @@ from ..evaluation.evaluate import (
     save_prediction_grid,
     save_results,
 )
-from ..inference.predictor import process_state
+from ..utils.processes import process_state
 from .errors import cli_main
 from .parsing import build_parser, parse_arguments
 from .prediction_arguments import EvaluationDataArguments, PredictionArguments
@@ -44,30 +44,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate the model, write the results and print the table."""
     parser = build_parser("evaluate", __doc__, [PredictionArguments, Arguments, EvaluationDataArguments])
     prediction_args, args, data_args = parse_arguments(parser, argv)
-    model, processor, label_set = prediction_args.load_model()
+    predictor = prediction_args.load_predictor()
+    label_set = predictor.label_set
     dataset = load_split(args.dataset_name, **vars(data_args))
-    results = evaluate_segmentation(
-        model, processor, dataset, label_set, num_worst=args.num_worst, **prediction_args.options
-    )
+    results = evaluate_segmentation(predictor, dataset, num_worst=args.num_worst)
     if not process_state().is_main_process:
         return
     results |= {
         "dataset": args.dataset_name,
         "split": limited_split(data_args.split, data_args.max_samples),
         "model": prediction_args.model_name_or_path,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(predictor.model.dtype).removeprefix("torch."),
         "int8_weights": prediction_args.int8,
     }
     save_results(args.output_dir, results, label_set.labels)
     if args.num_worst:
         save_prediction_grid(
-            model,
-            processor,
+            predictor,
             EvaluationDataset(dataset, label_set),
-            label_set,
             Path(args.output_dir) / "worst.png",
             indices=[image["index"] for image in results["worst_images"]],
-            **prediction_args.options,
         )
     print(per_class_table(results, label_set.labels))
     print(

@@ -17,8 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..inference.dataset_files import OutputLayout
 from ..inference.datasets import load_image_dataset, predict_dataset
-from ..inference.predictor import MAX_IMAGE_PIXELS, predict_files, process_state
+from ..inference.files import predict_files
+from ..inference.protocol import MAX_IMAGE_PIXELS
+from ..utils.processes import process_state
 from .errors import cli_main
 from .parsing import build_parser, parse_arguments
 from .prediction_arguments import PredictionArguments
@@ -80,17 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("give either --images or --dataset_name")
     if output_args.attention and input_args.dataset_name is not None:
         parser.error("--attention is for --images only")
-    model, processor, label_set = prediction_args.load_model()
-    options = {
-        **prediction_args.options,
-        "full_resolution": input_args.full_resolution,
-        "max_image_pixels": input_args.max_image_pixels,
-    }
+    predictor = prediction_args.load_predictor(
+        full_resolution=input_args.full_resolution, max_image_pixels=input_args.max_image_pixels
+    )
     output_dir = output_args.output_dir
     if input_args.images is not None:
-        written = predict_files(
-            model, processor, input_args.images, output_dir, label_set, attention=output_args.attention, **options
-        )
+        written = predict_files(predictor, input_args.images, output_dir, attention=output_args.attention)
         print(f"Wrote a label map and an overlay of {len(written)} images to {output_dir}.")
         return
     dataset = load_image_dataset(
@@ -102,12 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         streaming=input_args.streaming,
     )
     result = predict_dataset(
-        model,
-        processor,
+        predictor,
         dataset,
         output_dir,
-        label_set,
-        split=input_args.split,
+        OutputLayout(input_args.split, output_args.output_format, output_args.rows_per_file, output_args.with_images),
         source={
             "dataset": input_args.dataset_name,
             "dataset_config": input_args.dataset_config,
@@ -115,11 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "image_column": input_args.image_column,
             "int8_weights": prediction_args.int8,
         },
-        output_format=output_args.output_format,
-        rows_per_file=output_args.rows_per_file,
-        with_images=output_args.with_images,
         overwrite=output_args.overwrite,
-        **options,
     )
     if process_state().is_main_process:
         print(result.describe())

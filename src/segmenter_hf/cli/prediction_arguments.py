@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..data.label_sets import LabelSet
-from ..inference.predictor import load_model
+from ..inference.predictor import Predictor
+from ..inference.protocol import InferenceProtocol
 
 
 @dataclass
@@ -29,19 +28,18 @@ class PredictionArguments:
     int8: bool = field(default=False, metadata={"help": "Weights in 8 bits: approximate, less memory. Needs torchao."})
     compile: bool = field(default=False, metadata={"help": "Compile the network first; pays for many images."})
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What functions that predict take of this."""
-        names = ("multi_scale_flip", "scales", "window_batch_size")
-        return {name: getattr(self, name) for name in names}
-
-    def load_model(self) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:
-        """The model with its image processor and label set."""
-        return load_model(
+    def load_predictor(self, **fields: Any) -> Predictor:
+        """The model with what belongs to it and the protocol, of which `fields` are further ones."""
+        fields["window_batch_size"] = self.window_batch_size
+        if self.scales is not None:
+            fields["scales"] = tuple(self.scales)
+        make_protocol = InferenceProtocol.multi_scale_flip if self.multi_scale_flip else InferenceProtocol
+        return Predictor.from_pretrained(
             self.model_name_or_path,
-            self.label_set,
-            self.device,
+            make_protocol(**fields),
+            device=self.device,
             dtype=torch.bfloat16 if self.bf16 else torch.float32,
+            label_set=self.label_set,
             int8=self.int8,
             compile=self.compile,
         )

@@ -22,6 +22,7 @@ from ..hub.publishing import (
     publish_model,
     read_recorded_result,
 )
+from ..inference.protocol import InferenceProtocol
 from ..utils.atomic_files import read_json_object
 from .errors import UsageError, cli_main
 from .parsing import build_parser, parse_arguments
@@ -142,7 +143,11 @@ def collect_facts(checkpoint_dir: str, card_args: CardArguments, evaluation_args
     options = vars(evaluation_args).copy()
     dataset_name = options.pop("evaluate")
     if dataset_name is not None:
-        facts = facts.with_results(measure(checkpoint_dir, dataset_name, **options))
+        fields = {"window_batch_size": options.pop("window_batch_size")}
+        protocols = [InferenceProtocol(**fields)]
+        if options.pop("multi_scale_flip"):
+            protocols.append(InferenceProtocol.multi_scale_flip(**fields))
+        facts = facts.with_results(measure(checkpoint_dir, dataset_name, protocols=protocols, **options))
         save_card_facts(checkpoint_dir, facts)
         print(f"Recorded in {checkpoint_dir}: from now on the card has these numbers without --evaluate.")
     return facts

@@ -8,11 +8,10 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import BaseImageProcessor, PreTrainedModel
 
 
 try:
@@ -20,10 +19,11 @@ try:
 except ImportError as error:
     raise ImportError("The page needs Gradio: `pip install segmenter-hf[demo]`.") from error
 
-from ..data.label_sets import LabelSet
 from ..data.synthetic_scenes import draw_scene
 from ..inference.attention import class_attention, has_class_attention, patch_attention
-from ..inference.predictor import load_model, open_image, stream_segmentations
+from ..inference.files import open_image
+from ..inference.predictor import Predictor
+from ..inference.protocol import PAPER_PROTOCOLS
 from ..inference.visualization import as_rgb, label_map_image
 from ..models.image_io import IMAGE_FORMATS
 from ..training.recipes import read_arguments, resolve_training_arguments
@@ -43,19 +43,11 @@ Give it a photograph, and a vision transformer says for every single pixel what 
 [Segmenter](https://arxiv.org/abs/2105.05633) or [SETR](https://arxiv.org/abs/2012.15840)."""
 
 
-class LoadedModel(NamedTuple):
-    """What `prediction.load_model` returns."""
-
-    model: PreTrainedModel
-    processor: BaseImageProcessor
-    label_set: LabelSet
-
-
-def build_page(models: Mapping[str, LoadedModel], max_image_pixels: int = MAX_IMAGE_PIXELS) -> gr.Blocks:
+def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAGE_PIXELS) -> gr.Blocks:
     """The page, to be served by `launch_page`.
 
     Args:
-        models (`Mapping[str, LoadedModel]`): The models to choose from, by the name that the page shows.
+        models (`Mapping[str, Predictor]`): The models to choose from, by the name that the page shows.
         max_image_pixels (`int`, defaults to 50000000): Pictures with more pixels are refused.
 
     Returns:
@@ -67,12 +59,14 @@ def build_page(models: Mapping[str, LoadedModel], max_image_pixels: int = MAX_IM
     if not models:
         raise ValueError("Expected at least one model to show, got none.")
 
-    def segment(path: str | None, name: str, multi_scale_flip: bool) -> dict[str, Any]:
+    def segment(path: str | None, name: str, thorough: bool) -> dict[str, Any]:
         """Say what each pixel of a picture shows, with class names, areas and probabilities."""
         if path is None:
             return nothing()
         picture = open_upload(path, max_image_pixels)
-        return gr.update(value=describe_segmentation(models[name], picture, multi_scale_flip), attention=None)
+        protocol = PAPER_PROTOCOLS["multi-scale + flip" if thorough else "single scale"]
+        predictor = models[name].with_protocol(protocol)
+        return gr.update(value=describe_segmentation(predictor, picture), attention=None)
 
     def attend(path: str | None, name: str, event: gr.EventData) -> dict[str, Any]:
         if path is None:
@@ -139,7 +133,7 @@ def launch_page(page: gr.Blocks, **kwargs: Any) -> None:
     )
 
 
-def load_models(names: Sequence[str | Path], device: str | None = None) -> dict[str, LoadedModel]:
+def load_models(names: Sequence[str | Path], device: str | None = None) -> dict[str, Predictor]:
     """Load models for `build_page`.
 
     Args:
@@ -147,9 +141,9 @@ def load_models(names: Sequence[str | Path], device: str | None = None) -> dict[
         device (`str`, *optional*): Where the models go; by default a GPU where there is one.
 
     Returns:
-        `dict[str, LoadedModel]`: The models by these names.
+        `dict[str, Predictor]`: The models by these names.
     """
-    return {str(name): LoadedModel(*load_model(name, device=device)) for name in names}
+    return {str(name): Predictor.from_pretrained(name, device=device) for name in names}
 
 
 def train_scenes_model(config_path: str | Path, output_dir: str | Path) -> None:
@@ -218,25 +212,22 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
     return picture
 
 
-def describe_segmentation(loaded: LoadedModel, picture: Image.Image, multi_scale_flip: bool = False) -> dict[str, Any]:
+def describe_segmentation(predictor: Predictor, picture: Image.Image) -> dict[str, Any]:
     """Segment a picture; what the browser needs to show it.
 
     Args:
-        loaded (`LoadedModel`): The model.
+        predictor ([`Predictor`]): The model and the protocol.
         picture (`PIL.Image.Image`): RGB picture, from `open_upload`.
-        multi_scale_flip (`bool`, defaults to `False`): Whether to average over six scales, each also mirrored.
 
     Returns:
         `dict`: `photograph`, `pixels` (as `pack_pixels` says) and `label_map` (of the size before any reduction) as data
         URLs; `width` and `height`; `classes`, those that are present by area, with `id`, `name`, `color` and `share`; and
         the numbers of layers with attention in the encoder and, for classes, in the decoder.
     """
-    model, processor, label_set = loaded
-    (result,) = stream_segmentations(
-        model, processor, [picture], multi_scale_flip=multi_scale_flip, return_segmentation_scores=True
-    )
-    segmentation = result.segmentation.cpu().numpy()
-    confidence = result.segmentation_scores.amax(dim=0).cpu().numpy()
+    model, label_set = predictor.model, predictor.label_set
+    result = predictor(picture, return_scores=True)
+    segmentation = result.class_map.cpu().numpy()
+    confidence = result.scores.amax(dim=0).cpu().numpy()
     label_map = label_map_image(segmentation, label_set.palette)
     areas = np.bincount(segmentation.ravel(), minlength=label_set.num_labels)
     return {
@@ -263,7 +254,7 @@ def describe_segmentation(loaded: LoadedModel, picture: Image.Image, multi_scale
 
 
 def describe_attention(
-    loaded: LoadedModel,
+    predictor: Predictor,
     picture: Image.Image,
     x: int | None = None,
     y: int | None = None,
@@ -273,7 +264,7 @@ def describe_attention(
     """What a spot of a picture, or a class, attends to; what the browser needs to show it.
 
     Args:
-        loaded (`LoadedModel`): The model.
+        predictor ([`Predictor`]): The model.
         picture (`PIL.Image.Image`): RGB picture, from `open_upload`.
         x (`int`, *optional*), y (`int`, *optional*): The spot, in pixels.
         class_id (`int`, *optional*): The class, for the decoder, instead of a spot.
@@ -288,9 +279,9 @@ def describe_attention(
     """
     try:
         if class_id is None:
-            attention = patch_attention(loaded.model, loaded.processor, picture, (x, y), layer)
+            attention = patch_attention(predictor, picture, (x, y), layer)
         else:
-            attention = class_attention(loaded.model, loaded.processor, picture, class_id, layer)
+            attention = class_attention(predictor, picture, class_id, layer)
     except (TypeError, ValueError) as error:
         raise refusal(str(error)) from error
     maps = np.concatenate([attention.mean(axis=0, keepdims=True), attention])

@@ -1,6 +1,5 @@
 """Evaluation with the published protocol: one matrix of counts per image, added up, turned into numbers."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,13 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.decoding import decode_example
 from ..data.label_sets import LabelSet
-from ..inference.predictor import (
-    Picture,
-    check_label_set,
-    describe_protocol,
-    process_state,
-    segment_images,
-    stream_segmentations,
-)
+from ..inference.predictor import InputImage, Predictor
 from ..inference.visualization import prediction_grid
 from ..utils.atomic_files import atomic_write, write_json, write_text
+from ..utils.processes import process_state
 from .metrics import MeanIoU, confusion_matrix
 
 
@@ -58,57 +50,41 @@ def collate_examples(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def confusion_matrices(
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
-    images: Sequence[Picture],
-    label_maps: Sequence[np.ndarray],
-    ignore_index: int = 255,
-    **kwargs: Any,
+    predictor: Predictor, images: Sequence[InputImage], label_maps: Sequence[np.ndarray]
 ) -> torch.Tensor:
     """Confusion matrix of each image, at its original size.
 
     Args:
-        model (`PreTrainedModel`), processor (`BaseImageProcessor`), images (`Sequence`): As for `segment_images`.
+        predictor ([`Predictor`]): The model and the protocol.
+        images (`Sequence` of images): What [`Predictor`] takes.
         label_maps (`Sequence[np.ndarray]`): The true classes of each image, of shape `(height, width)`.
-        ignore_index (`int`, defaults to 255): Label of the pixels that do not count.
-        kwargs: Further arguments of `stream_segmentations`.
 
     Returns:
         `torch.LongTensor` of shape `(num_images, num_labels, num_labels)`: Pixels by true and by predicted class. One class
         has the two labels 0 and 1.
+
+    Raises:
+        ValueError: If an image cannot be read, or a label map does not fit its image or the classes.
     """
-    predictions = segment_images(model, processor, images, **kwargs)
+    label_set = predictor.label_set
     matrices = [
-        confusion_matrix(prediction.cpu(), labels, max(model.config.num_labels, 2), ignore_index)
-        for prediction, labels in zip(predictions, label_maps)
+        confusion_matrix(result.class_map.cpu(), labels, label_set.num_labels, label_set.ignore_index)
+        for result, labels in zip(predictor(list(images)), label_maps)
     ]
     return torch.from_numpy(np.stack(matrices))
 
 
 def evaluate_segmentation(
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
-    dataset: datasets.Dataset,
-    label_set: LabelSet,
-    *,
-    multi_scale_flip: bool = False,
-    scales: Sequence[float] | None = None,
-    window_batch_size: int = 8,
-    num_worst: int = 0,
-    show_progress: bool = True,
+    predictor: Predictor, dataset: datasets.Dataset, *, num_worst: int = 0, show_progress: bool = True
 ) -> dict[str, Any]:
     """Evaluate a model on a split with the published protocol; memory does not grow with the split.
 
-    Windows of several images go through the network together, `window_batch_size` at once. With several processes
-    (`accelerate launch`) each takes its share of the images, and all return the results of the whole split.
+    Windows of several images go through the network together. With several processes (`accelerate launch`) each takes its
+    share of the images, and all return the results of the whole split.
 
     Args:
-        model (`PreTrainedModel`), processor (`BaseImageProcessor`): The model and its image processor.
+        predictor ([`Predictor`]): The model, the protocol, and the label set that says what the stored labels mean.
         dataset (`datasets.Dataset`): A split, as from `load_segmentation_datasets`.
-        label_set (`LabelSet`): The classes of the model, and what the stored labels mean.
-        multi_scale_flip (`bool`, defaults to `False`): Whether to average over six scales, each also mirrored.
-        scales (`Sequence[float]`, *optional*): Other scales than these six, or than 1.
-        window_batch_size (`int`, defaults to 8): Windows that go through the network at once.
         num_worst (`int`, defaults to 0): How many images of the lowest mean IoU to name.
         show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
 
@@ -117,40 +93,19 @@ def evaluate_segmentation(
         `worst_images`: `index`, `id` (or `None`) and `mean_iou` of each, the worst first.
 
     Raises:
-        ValueError: If the label set does not fit the model, `num_worst` is negative, a mask is impossible, or the split is empty
-            or has no pixel of a class.
+        ValueError: If `num_worst` is negative, a mask is impossible, or the split is empty or has no pixel of a class.
     """
-    check_label_set(model, label_set)
     if num_worst < 0:
         raise ValueError(f"`num_worst` must be at least 0, got {num_worst}.")
     if len(dataset) == 0:
-        raise ValueError("The split has no images: check the name of the data set and of the split.")
-    model.eval()
-    state = process_state()
-    rows = EvaluationDataset(dataset, label_set)
-    share = range(state.process_index, len(rows), state.num_processes)
-    num_labels = label_set.num_labels
-    total = np.zeros((num_labels, num_labels), dtype=np.int64)
+        raise ValueError("The split has no images: check the name of the dataset and of the split.")
+    label_set, state = predictor.label_set, process_state()
+    share = range(state.process_index, len(dataset), state.num_processes)
+    total = np.zeros((label_set.num_labels, label_set.num_labels), dtype=np.int64)
     worst: list[tuple[float, int]] = []
-    references: deque[np.ndarray] = deque()
-
-    def images() -> Iterator[Picture]:
-        for index in share:
-            example = rows[index]
-            references.append(example["labels"])
-            yield example["image"]
-
-    predictions = stream_segmentations(
-        model,
-        processor,
-        images(),
-        multi_scale_flip=multi_scale_flip,
-        scales=scales,
-        window_batch_size=window_batch_size,
-    )
     hidden = not (show_progress and state.is_main_process)
-    for prediction, index in zip(tqdm(predictions, "Evaluating", len(share), unit="image", disable=hidden), share):
-        counts = confusion_matrix(prediction.cpu(), references.popleft(), num_labels, label_set.ignore_index)
+    counted = count_pixels(predictor, EvaluationDataset(dataset, label_set), share)
+    for index, counts in tqdm(counted, "Evaluating", len(share), unit="image", disable=hidden):
         total += counts
         if num_worst and counts.any():
             worst = sorted([*worst, (scores_of(counts, label_set)["mean_iou"], index)])[:num_worst]
@@ -160,18 +115,34 @@ def evaluate_segmentation(
         worst = sorted(item for _, of_process in gathered for item in of_process)[:num_worst]
     if not total.any():
         raise ValueError(
-            f"No pixel of {len(rows)} images belongs to a class: all are {label_set.ignore_index}. Check the label set."
+            f"No pixel of {len(dataset)} images belongs to a class: all are {label_set.ignore_index}. Check the label set."
         )
     results = {
         **scores_of(total, label_set),
-        "protocol": describe_protocol(processor, multi_scale_flip, scales),
-        "num_images": len(rows),
+        "protocol": predictor.protocol.describe(predictor.processor),
+        "num_images": len(dataset),
     }
     if num_worst:
         results["worst_images"] = [
             {"index": index, "id": dataset[index].get("id"), "mean_iou": mean_iou} for mean_iou, index in worst
         ]
     return results
+
+
+def count_pixels(
+    predictor: Predictor, examples: EvaluationDataset, indices: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The index and the confusion matrix (num_labels, num_labels) of some images, one after the other.
+
+    Raises:
+        ValueError: If an image cannot be read or a mask is impossible.
+    """
+    label_set = predictor.label_set
+    items = (((index, example["labels"]), example["image"]) for index in indices for example in [examples[index]])
+    for (index, labels), class_map, _, error in predictor.stream(items):
+        if error is not None:
+            raise error
+        yield index, confusion_matrix(class_map.cpu(), labels, label_set.num_labels, label_set.ignore_index)
 
 
 def scores_of(counts: np.ndarray, label_set: LabelSet) -> dict[str, Any]:
@@ -182,29 +153,20 @@ def scores_of(counts: np.ndarray, label_set: LabelSet) -> dict[str, Any]:
 
 
 def save_prediction_grid(
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
-    examples: EvaluationDataset,
-    label_set: LabelSet,
-    path: str | Path,
-    *,
-    indices: Sequence[int] = range(4),
-    **kwargs: Any,
+    predictor: Predictor, examples: EvaluationDataset, path: str | Path, *, indices: Sequence[int] = range(4)
 ) -> None:
     """Draw some images of an evaluation set with truth and prediction.
 
     Args:
-        model (`PreTrainedModel`), processor (`BaseImageProcessor`): The model and its image processor.
+        predictor ([`Predictor`]): The model and the protocol.
         examples (`EvaluationDataset`): The images and their masks.
-        label_set (`LabelSet`): The classes.
-        path (`str` or `Path`): The picture to write.
+        path (`str` or `Path`): The image file to write.
         indices (`Sequence[int]`, defaults to the first 4): Which images; those beyond the end are left out.
-        kwargs: Further arguments of `stream_segmentations`.
     """
     rows = []
     for example in (examples[index] for index in indices if index < len(examples)):
-        (prediction,) = segment_images(model, processor, [example["image"]], **kwargs)
-        rows.append((example["image"], example["labels"], prediction.cpu()))
+        rows.append((example["image"], example["labels"], predictor(example["image"]).class_map.cpu()))
+    label_set = predictor.label_set
     grid = prediction_grid(rows, label_set.palette, label_set.id2label, ignore_index=label_set.ignore_index)
     with atomic_write(path) as temporary:
         grid.save(temporary)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..data.label_sets import LABEL_SET_FILE
-from ..inference.predictor import load_model
+from ..inference.model_loading import load_model
 from ..models.sliding_window import merge_windows
 from ..utils.atomic_files import atomic_directory, check_replaceable, write_json
 from .dtypes import DEFAULT_DTYPES, check_dtypes, external_data, model_file, save_model, write_dtype

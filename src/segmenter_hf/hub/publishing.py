@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -17,7 +17,9 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..data.label_sets import LABEL_SET_FILE, LabelSet, get_model_label_set, list_label_sets, load_label_set
 from ..data.loading import limited_split, load_segmentation_datasets, load_split
 from ..evaluation.evaluate import EvaluationDataset, evaluate_segmentation, save_prediction_grid
-from ..inference.predictor import load_model, load_model_and_processor
+from ..inference.model_loading import load_model_and_processor
+from ..inference.predictor import Predictor
+from ..inference.protocol import InferenceProtocol
 from ..utils.atomic_files import MODEL_FILES, atomic_directory, check_replaceable, check_types, read_json_object
 from .model_card import SAMPLE_PICTURE, CardFacts, check_result, read_card_facts, recorded_result, write_model_card
 
@@ -141,7 +143,8 @@ def build_repository(
             shutil.copyfile(checkpoint_dir / PREDICTIONS_PICTURE, picture)
         elif label_set.name == "scenes":
             scenes = load_segmentation_datasets("scenes", splits=["validation"], scenes_validation=4)["validation"]
-            save_prediction_grid(model, processor, EvaluationDataset(scenes, label_set), label_set, picture)
+            predictor = Predictor(model, processor, label_set.with_background())
+            save_prediction_grid(predictor, EvaluationDataset(scenes, label_set), picture)
         write_model_card(
             temporary,
             model=model,
@@ -159,19 +162,17 @@ def measure(
     *,
     split: str = "validation",
     label_set: str | None = None,
-    multi_scale_flip: bool = False,
-    window_batch_size: int = 8,
+    protocols: Sequence[InferenceProtocol] = (InferenceProtocol(),),
     device: str | None = None,
     **data_arguments: Any,
 ) -> list[dict[str, Any]]:
-    """Evaluate a model for its card, single scale and, if asked for, multi-scale + flip too.
+    """Evaluate a model for its card, by one or more protocols.
 
     Args:
         checkpoint_dir (`str` or `Path`): The directory of the model.
         dataset_name (`str`), split (`str`), data_arguments (`Any`): The data: see `load_split`.
         label_set (`str`, *optional*): Name or JSON file of a label set; by default the one that belongs to the model.
-        multi_scale_flip (`bool`, defaults to `False`): Whether to measure multi-scale + flip as well.
-        window_batch_size (`int`, defaults to 8): Windows that go through the network at once.
+        protocols (`Sequence[InferenceProtocol]`, defaults to single scale): The protocols.
         device (`str`, *optional*): Where the model goes; by default a GPU where there is one.
 
     Returns:
@@ -180,18 +181,16 @@ def measure(
     Raises:
         ValueError: If the label set does not fit the model, or a mask is impossible.
     """
-    model, processor, labels = load_model(checkpoint_dir, label_set, device)
+    predictor = Predictor.from_pretrained(checkpoint_dir, device=device, label_set=label_set)
     dataset = load_split(dataset_name, split, **data_arguments)
     return [
         recorded_result(
-            evaluate_segmentation(
-                model, processor, dataset, labels, multi_scale_flip=flip, window_batch_size=window_batch_size
-            ),
+            evaluate_segmentation(predictor.with_protocol(protocol), dataset),
             dataset_name,
             limited_split(split, data_arguments.get("max_samples")),
-            labels.name,
+            predictor.label_set.name,
         )
-        for flip in ([False, True] if multi_scale_flip else [False])
+        for protocol in protocols
     ]
 
 

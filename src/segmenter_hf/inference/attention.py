@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.image_utils import ImageInput
 
-from ..data.label_sets import LabelSet
 from ..models.sliding_window import Window
+from .predictor import Predictor
 from .visualization import attention_overlay, picture_table
 
 
@@ -73,15 +73,13 @@ def attention_rows(
     return (query @ key.transpose(2, 3) * attention.scaling).softmax(dim=-1)
 
 
-def patch_attention(
-    model: PreTrainedModel, processor: BaseImageProcessor, image: ImageInput, point: tuple[int, int], layer: int = -1
-) -> np.ndarray:
+def patch_attention(predictor: Predictor, image: ImageInput, point: tuple[int, int], layer: int = -1) -> np.ndarray:
     """How much the patch under a point of an image attends to each patch, in one layer of the encoder.
 
     The image is resized as for prediction and goes through the network whole, not in windows.
 
     Args:
-        model (`PreTrainedModel`), processor (`BaseImageProcessor`): The model and its image processor.
+        predictor ([`Predictor`]): The model and its image processor.
         image (`ImageInput`): One image, as the processor takes it.
         point (`tuple[int, int]`): `(x, y)` in pixels of the image.
         layer (`int`, defaults to -1): The layer, counted from 0; negative ones from the end.
@@ -93,7 +91,8 @@ def patch_attention(
     Raises:
         ValueError: If the point is not in the image or there is no such layer.
     """
-    pixel_values, (rows, columns), (height, width) = _whole_image(model, processor, image)
+    model = predictor.model
+    pixel_values, (rows, columns), (height, width) = _whole_image(predictor, image)
     x, y = point
     if not (0 <= x < width and 0 <= y < height):
         raise ValueError(f"`point` must be (x, y) in an image of {width} x {height} pixels, got {point}.")
@@ -103,13 +102,11 @@ def patch_attention(
     return probabilities[0, :, 0, prefix:].unflatten(-1, (rows, columns)).cpu().numpy()
 
 
-def class_attention(
-    model: PreTrainedModel, processor: BaseImageProcessor, image: ImageInput, class_id: int, layer: int = -1
-) -> np.ndarray:
+def class_attention(predictor: Predictor, image: ImageInput, class_id: int, layer: int = -1) -> np.ndarray:
     """How much the embedding of a class attends to each patch, in one layer of the mask transformer.
 
     Args:
-        model (`PreTrainedModel`), processor (`BaseImageProcessor`), image (`ImageInput`): As for `patch_attention`.
+        predictor ([`Predictor`]), image (`ImageInput`): As for `patch_attention`.
         class_id (`int`): The class, from 0.
         layer (`int`, defaults to -1): The layer of the decoder, counted from 0; negative ones from the end.
 
@@ -120,7 +117,8 @@ def class_attention(
     Raises:
         ValueError: If the decoder has no class embeddings, or there is no such class or layer.
     """
-    pixel_values, (rows, columns), _ = _whole_image(model, processor, image)
+    model = predictor.model
+    pixel_values, (rows, columns), _ = _whole_image(predictor, image)
     if not 0 <= class_id < model.config.num_labels:
         raise ValueError(f"`class_id` must be from 0 to {model.config.num_labels - 1}, got {class_id}.")
     probabilities = attention_rows(model, pixel_values, [rows * columns + class_id], layer, decoder=True)
@@ -132,47 +130,38 @@ def has_class_attention(model: PreTrainedModel) -> bool:
     return hasattr(model.decode_head, "class_embeddings")
 
 
-def attention_picture(
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
-    picture: Image.Image,
-    segmentation: np.ndarray,
-    label_set: LabelSet,
-    layer: int = -1,
-) -> Image.Image:
-    """Attention, averaged over the heads, of the largest classes of a picture.
+def attention_picture(predictor: Predictor, image: Image.Image, class_map: np.ndarray, layer: int = -1) -> Image.Image:
+    """Attention, averaged over the heads, of the largest classes of an image.
 
     The first row shows the patch nearest to the middle of each class (marked by a cross) in the last layer of the
     encoder; for a mask transformer a second row shows the class itself in the last layer of the decoder.
 
     Args:
-        model (`PreTrainedModel`), processor (`BaseImageProcessor`): The model and its image processor.
-        picture (`PIL.Image.Image`): The picture.
-        segmentation (integer `np.ndarray` of shape `(height, width)`): Its predicted classes.
-        label_set (`LabelSet`): Names of the classes.
+        predictor ([`Predictor`]): The model and its image processor.
+        image (`PIL.Image.Image`): The image.
+        class_map (integer `np.ndarray` of shape `(height, width)`): Its predicted classes.
         layer (`int`, defaults to -1): The layer of the encoder, counted from 0; negative ones from the end.
 
     Returns:
-        `PIL.Image.Image`: RGB picture.
+        `PIL.Image.Image`: RGB image.
 
     Raises:
         ValueError: If there is no such layer.
     """
-    classes, areas = np.unique(segmentation, return_counts=True)
+    classes, areas = np.unique(class_map, return_counts=True)
     largest = [int(class_id) for class_id in classes[np.argsort(-areas, kind="stable")][:MAX_CLASSES_SHOWN]]
-    points = [central_pixel(segmentation == class_id) for class_id in largest]
+    points = [central_pixel(class_map == class_id) for class_id in largest]
     rows = {
         "patch in the encoder": [
-            attention_overlay(picture, patch_attention(model, processor, picture, point, layer).mean(0), point)
+            attention_overlay(image, patch_attention(predictor, image, point, layer).mean(0), point)
             for point in points
         ]
     }
-    if has_class_attention(model):
+    if has_class_attention(predictor.model):
         rows["class in the decoder"] = [
-            attention_overlay(picture, class_attention(model, processor, picture, class_id).mean(0))
-            for class_id in largest
+            attention_overlay(image, class_attention(predictor, image, class_id).mean(0)) for class_id in largest
         ]
-    return picture_table(rows, [label_set.labels[class_id] for class_id in largest])
+    return picture_table(rows, [predictor.label_set.labels[class_id] for class_id in largest])
 
 
 def central_pixel(mask: np.ndarray) -> tuple[int, int]:
@@ -182,14 +171,12 @@ def central_pixel(mask: np.ndarray) -> tuple[int, int]:
     return int(x[nearest]), int(y[nearest])
 
 
-def _whole_image(
-    model: PreTrainedModel, processor: BaseImageProcessor, image: ImageInput
-) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
+def _whole_image(predictor: Predictor, image: ImageInput) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
     """Pixel values (1, channels, height, width) in whole patches, their grid, and the size of the image as it came."""
     arguments: dict[str, Any] = {"do_split_windows": False, "scales": [1.0], "do_flip": False}
-    inputs = processor(image, return_tensors="pt", **arguments)
+    inputs = predictor.processor(image, return_tensors="pt", **arguments)
     (window,) = (Window(*row) for row in inputs["window_offsets"].tolist())
-    pixel_values, patch_size = inputs["pixel_values"], model.config.patch_size
+    pixel_values, patch_size = inputs["pixel_values"], predictor.model.config.patch_size
     rows, columns = (max(round(side / patch_size), 1) for side in pixel_values.shape[-2:])
     size = (rows * patch_size, columns * patch_size)
     pixel_values = nn.functional.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)

@@ -18,6 +18,8 @@ from transformers.image_utils import ChannelDimension
 PIXELS_AT_ONCE = 2**22
 # Decoded by libraries alone. Pillow hands others to programs that run what is in them: PostScript to Ghostscript.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# What files in folders end in, in lower case, that are predicted and trained on.
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_DOWNLOAD_BYTES = 2**28
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 DOWNLOAD_SECONDS = 300  # of a whole download
@@ -170,4 +172,13 @@ def channel_axis(shape: tuple[int, ...], num_channels: int) -> ChannelDimension:
     )
 
 
-__all__ = ["IMAGE_FORMATS", "PIXELS_AT_ONCE", "channel_axis", "decode_image", "pil_to_array", "read_image", "to_uint8"]
+__all__ = [
+    "IMAGE_FORMATS",
+    "IMAGE_SUFFIXES",
+    "PIXELS_AT_ONCE",
+    "channel_axis",
+    "decode_image",
+    "pil_to_array",
+    "read_image",
+    "to_uint8",
+]

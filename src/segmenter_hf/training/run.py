@@ -26,10 +26,11 @@ from ..data.mask_checks import MaskReport, check_masks
 from ..evaluation.evaluate import EvaluationDataset, evaluate_segmentation, save_results
 from ..hub.model_card import CardFacts, hub_name, recorded_result, write_model_card
 from ..hub.publishing import PREDICTIONS_PICTURE
-from ..inference.predictor import check_weights, process_state, translate_loading_errors
+from ..inference.model_loading import check_weights, translate_loading_errors
 from ..models.configuration_vit_encoder import VitEncoderConfig
 from ..models.image_processing_segmenter import SegmenterImageProcessor
 from ..utils.atomic_files import move_files
+from ..utils.processes import process_state
 from .arguments import (
     CONFIGS,
     MODEL_SIZES,
@@ -128,13 +129,7 @@ def train_segmenter(
         )
     trainer.train(resume_from_checkpoint=checkpoint)
     unwrapped_model = trainer.unwrapped_model(mixed_precision=False)
-    results = evaluate_segmentation(
-        unwrapped_model,
-        processor,
-        validation_set,
-        label_set,
-        window_batch_size=data_args.window_batch_size,
-    )
+    results = evaluate_segmentation(trainer.predictor(unwrapped_model), validation_set)
     save_trained_model(trainer, unwrapped_model, results, recipe, data_args)
     return results
 

@@ -35,6 +35,8 @@ from ..data.label_sets import LabelSet
 from ..evaluation.evaluate import collate_examples, confusion_matrices, save_prediction_grid
 from ..evaluation.metrics import MeanIoU
 from ..hub.publishing import PREDICTIONS_PICTURE, publish_model
+from ..inference.predictor import Predictor
+from ..inference.protocol import InferenceProtocol
 from ..inference.visualization import training_curves
 from ..models.image_processing_segmenter import SegmenterImageProcessor
 from ..utils.atomic_files import atomic_write, move_directory
@@ -333,14 +335,8 @@ class SegmentationTrainer(Trainer):
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """No loss, the count matrix of each image, and its number of counted pixels."""
         with self.compute_loss_context_manager():
-            counts = confusion_matrices(
-                self._whole_model,
-                self.processing_class,
-                inputs["images"],
-                inputs["label_maps"],
-                self.label_set.ignore_index,
-                window_batch_size=self.window_batch_size,
-            ).to(self.args.device)
+            predictor = self.predictor(self._whole_model)
+            counts = confusion_matrices(predictor, inputs["images"], inputs["label_maps"]).to(self.args.device)
         return None, counts, counts.sum((1, 2))
 
     def update_metric(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
@@ -351,16 +347,14 @@ class SegmentationTrainer(Trainer):
         scores = self.metric.compute()
         return {name: scores[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy")}
 
+    def predictor(self, model: PreTrainedModel) -> Predictor:
+        """A whole model with what belongs to it, for the single-scale protocol."""
+        protocol = InferenceProtocol(window_batch_size=self.window_batch_size)
+        return Predictor(model, self.processing_class, self.label_set, protocol)
+
     def save_predictions(self, model: PreTrainedModel, path: Path) -> None:
         """Draw the first images of the evaluation set with truth and prediction of a whole model."""
-        save_prediction_grid(
-            model,
-            self.processing_class,
-            self.eval_dataset,
-            self.label_set,
-            path,
-            window_batch_size=self.window_batch_size,
-        )
+        save_prediction_grid(self.predictor(model), self.eval_dataset, path)
 
     def push_to_hub(
         self,

@@ -1,0 +1,205 @@
+"""Image files to label maps and overlays."""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..data.label_sets import LabelSet
+from ..models.image_io import IMAGE_SUFFIXES, read_image
+from ..utils.atomic_files import atomic_write
+from .attention import attention_picture
+from .predictor import Predictor, Segmentation
+from .visualization import as_rgb, label_map_image, overlay, with_legend
+
+
+MAX_NAME_BYTES = 255  # of a file, on nearly all file systems
+MAX_OVERLAY_SIDE = 4096  # pixels; larger images are reduced before they are painted
+
+
+def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
+    """The images among files and below folders, by the name that their results get.
+
+    Args:
+        paths (`Sequence` of `str` or `Path`): Image files, which may have any suffix, and folders of images, of
+            which hidden files are none.
+
+    Returns:
+        `dict[str, Path]`: The file of each name. A name is the path below its folder without the suffix, and is made
+        unique with a number where two files share it.
+
+    Raises:
+        FileNotFoundError: If a path does not exist or a folder holds no image.
+    """
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            files = [file for file in files if not file.is_dir()]
+            names = [file.relative_to(path).with_suffix("") for file in files]
+        else:
+            files, names = [path] if path.is_file() else [], [Path(path.stem)]
+        if not files:
+            raise FileNotFoundError(
+                f"{path}: no image there. Expected an image, or a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files."
+            )
+        for file, name in zip(files, names):
+            unique, number = name.as_posix(), 1
+            while unique in found:
+                number += 1
+                unique = f"{name.as_posix()}-{number}"
+            found[unique] = file
+    return found
+
+
+def plan_results(images: Mapping[str, Path], output_dir: Path, endings: Sequence[str]) -> dict[str, list[Path]]:
+    """The files to write for each image, before anything is written.
+
+    Args:
+        images (`Mapping[str, Path]`): The file of each name, as from `find_images`.
+        output_dir (`Path`): Where the results go.
+        endings (`Sequence[str]`): What follows the name in the name of each result.
+
+    Returns:
+        `dict[str, list[Path]]`: By the name of the image, in the order of `endings`.
+
+    Raises:
+        ValueError: If one would replace an image or another, or its name is too long.
+    """
+    inputs = {_identity(path) for path in images.values() if path.exists()}
+    planned: dict[Path, str] = {}
+    results: dict[str, list[Path]] = {}
+    for name, image in images.items():
+        results[name] = [output_dir / f"{name}{ending}" for ending in endings]
+        for path in results[name]:
+            if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+                raise ValueError(f"{image}: the name of its result {path.name} would be too long: rename the image.")
+            if path.exists() and _identity(path) in inputs:
+                raise ValueError(f"{path} is one of the images and would be lost: give another `output_dir`.")
+            if path in planned:
+                both = f"{images[planned[path]]} and {image}"
+                raise ValueError(f"{both} would both be written to {path}: rename one, or give them one by one.")
+            planned[path] = name
+    return results
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What files have in common that are one, whatever they are called."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def open_image(path: Path, max_image_pixels: int) -> Image.Image:
+    """Read an image file of a bounded size, upright.
+
+    Raises:
+        ValueError: If it has more pixels, or is none.
+    """
+    try:
+        return read_image(path, max_image_pixels)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+
+
+def save_label_map(segmentation: np.ndarray, label_set: LabelSet, path: Path) -> None:
+    """Write a label map."""
+    with atomic_write(path) as temporary:
+        label_map_image(segmentation, label_set.palette).save(temporary)
+
+
+def reduced(image: Image.Image, segmentation: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+    """An image and its segmentation (height, width), by a whole factor smaller where it is too large to look at."""
+    factor = -(-max(image.size) // MAX_OVERLAY_SIDE)
+    if factor > 1:
+        width, height = (side // factor for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BOX)
+        segmentation = segmentation[factor // 2 :: factor, factor // 2 :: factor][:height, :width]
+    return as_rgb(image), segmentation
+
+
+def save_overlay(image: Image.Image, segmentation: np.ndarray, label_set: LabelSet, path: Path) -> None:
+    """Write an image with its segmentation and a legend."""
+    shown = overlay(image, segmentation, label_set.palette)
+    with atomic_write(path) as temporary:
+        with_legend(shown, segmentation, label_set.id2label, label_set.palette).save(temporary)
+
+
+def predict_files(
+    predictor: Predictor,
+    paths: Sequence[str | Path],
+    output_dir: str | Path,
+    *,
+    attention: bool = False,
+    show_progress: bool = True,
+) -> dict[str, Path]:
+    """Segment image files; write `NAME.png`, the label map, and `NAME_overlay.png`, the image with a legend.
+
+    The pixels of a label map are class ids; it has the size of the image, turned upright by its EXIF orientation. The
+    overlay of an image with a side of more than 4096 pixels is reduced by a whole factor.
+
+    Args:
+        predictor ([`Predictor`]): The model and the protocol.
+        paths (`Sequence` of `str` or `Path`): Image files and folders of them.
+        output_dir (`str` or `Path`): Where the results go.
+        attention (`bool`, defaults to `False`): Whether to write `NAME_attention.png` too: what the largest classes of the
+            image attend to (see [`attention_picture`]).
+        show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
+
+    Returns:
+        `dict[str, Path]`: The label map of each image, by name.
+
+    Raises:
+        FileNotFoundError: If a path does not exist or a folder holds no image.
+        ValueError: If a result would replace an image or another result, before anything is written. If images cannot be
+            read or segmented, after all others are done; names each.
+    """
+    images = find_images(paths)
+    endings = [".png", "_overlay.png", *(["_attention.png"] if attention else [])]
+    results = plan_results(images, Path(output_dir), endings)
+    limit = predictor.protocol.max_image_pixels
+    items = ((name, partial(open_image, path, limit)) for name, path in images.items())
+    written: dict[str, Path] = {}
+    unreadable: list[str] = []
+    with tqdm(total=len(images), desc="Segmenting", unit="image", disable=not show_progress) as progress:
+        for result in predictor.stream(items, dtype=predictor.class_map_dtype):
+            name, path = result.key, images[result.key]
+            if result.error is not None:
+                message = str(result.error)
+                unreadable.append(message if str(path) in message else f"{path}: {message}")
+            else:
+                save_results(predictor, result, path, results[name])
+                written[name] = results[name][0]
+            del result  # a large map is not held while the next image is read
+            progress.update()
+    if unreadable:
+        listed = "\n  ".join(unreadable)
+        raise ValueError(f"{len(unreadable)} of {len(images)} images cannot be read, the others are done:\n  {listed}")
+    return written
+
+
+def save_results(predictor: Predictor, result: Segmentation, path: Path, outputs: Sequence[Path]) -> None:
+    """Write the label map, the overlay and, for a third output, the attention of one image.
+
+    Args:
+        predictor ([`Predictor`]): What segmented it.
+        result ([`Segmentation`]): Its segmentation.
+        path (`Path`): The image. It is read again: to keep large images until their maps are there would take more memory
+            than the maps.
+        outputs (`Sequence[Path]`): The files to write.
+    """
+    label_set, class_map = predictor.label_set, result.class_map.cpu().numpy()
+    label_map, overlaid, *attended = outputs
+    save_label_map(class_map, label_set, label_map)
+    image, class_map = reduced(open_image(path, predictor.protocol.max_image_pixels), class_map)
+    save_overlay(image, class_map, label_set, overlaid)
+    for output in attended:
+        shown = attention_picture(predictor, image, class_map)
+        with atomic_write(output) as temporary:
+            shown.save(temporary)
+
+
+__all__ = ["find_images", "predict_files"]

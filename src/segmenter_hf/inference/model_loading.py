@@ -1,0 +1,231 @@
+"""Models from directories and the Hub: whole, finite and of this package, or not at all."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    BaseImageProcessor,
+    PreTrainedModel,
+)
+from transformers.utils import CONFIG_NAME, cached_file
+
+from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
+from ..utils.processes import process_state
+
+
+# What libraries say instead of raising `MemoryError` or `torch.OutOfMemoryError`, in lower case.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "bad_alloc")
+REMEDY = "Download or save it again, or convert the checkpoint with scripts/convert_checkpoint.py."
+
+
+def load_model(
+    name_or_path: str | Path,
+    label_set: str | None = None,
+    device: str | None = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    int8: bool = False,
+    compile: bool = False,
+) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:
+    """Load a model with its image processor and label set: whole, finite, and of this package, or not at all.
+
+    Args:
+        name_or_path (`str` or `Path`): Directory or Hub name of the model.
+        label_set (`str`, *optional*): Name or JSON file of a label set; by default the one that belongs to the model.
+        device (`str`, *optional*): Where the model goes; by default a GPU where there is one.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
+        dtype (`torch.dtype`, defaults to `torch.float32`): Type of the weights. `torch.bfloat16` is approximate, and
+            fast where the hardware has it; results are merged in float32 anyway.
+        int8 (`bool`, defaults to `False`): Whether to keep the weights of linear layers in 8 bits: approximate, and for
+            memory. Needs torchao (`pip install segmenter-hf[int8]`).
+        compile (`bool`, defaults to `False`): Whether to compile the network on its first use. Each number of windows at
+            once is compiled anew, which takes up to a minute; it pays for many images.
+
+    Returns:
+        `tuple[PreTrainedModel, BaseImageProcessor, LabelSet]`: The model in evaluation mode, and what belongs to it.
+
+    Raises:
+        ImportError: If `int8` is wanted and torchao is missing.
+        ValueError: If there is no such device, the label set does not fit, or as [`load_model_and_processor`].
+    """
+    target_device = find_device(device)
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if int8:
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig
+            from transformers import TorchAoConfig
+        except ImportError as error:
+            raise ImportError("8-bit weights need torchao: `pip install segmenter-hf[int8]`.") from error
+        arguments["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
+    model, processor = load_model_and_processor(name_or_path, revision, **arguments)
+    if label_set is None:
+        found = get_model_label_set(name_or_path, model.config.id2label, revision)
+    else:
+        found = load_label_set(label_set)
+    found = found.with_background()
+    check_label_set(model, found)
+    model = model.to(target_device).eval()
+    if compile:
+        model.compile(fullgraph=True)
+    return model, processor, found
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, or by default a GPU where there is one.
+
+    Raises:
+        ValueError: If there is no such device here; names those that there are.
+    """
+    if name is None:
+        return process_state().device
+    names = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        names += [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))]
+    if name not in names:
+        raise ValueError(f"`device` must be {' or '.join(names)} on this machine, got {name!r}.")
+    return torch.device(name)
+
+
+def load_model_and_processor(
+    name_or_path: str | Path, revision: str | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load a semantic segmentation model of this package with its image processor, and none of its repository's code.
+
+    Args:
+        name_or_path (`str` or `Path`): Directory or Hub name of the model.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
+        kwargs: Further arguments of the model's `from_pretrained`.
+
+    Returns:
+        `tuple[PreTrainedModel, BaseImageProcessor]`: The model and its image processor.
+
+    Raises:
+        OSError: If there is no such model, or a file is missing.
+        ValueError: If it is damaged or of another kind, or weights are missing, left over, of another shape or not finite.
+    """
+    name = str(name_or_path)
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.count("/") > 1 or name.startswith((".", "~"))):
+        raise FileNotFoundError(
+            f"{name}: no such directory. Expected the directory of a model or its name on the Hub."
+        )
+    with translate_loading_errors(name_or_path):
+        # The classes of this package, whatever code the configuration names: nobody is asked whether to run it.
+        model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
+            name_or_path,
+            revision=revision or "main",
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **kwargs,
+        )
+        processor = AutoImageProcessor.from_pretrained(
+            name_or_path, revision=revision or "main", trust_remote_code=False
+        )
+        for part, expected in ((model, "Segmenter or SETR model"), (processor, "SegmenterImageProcessor")):
+            if not type(part).__module__.startswith("segmenter_hf."):
+                raise ValueError(f"{name_or_path}: expected a {expected}, got a {type(part).__name__}. {REMEDY}")
+        check_weights(name_or_path, model, loading_info)
+    return model, processor
+
+
+@contextmanager
+def translate_loading_errors(name_or_path: str | Path) -> Iterator[None]:
+    """Whatever a model that is damaged or something else raises, as a `ValueError` that names it.
+
+    Here, and only here, files of strangers go through transformers, safetensors, torch and their readers of JSON and pickles.
+    Each of them fails in ways of its own, which are documented nowhere, so that any `Exception` may come of a bad file.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError, OSError, ValueError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"{name_or_path}: the memory does not suffice for the model. {error}") from error
+        said = str(error).split("\n")[0].split(". ")[0]  # what follows is long, and may advise to trust the file
+        raise ValueError(
+            f"{name_or_path}: expected a model of this package, got one that is damaged or something else. {REMEDY} "
+            f"{type(error).__name__}: {said:.300}"
+        ) from error
+
+
+def check_weights(
+    name_or_path: str | Path, model: PreTrainedModel, loading_info: Mapping[str, Any], *, new_heads: bool = False
+) -> None:
+    """Refuse a model whose weights are not all from its file, or are no finite floating-point numbers.
+
+    Args:
+        name_or_path (`str` or `Path`): Where it was loaded from.
+        model (`PreTrainedModel`): The model.
+        loading_info (`dict`): What `from_pretrained` returned beside it with `output_loading_info=True`.
+        new_heads (`bool`, defaults to `False`): Whether only the encoder must be from the file, and weights may be left over,
+            for training goes on with other heads.
+
+    Raises:
+        ValueError: If weights are missing, left over, of another shape or no finite floating-point numbers.
+    """
+    wrong = {
+        "missing": loading_info["missing_keys"],
+        "of another shape": {key for key, *_ in loading_info["mismatched_keys"]},
+    }
+    if new_heads:
+        encoder = f"{model.base_model_prefix}."
+        wrong = {problem: [key for key in keys if key.startswith(encoder)] for problem, keys in wrong.items()}
+    else:
+        wrong["left over"] = loading_info["unexpected_keys"]
+    weights = dict(model.named_parameters())
+    expected = weights.keys() | dict(model.base_model.named_parameters()).keys()
+    wrong["no floating-point numbers"] = stored_integers(name_or_path) & expected
+    # Those in 8 bits are back in floats for a moment, others are as they were.
+    wrong["NaN or infinite"] = [key for key in weights if not torch.isfinite(weights[key].detach().dequantize()).all()]
+    listed = [
+        f"{len(keys)} {problem} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
+        for problem, keys in wrong.items()
+        if keys
+    ]
+    if listed:
+        raise ValueError(f"{name_or_path}: the weights are not those of the model: {'; '.join(listed)}. {REMEDY}")
+
+
+def stored_integers(name_or_path: str | Path) -> set[str]:
+    """The weights that the safetensors files of a model hold as integers; a loaded model has them as floats."""
+    folder, found = Path(cached_file(str(name_or_path), CONFIG_NAME)).parent, set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {key for key in file.keys() if "F" not in file.get_slice(key).get_dtype()}  # noqa: SIM118
+    return found
+
+
+def check_label_set(model: PreTrainedModel, label_set: LabelSet) -> None:
+    """Refuse a label set that is not for the model, or whose names cannot be written.
+
+    Raises:
+        ValueError: If it has another number of classes (two for a model of one), or a name is no text.
+    """
+    if label_set.num_labels != max(model.config.num_labels, 2):
+        raise ValueError(
+            f"The model has {model.config.num_labels} classes and the label set {label_set.name!r} "
+            f"{label_set.num_labels}: choose the label set that the model was trained with."
+        )
+    for name in label_set.labels:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The label set {label_set.name!r} has the name {name!r:.200}, which holds half a character and cannot be "
+                "written: rename the class."
+            ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory does not suffice."""
+    is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_memory or any(words in str(error).lower() for words in OUT_OF_MEMORY)
