@@ -16,7 +16,7 @@ def make_predictor(
     model: PreTrainedModel, processor: BaseImageProcessor, *, multi_scale_flip: bool = False, **fields: Any
 ) -> Predictor:
     """A predictor whose classes have the names of the model's configuration; `fields` are those of the protocol."""
-    label_set = label_set_from_names(list(model.config.id2label.values())).with_background()
+    label_set = label_set_from_names(list(model.config.id2label.values()), ignore_index=-1).with_background()
     make_protocol = InferenceProtocol.multi_scale_flip if multi_scale_flip else InferenceProtocol
     return Predictor(model, processor, label_set, make_protocol(**fields))
 

@@ -373,7 +373,7 @@ def test_label_maps_of_other_arguments_are_not_mixed(predict, tmp_path, options,
     predict(tmp_path / "out", images(4), source=source)
     before = contents(tmp_path / "out")
     options = {"source": source, **options}
-    with pytest.raises(ValueError, match=f"another run:\n  {named}(.|\n)*--overwrite"):
+    with pytest.raises(ValueError, match=f"another run:\n  {named}(.|\n)*`overwrite`"):
         predict(tmp_path / "out", images(4), **options)
     assert contents(tmp_path / "out") == before
     predict(tmp_path / "out", images(4), overwrite=True, **options)

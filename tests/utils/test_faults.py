@@ -25,6 +25,7 @@ from segmenter_hf.inference.files import find_images
 from segmenter_hf.utils.atomic_files import atomic_directory, write_text
 
 from ..hub_server import TOKEN, Handler, running_hub
+from ..prediction import segment_images
 from ..tiny_models import save_tiny_scenes_model
 
 
