@@ -446,7 +446,7 @@ CONVERT = "--checkpoint_path {0}/model/model.safetensors --output_dir {0}/out"
         ("predict", PREDICT + " --scales -1", 1, "scales"),
         ("predict", PREDICT + " --label_set nothing", 1, "expected a label set"),
         ("predict", PREDICT + " --max_image_pixels 9", 1, "56 x 40 pixels are more than 9"),
-        ("predict", PREDICT.replace("a.png", "b.png"), 1, "no picture there"),
+        ("predict", PREDICT.replace("a.png", "b.png"), 1, "no image there"),
         ("predict", PREDICT.replace("/out", "/file/out"), 1, "file"),
         ("predict", PREDICT.replace("/model ", "/file "), 1, "file"),
         ("convert_checkpoint", CONVERT + " --no_such_option", 2, "error: unknown option --no_such_option; see --help"),
