@@ -42,7 +42,7 @@ from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.inference.protocol import MULTI_SCALES, InferenceProtocol
 from segmenter_hf.models.segmentation_loss import upsampled_cross_entropy
 from segmenter_hf.models.sliding_window import merge_windows
-from segmenter_hf.training.trainer import TrainDataset
+from segmenter_hf.training.datasets import TrainDataset
 from segmenter_hf.utils.atomic_files import write_json, write_text
 
 

@@ -19,7 +19,7 @@ from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.label_sets import LabelSet, label_set_from_names, load_label_set
 from segmenter_hf.data.loading import load_segmentation_datasets, split_train_validation
 from segmenter_hf.data.mask_checks import check_masks, infer_num_labels
-from segmenter_hf.training.trainer import StreamedTrainingExamples, TrainDataset
+from segmenter_hf.training.datasets import StreamedTrainDataset, TrainDataset
 
 
 CAMVID = Path(__file__).parents[3] / "shared" / "data" / "camvid"
@@ -126,7 +126,7 @@ def test_workers_visit_every_row_of_a_stream_once(tmp_path, monkeypatch, num_wor
     examples = Mock(spec=TrainDataset, dataset=stream, seed=0)
     examples.crop = lambda row, *numbers: (row["id"], numbers)
     loader = DataLoader(
-        StreamedTrainingExamples(examples, share_files=num_rows is None), batch_size=None, num_workers=num_workers
+        StreamedTrainDataset(examples, share_files=num_rows is None), batch_size=None, num_workers=num_workers
     )
     # Workers end their shares at different times: with one, the first visit is over before the second begins.
     visits = {}

@@ -56,7 +56,9 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     printed = launch("-m", "tests.run_training", str(folder / "two"), *MORE)
     assert "Batch 4 = 2 devices x 2 crops x 1 accumulated." in printed
     train_segmenter(*parse_training_arguments(words(str(folder / "one"), *MORE)))
-    return {"one": folder / "one", "two": folder / "two"}
+    accumulated = words(str(folder / "accumulated"), *MORE, "--per_device_train_batch_size", "1")
+    train_segmenter(*parse_training_arguments(accumulated))
+    return {name: folder / name for name in ("one", "two", "accumulated")}
 
 
 def history(output_dir: Path, key: str) -> list[float]:
@@ -64,10 +66,11 @@ def history(output_dir: Path, key: str) -> list[float]:
     return [entry[key] for entry in state["log_history"] if key in entry]
 
 
-def test_two_processes_have_the_losses_of_one_with_the_whole_batch(runs) -> None:
-    one, two = (history(runs[name], "loss") for name in ("one", "two"))
-    assert len(one) == 6 and len(set(one)) == 6
-    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("divided", ["two", "accumulated"])
+def test_a_batch_divided_among_processes_or_accumulated_has_the_losses_of_the_whole(runs, divided) -> None:
+    whole, parts = history(runs["one"], "loss"), history(runs[divided], "loss")
+    assert len(whole) == 6 and len(set(whole)) == 6
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-5)
 
 
 def test_two_processes_count_what_one_counts_of_three_images(runs) -> None:

@@ -25,8 +25,9 @@ from segmenter_hf.cli.train import parse_training_arguments
 from segmenter_hf.data.label_sets import label_set_from_names
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.training.arguments import SegmentationTrainingArguments
+from segmenter_hf.training.checkpoints import last_checkpoint
 from segmenter_hf.training.run import train_segmenter
-from segmenter_hf.training.trainer import SegmentationTrainer, last_checkpoint
+from segmenter_hf.training.trainer import SegmentationTrainer
 
 from ..run_training import words
 

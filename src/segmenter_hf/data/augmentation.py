@@ -13,7 +13,7 @@ from numpy.random import Generator
 
 Window = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
-_NUM_CROP_DRAWS = 10
+_NUM_CROP_DRAWS = 11  # a first one and ten more, as mmsegmentation's RandomCrop; the last one stands unchecked
 _BRIGHTNESS_DELTA = 32.0
 _CONTRAST_RANGE = (0.5, 1.5)
 _SATURATION_RANGE = (0.5, 1.5)
@@ -34,7 +34,7 @@ class SegmentationAugmentation:
         ratio_range (`tuple[float, float]`, *optional*, defaults to `(0.5, 2.0)`):
             The resize ratio is drawn uniformly from this range.
         cat_max_ratio (`float`, *optional*, defaults to 0.75):
-            A crop is drawn again, up to 10 times in all, while one class has at least this share of its valid pixels.
+            A crop is drawn again, up to 10 times, while one class has at least this share of its valid pixels.
             1 accepts any crop.
         flip_probability (`float`, *optional*, defaults to 0.5):
             Probability of a horizontal flip.
@@ -198,7 +198,7 @@ def draw_crop_window(
     ignore_index: int,
     rng: Generator,
 ) -> Window:
-    """Draws where to crop: up to 10 draws, until the crop is balanced; the last one stands.
+    """Draws where to crop, and again up to 10 times until the crop is balanced; the last draw stands.
 
     Args:
         mask (integer `np.ndarray` of shape `(height, width)`):
@@ -218,10 +218,11 @@ def draw_crop_window(
         `tuple[int, int, int, int]`: top, left, height and width of the crop, in pixels after the resize.
     """
     height, width = min(crop_size[0], size[0]), min(crop_size[1], size[1])
-    for _ in range(_NUM_CROP_DRAWS):
+    for draw in range(_NUM_CROP_DRAWS):
         top, left = (int(rng.integers(0, margin + 1)) for margin in (size[0] - height, size[1] - width))
         window = (top, left, height, width)
-        if cat_max_ratio >= 1 or is_balanced(resize_mask(mask, size, window), cat_max_ratio, ignore_index):
+        is_last = cat_max_ratio >= 1 or draw == _NUM_CROP_DRAWS - 1
+        if is_last or is_balanced(resize_mask(mask, size, window), cat_max_ratio, ignore_index):
             break
     return window
 

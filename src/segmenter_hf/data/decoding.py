@@ -215,7 +215,10 @@ def class_ids(stored: np.ndarray, label_set: LabelSet | None, ignore_index: int,
         if label_set.label_id_to_train_id is not None:
             stored = map_labels(stored, label_set.label_id_to_train_id, ignore_index)
     if reduce_labels:
-        ignored = (stored == 0) | (stored == ignore_index)
-        stored = np.where(ignored, ignore_index, stored.astype(np.int32) - 1)
+        stored = stored.astype(np.int32)
+        # Of n classes the last is stored as n, which `ignore_index` may be too: it is the class then.
+        is_class = label_set is not None and ignore_index == label_set.num_labels
+        ignored = (stored == 0) | ((stored == ignore_index) & (not is_class))
+        stored = np.where(ignored, ignore_index, stored - 1)
     fits = stored.dtype == np.uint8 or (stored.min(initial=0) >= 0 and stored.max(initial=0) <= 255)
     return stored.astype(np.uint8 if fits else np.int32, copy=False)

@@ -218,13 +218,23 @@ def infer_num_labels(
     """Return the largest class id of a dataset's masks plus one. Arguments as for `check_masks`.
 
     Raises:
-        ValueError: If a mask cannot be decoded, or no pixel belongs to a class.
+        ValueError: If a mask cannot be decoded, no pixel belongs to a class, or labels are reduced and it is not clear
+            whether the stored id `ignore_index` is the last class.
     """
-    largest = -1
-    for _, ids, _, problem in _class_counts(dataset, None, ignore_index, reduce_labels, max_images, show_progress):
+    found: set[int] = set()
+    # Reduced labels are counted with -1 for "no class", so that the stored id `ignore_index` shows among them.
+    ignored = -1 if reduce_labels else ignore_index
+    for _, ids, _, problem in _class_counts(dataset, None, ignored, reduce_labels, max_images, show_progress):
         if problem:
             raise ValueError(problem)
-        largest = max(largest, *(class_id for class_id in ids if class_id != ignore_index), -1)
+        found.update(ids)
+    stored_ignored = ignore_index - 1 if reduce_labels else ignore_index
+    largest = max(found - {ignored, stored_ignored}, default=-1)
+    if reduce_labels and stored_ignored in found and stored_ignored == largest + 1:
+        raise ValueError(
+            f"The masks store the id {ignore_index}, which is both `ignore_index` and the class after {largest + 1} where "
+            "stored 0 means no class. Name the classes with a label set, or give another `ignore_index`, such as 255."
+        )
     if largest < 0:
         raise ValueError(
             f"No pixel belongs to a class: every label is {ignore_index}. Check the masks and reduce_labels."

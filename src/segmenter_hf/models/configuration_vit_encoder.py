@@ -88,6 +88,10 @@ class VitEncoderConfig(PreTrainedConfig):
         semantic_loss_label_smoothing (`float`, defaults to 0.0): Share of each label that is spread over all classes.
         semantic_loss_dice_weight (`float`, defaults to 0.0): Weight of a soft Dice loss beside the cross-entropy, for tasks
             with few classes; it holds the upsampled logits in memory.
+        semantic_loss_normalization (`"valid_pixels"` or `"all_pixels"`, defaults to `"valid_pixels"`): What the sum of the
+            cross-entropy over the valid pixels is divided by: their number (with class weights, the sum of their weights), or
+            the number of all pixels of the labels, ignored ones included, as mmsegmentation does by default
+            (`avg_non_ignore=False`).
         use_tiled_loss (`bool`, defaults to `True`): Whether the loss is computed tile by tile, without the upsampled
             logits. `False` is the plain path, equal and slower.
         use_single_logit (`bool`, defaults to `False`): Whether the model has one logit, which tells label 1 from label 0,
@@ -120,6 +124,7 @@ class VitEncoderConfig(PreTrainedConfig):
     semantic_loss_class_weights: list[float | int] | tuple[float | int, ...] | None = None
     semantic_loss_label_smoothing: float | int = 0.0
     semantic_loss_dice_weight: float | int = 0.0
+    semantic_loss_normalization: Literal["valid_pixels", "all_pixels"] = "valid_pixels"
     use_tiled_loss: bool = True
     use_single_logit: bool = False
 

@@ -19,7 +19,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit_encoder import VitEncoderConfig
-from .segmentation_loss import plain_upsampled_cross_entropy, upsampled_cross_entropy, upsampled_dice_loss
+from .segmentation_loss import (
+    plain_upsampled_cross_entropy,
+    total_label_weight,
+    upsampled_cross_entropy,
+    upsampled_dice_loss,
+)
 from .sliding_window import with_background
 
 
@@ -287,17 +292,21 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
             )
         patch_size, ignore_index = self.config.patch_size, self.config.semantic_loss_ignore_index
         padding = (0, -size[1] % patch_size, 0, -size[0] % patch_size)
+        num_pixels = labels.numel()
         labels = nn.functional.pad(labels, padding, value=ignore_index)
         logits = with_background(logits)
         weights = self.config.semantic_loss_class_weights
+        weights = None if weights is None else logits.new_tensor(weights, dtype=torch.float32)
         loss_function = upsampled_cross_entropy if self.config.use_tiled_loss else plain_upsampled_cross_entropy
         loss = loss_function(
             logits,
             labels,
             ignore_index=ignore_index,
-            class_weights=None if weights is None else logits.new_tensor(weights, dtype=torch.float32),
+            class_weights=weights,
             label_smoothing=self.config.semantic_loss_label_smoothing,
         )
+        if self.config.semantic_loss_normalization == "all_pixels":
+            loss = loss * (total_label_weight(labels, ignore_index, weights) / num_pixels).to(loss.dtype)
         if self.config.semantic_loss_dice_weight:
             loss = loss + self.config.semantic_loss_dice_weight * upsampled_dice_loss(logits, labels, ignore_index)
         return loss

@@ -104,6 +104,26 @@ def upsampled_dice_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index
     return (losses * occurs).sum() / occurs.sum().clamp(min=1)
 
 
+def total_label_weight(
+    labels: torch.Tensor, ignore_index: int = 255, class_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What a mean cross-entropy divides its sum by: the weights of the classes of all pixels that are not ignored.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(batch_size, height, width)`): Classes, or `ignore_index`.
+        ignore_index (`int`, defaults to 255): Label of the pixels that are left out.
+        class_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*): Weight of each class; 1 by default.
+
+    Returns:
+        `torch.DoubleTensor` of shape `()`: The sum of the weights.
+    """
+    valid = labels[labels != ignore_index]
+    if class_weights is None:
+        return labels.new_tensor(valid.numel(), dtype=torch.float64)
+    # The loss itself refuses labels that are no class.
+    return class_weights.to(labels.device, torch.float64)[valid.long().clamp(0, len(class_weights) - 1)].sum()
+
+
 def check_arguments(
     logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None, label_smoothing: float
 ) -> None:
@@ -279,4 +299,9 @@ def _register() -> "torch.library.CustomOpDef | torch._ops.OpOverload":
 
 _operator = _register()
 
-__all__ = ["plain_upsampled_cross_entropy", "upsampled_cross_entropy", "upsampled_dice_loss"]
+__all__ = [
+    "plain_upsampled_cross_entropy",
+    "total_label_weight",
+    "upsampled_cross_entropy",
+    "upsampled_dice_loss",
+]

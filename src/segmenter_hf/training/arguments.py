@@ -73,6 +73,13 @@ class ModelArguments:
     dice_weight: float | None = field(
         default=None, metadata={"help": "Weight of a Dice loss beside the cross-entropy, for few classes."}
     )
+    loss_normalization: str = field(
+        default="valid_pixels",
+        metadata={
+            "help": "What the loss is divided by: the pixels that are not ignored, or all pixels, as mmsegmentation does.",
+            "choices": ["valid_pixels", "all_pixels"],
+        },
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "Attention: sdpa, flash_attention_2, eager; eager is fastest for bf16 on a CPU."},

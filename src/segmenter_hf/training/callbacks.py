@@ -1,0 +1,119 @@
+"""Callbacks of the Trainer: epochs for the training set, pictures of the progress, an end at a loss that is NaN."""
+
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..hub.publishing import PREDICTIONS_PICTURE
+from ..inference.visualization import training_curves
+from ..utils.atomic_files import atomic_write
+from .checkpoints import remove_partial_checkpoints
+from .recipes import save_recipe
+
+
+if TYPE_CHECKING:
+    from .trainer import SegmentationTrainer
+
+
+logger = logging.getLogger(__name__)
+
+CURVES_PICTURE = "curves.png"
+
+
+class StartRun(TrainerCallback):
+    """Deletes what the run replaces and notes what is trained, now that no mistake in the arguments can end it."""
+
+    def __init__(self, recipe: dict[str, Any]) -> None:
+        self.recipe = recipe
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not args.should_save:
+            return
+        output_dir = Path(args.output_dir)
+        remove_partial_checkpoints(output_dir)
+        if args.overwrite_output_dir:
+            for old in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"):
+                shutil.rmtree(old)
+        save_recipe(output_dir, self.recipe)
+        batch = self.recipe["batch"]
+        print(
+            f"Batch {args.effective_batch_size} = {batch['devices']} devices x {batch['per_device']} crops x "
+            f"{batch['accumulation']} accumulated."
+        )
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the training set which epoch it is before the workers start."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader: DataLoader | None = None, **kwargs) -> None:
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class StopAtNan(TrainerCallback):
+    """A loss that is no number ends the training: nothing good comes after it."""
+
+    def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs) -> None:
+        for name in ("loss", "train_loss"):  # since the last log; at the end, of all steps, also those of no log
+            loss = (logs or {}).get(name, 0.0)
+            if not math.isfinite(float(loss)):
+                raise FloatingPointError(nan_message(f"The loss became {loss} at or before step {state.global_step}."))
+
+
+class ShowProgress(TrainerCallback):
+    """Draws curves and predictions after every evaluation, into the output directory and to the trackers in use."""
+
+    def __init__(self, trainer: "SegmentationTrainer") -> None:
+        self.trainer = trainer
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        trainer = self.trainer
+        # Parts of a sharded model cannot predict in one process alone.
+        if not state.is_world_process_zero or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            return
+        if not trainer.is_in_train:
+            return
+        try:
+            self._draw(Path(args.output_dir), state)
+        except OSError as error:  # a full disk is a matter of the checkpoints, which say what to do
+            logger.warning("The pictures of step %d could not be written: %s.", state.global_step, error)
+
+    def _draw(self, output_dir: Path, state: TrainerState) -> None:
+        trainer, curves = self.trainer, training_curves(state.log_history)
+        if curves is not None:
+            with atomic_write(output_dir / CURVES_PICTURE) as temporary:
+                curves.save(temporary)
+        trainer.save_predictions(trainer.model, output_dir / PREDICTIONS_PICTURE)
+        _report_picture(trainer, output_dir / PREDICTIONS_PICTURE, state.global_step)
+
+
+def _report_picture(trainer: "SegmentationTrainer", path: Path, step: int) -> None:
+    """Send a picture of predictions to the trackers that Trainer reports to."""
+    reporters = {type(callback).__name__: callback for callback in trainer.callback_handler.callbacks}
+    if "TensorBoardCallback" in reporters and reporters["TensorBoardCallback"].tb_writer is not None:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        reporters["TensorBoardCallback"].tb_writer.add_image("eval/predictions", pixels, step, dataformats="HWC")
+    if "WandbCallback" in reporters:
+        import wandb
+
+        wandb.log({"eval/predictions": wandb.Image(str(path)), "train/global_step": step})
+    if "TrackioCallback" in reporters:
+        import trackio
+
+        trackio.log({"eval/predictions": trackio.Image(str(path)), "train/global_step": step})
+
+
+def nan_message(what: str) -> str:
+    return (
+        f"{what} No checkpoint was written since. Start again in another --output_dir with a lower --learning_rate, with "
+        "--warmup_steps, with --max_grad_norm 1, or with --bf16 instead of --fp16."
+    )

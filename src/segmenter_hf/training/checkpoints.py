@@ -1,0 +1,75 @@
+"""Checkpoints of a run: which one to resume from, and how one is written completely or not at all."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from .arguments import SegmentationTrainingArguments
+from .recipes import RECIPE_FILE, check_same_run
+
+
+TRACKER_FOLDERS = ("runs", "wandb", "mlruns")  # what may be in an output directory before the run is noted there
+
+
+def find_checkpoint(training_args: SegmentationTrainingArguments, recipe: dict[str, Any]) -> str | None:
+    """Find the checkpoint to go on from, if there is one; nothing is changed yet.
+
+    Returns:
+        `str`, *optional*: The directory of the checkpoint.
+
+    Raises:
+        FileExistsError: If the output directory holds files that are of no run, and they may not be replaced.
+        ValueError: If it holds a run with other arguments, or the checkpoint to go on from would be deleted.
+    """
+    output_dir, checkpoint = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    if training_args.overwrite_output_dir:
+        if checkpoint is not None and Path(checkpoint).resolve().is_relative_to(output_dir.resolve()):
+            raise ValueError(f"--overwrite_output_dir would delete {checkpoint}, from which to go on: leave out one.")
+        return checkpoint
+    if not (output_dir / RECIPE_FILE).is_file():
+        names = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
+        if found := [name for name in names if not name.startswith(".") and name not in TRACKER_FOLDERS]:
+            raise FileExistsError(
+                f"{output_dir} holds files that are of no run: {', '.join(found[:5])}. Give another --output_dir, or "
+                "--overwrite_output_dir to replace those whose names the run needs."
+            )
+    elif checkpoint is None:
+        check_same_run(output_dir, recipe)
+        checkpoint = last_checkpoint(output_dir)
+        if checkpoint is not None and training_args.should_save:
+            print(f"Going on from {checkpoint}; --overwrite_output_dir starts anew.")
+    return checkpoint
+
+
+def last_checkpoint(run_dir: str | Path) -> str | None:
+    """The newest checkpoint of a run; those that are being written have other names."""
+    return get_last_checkpoint(str(run_dir)) if Path(run_dir).is_dir() else None
+
+
+def remove_partial_checkpoints(run_dir: Path) -> None:
+    """Delete what killed runs have left of checkpoints that they were writing."""
+    for leftover in run_dir.glob(f".{PREFIX_CHECKPOINT_DIR}-*-partial"):
+        shutil.rmtree(leftover)
+
+
+@contextmanager
+def explain_writing_errors(run_dir: Path, step: int) -> Iterator[None]:
+    """Errors of writing a checkpoint, with what is left and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        last = last_checkpoint(run_dir)
+        free = shutil.disk_usage(run_dir if run_dir.exists() else Path.cwd()).free / 2**20
+        raise OSError(
+            f"The checkpoint of step {step} could not be written to {run_dir}, where {free:.0f} MB are free: {error}. "
+            + (
+                f"The last complete one is {last}. Make room and run the same command to go on from it."
+                if last
+                else "There is no complete one yet. Make room and run the same command."
+            )
+        ) from error

@@ -1,0 +1,116 @@
+"""What is trained on: the splits of a dataset, their label set, and the check of their masks."""
+
+import datasets
+import numpy as np
+from accelerate.utils import broadcast_object_list
+
+from ..data.label_resolution import resolve_label_set
+from ..data.label_sets import LabelSet
+from ..data.loading import AnyDataset, first_rows, load_segmentation_datasets
+from ..data.mask_checks import MaskReport, check_masks
+from ..utils.processes import process_state
+from .arguments import DataArguments, SegmentationTrainingArguments
+
+
+STREAM_SCAN = 1000  # masks of a stream that are checked where nothing else is said
+
+
+def load_splits(
+    data_args: DataArguments, training_args: SegmentationTrainingArguments
+) -> tuple[AnyDataset, datasets.Dataset]:
+    """The training split, a stream if that is wanted, and the validation split."""
+    if data_args.dataset_name is None:
+        raise ValueError(
+            f"The recipe {data_args.recipe!r} names no data set, since it cannot be downloaded freely: give its folder with "
+            "--dataset_name."
+        )
+    if data_args.streaming and training_args.max_steps < 1:
+        raise ValueError("The length of a stream is not known: give the number of steps with --max_steps.")
+    splits = (data_args.train_split, data_args.validation_split)
+    loaded = load_segmentation_datasets(
+        data_args.dataset_name,
+        splits=splits,
+        dataset_config=data_args.dataset_config,
+        revision=data_args.dataset_revision,
+        image_column=data_args.image_column,
+        label_column=data_args.label_column,
+        validation_fraction=data_args.validation_fraction,
+        scenes_train=data_args.scenes_train,
+        scenes_validation=data_args.scenes_validation,
+        seed=training_args.data_seed or 0,
+        streaming=data_args.streaming,
+    )
+    limits = (data_args.max_train_samples, data_args.max_eval_samples)
+    train_set, validation_set = (first_rows(loaded[split], limit) for split, limit in zip(splits, limits))
+    if data_args.streaming:  # evaluation visits the same images again and again, and must know how many they are
+        rows = list(validation_set)
+        validation_set = datasets.Dataset.from_list(rows, features=validation_set.features)
+    for split, dataset in zip(splits, (train_set, validation_set)):
+        if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
+            raise ValueError(f"The split {split!r} of {data_args.dataset_name} has no images.")
+    return train_set, validation_set
+
+
+def find_label_set(data_args: DataArguments, train_set: AnyDataset) -> LabelSet:
+    """The label set that was named, that of the embedded scenes, or what [`resolve_label_set`] finds."""
+    return resolve_label_set(
+        train_set,
+        data_args.label_set or ("scenes" if data_args.dataset_name == "scenes" else None),
+        num_labels=data_args.num_labels,
+        ignore_index=data_args.ignore_index,
+        do_reduce_labels=data_args.do_reduce_labels,
+        max_images=data_args.max_scanned_masks or (STREAM_SCAN if data_args.streaming else None),
+    )
+
+
+def scan_masks(
+    train_set: AnyDataset, validation_set: datasets.Dataset, label_set: LabelSet, data_args: DataArguments
+) -> MaskReport | None:
+    """Read the masks of both splits, say what is in them, and stop if they cannot be trained on.
+
+    Returns:
+        `MaskReport`, *optional*: What the training masks hold; nothing if none were to be read.
+
+    Raises:
+        ValueError: If a mask is impossible; names the file, the values and the remedy.
+    """
+    limit = data_args.max_scanned_masks
+    if limit == 0:
+        return None
+    if limit is None and data_args.streaming:
+        limit = STREAM_SCAN
+    state, reports = process_state(), [None]
+    if state.is_main_process:
+        for split, dataset in ((data_args.train_split, train_set), (data_args.validation_split, validation_set)):
+            reports.append(check_masks(dataset, label_set.num_labels, label_set, max_images=limit))
+            reports[-1].raise_if_impossible()
+            print(f"Masks of the split {split!r}:\n{reports[-1].describe(label_set.labels)}")
+        reports = reports[1:2]
+    if state.num_processes > 1:
+        broadcast_object_list(reports)
+    return reports[0]
+
+
+def class_weights(text: str | None, report: MaskReport | None) -> list[float] | None:
+    """Weights of the classes as a configuration has them, from an argument.
+
+    "balanced" gives each class N / (C n), with n of the N pixels of C classes, as scikit-learn does; 1 to a class that does
+    not occur.
+
+    Raises:
+        ValueError: If the argument is not of the form above, or there are no frequencies.
+    """
+    if text is None:
+        return None
+    if text == "balanced":
+        if report is None:
+            raise ValueError(
+                "`--class_weights balanced` needs the frequencies of the classes: leave --max_scanned_masks out."
+            )
+        counts = report.pixels_per_class
+        weights = counts.sum() / (len(counts) * np.maximum(counts, 1))
+        return np.where(counts > 0, weights, 1.0).round(6).tolist()
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f'`--class_weights` must be "balanced" or numbers as in "1,2.5,1", got {text!r}.') from error
