@@ -131,7 +131,7 @@ def test_bad_uploads_are_refused_in_words(tmp_path, picture_path) -> None:
         (picture_path, 5_000, "90 x 60 pixels, and this page takes at most 5,000"),
         ("narrow.png", 100_000, "8 times"),
         ("bomb.png", 10_000, "much too large"),
-        ("missing.png", 10_000, "choose it again"),
+        ("missing.png", 10_000, "Choose it again"),
     ]:
         with pytest.raises(gr.Error, match=said):
             open_upload(tmp_path / name, limit)

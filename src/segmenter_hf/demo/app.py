@@ -8,7 +8,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -21,19 +21,19 @@ except ImportError as error:
 
 from ..data.synthetic_scenes import draw_scene
 from ..inference.attention import class_attention, has_class_attention, patch_attention
-from ..inference.files import open_image
 from ..inference.predictor import Predictor
 from ..inference.protocol import PAPER_PROTOCOLS
 from ..inference.visualization import as_rgb, label_map_image
-from ..models.image_io import IMAGE_FORMATS
+from ..models.image_io import IMAGE_FORMATS, decode_image
 from ..training.recipes import read_arguments, resolve_training_arguments
 from ..training.run import train_segmenter
+from .uploads import MAX_UPLOAD_BYTES, NOT_UNDERSTOOD, GuardedBlocks, open_upload_file, refusal, upload_path
 
 
 MAX_IMAGE_PIXELS = 50_000_000  # what the cameras of phones make
-MAX_FILE_SIZE = "50mb"
 MAX_ASPECT_RATIO = 8  # the short side is brought to the size of the model, and a narrower picture would be too long
 MAX_SHOWN_SIDE = 1280  # pixels; larger pictures are reduced before they are segmented and shown
+MAX_PROFILE_BYTES = 65_000  # of the colors of a photograph, which go to the browser with it
 KEEP_UPLOADS = 3600  # seconds
 MAX_WAITING = 200  # events in the queue; who comes later is told to try again
 
@@ -63,7 +63,7 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
         """Say what each pixel of a picture shows, with class names, areas and probabilities."""
         if path is None:
             return nothing()
-        picture = open_upload(path, max_image_pixels)
+        picture = open_upload(upload_path(path, upload.GRADIO_CACHE), max_image_pixels)
         protocol = PAPER_PROTOCOLS["multi-scale + flip" if thorough else "single scale"]
         predictor = models[name].with_protocol(protocol)
         return gr.update(value=describe_segmentation(predictor, picture), attention=None)
@@ -71,15 +71,17 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
     def attend(path: str | None, name: str, event: gr.EventData) -> dict[str, Any]:
         if path is None:
             raise refusal("Choose a picture first.")
-        return gr.update(
-            attention=describe_attention(models[name], open_upload(path, max_image_pixels), **event._data)
-        )
+        asked = event._data
+        if not isinstance(asked, dict) or not asked.keys() <= {"x", "y", "class_id", "layer"}:
+            raise refusal(NOT_UNDERSTOOD)
+        picture = open_upload(upload_path(path, upload.GRADIO_CACHE), max_image_pixels)
+        return gr.update(attention=describe_attention(models[name], picture, **asked))
 
     def nothing() -> dict[str, Any]:
         return gr.update(value=None, attention=None)
 
     names = list(models)
-    with gr.Blocks(title="What is where?", analytics_enabled=False, delete_cache=(600, KEEP_UPLOADS)) as page:
+    with GuardedBlocks(title="What is where?", analytics_enabled=False, delete_cache=(600, KEEP_UPLOADS)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
@@ -127,7 +129,8 @@ def launch_page(page: gr.Blocks, **kwargs: Any) -> None:
         theme=gr.themes.Default(primary_hue="blue", **system_fonts),
         css=".html-container { padding: 0; }",
         footer_links=[],
-        max_file_size=MAX_FILE_SIZE,
+        max_file_size=MAX_UPLOAD_BYTES,
+        show_error=False,
         ssr_mode=False,
         **kwargs,
     )
@@ -157,11 +160,6 @@ def train_scenes_model(config_path: str | Path, output_dir: str | Path) -> None:
     train_segmenter(*resolve_training_arguments(values))
 
 
-def refusal(message: str) -> gr.Error:
-    """An error that the page shows to its visitor and that is no concern of the server's log."""
-    return gr.Error(message, print_exception=False)
-
-
 def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
     """Read an uploaded picture upright, in RGB and reduced to at most 1280 pixels on its longer side.
 
@@ -177,16 +175,40 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
     Raises:
         gr.Error: If it is no picture, too large or too narrow.
     """
+    with open_upload_file(path) as file:
+        check_header(file, max_image_pixels)
+        file.seek(0)
+        try:
+            picture = decode_image(file, "upload", max_image_pixels)
+            full_size, profile = picture.size, picture.info.get("icc_profile")
+            picture = as_rgb(picture)
+        except ValueError as error:
+            raise refusal("The picture is damaged or incomplete: it cannot be read to its end.") from error
+    factor = min(1.0, MAX_SHOWN_SIDE / max(full_size))
+    if factor < 1:
+        width, height = (max(1, round(factor * side)) for side in full_size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
+    picture.info = {"full_size": full_size}  # Pillow would write comments, EXIF tags and the like into what is sent
+    if isinstance(profile, bytes) and len(profile) <= MAX_PROFILE_BYTES:
+        picture.info["icc_profile"] = profile
+    return picture
+
+
+def check_header(file: BinaryIO, max_image_pixels: int) -> None:
+    """Refuse a file whose beginning is none of an image that the page takes.
+
+    Raises:
+        gr.Error: If it is no picture, too large or too narrow.
+    """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as header:
-            width, height = header.size
-    except FileNotFoundError as error:
-        raise refusal("The picture has been deleted after an hour: choose it again.") from error
+        width, height = Image.open(file, formats=IMAGE_FORMATS).size
     except Image.DecompressionBombError as error:
         raise refusal(
             f"The picture is much too large: this page takes at most {max_image_pixels:,} pixels."
         ) from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
         raise refusal("This file cannot be read as a picture. JPEG, PNG and WebP work.") from error
     if width * height > max_image_pixels:
         raise refusal(
@@ -198,18 +220,6 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
             f"The picture has {width} x {height} pixels: its long side may be at most {MAX_ASPECT_RATIO} times the "
             "short one. Cut a part out of it and try again."
         )
-    try:
-        picture = open_image(Path(path), max_image_pixels)
-    except ValueError as error:
-        raise refusal("The picture is damaged or incomplete: it cannot be read to its end.") from error
-    full_size = picture.size
-    factor = min(1.0, MAX_SHOWN_SIDE / max(full_size))
-    picture = as_rgb(picture)
-    if factor < 1:
-        width, height = (max(1, round(factor * side)) for side in full_size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
-    picture.info["full_size"] = full_size
-    return picture
 
 
 def describe_segmentation(predictor: Predictor, picture: Image.Image) -> dict[str, Any]:
@@ -277,13 +287,16 @@ def describe_attention(
     Raises:
         gr.Error: If there is no such spot, class or layer.
     """
+    asked = (x, y, layer) if class_id is None else (class_id, layer)
+    if any(type(number) is not int for number in asked):
+        raise refusal(NOT_UNDERSTOOD)
     try:
         if class_id is None:
             attention = patch_attention(predictor, picture, (x, y), layer)
         else:
             attention = class_attention(predictor, picture, class_id, layer)
-    except (TypeError, ValueError) as error:
-        raise refusal(str(error)) from error
+    except ValueError as error:
+        raise refusal("The picture has no such spot, or the model no such class or layer.") from error
     maps = np.concatenate([attention.mean(axis=0, keepdims=True), attention])
     levels = np.rint(255 * maps / maps.max(axis=(1, 2), keepdims=True).clip(min=1e-12)).astype(np.uint8)
     _, rows, columns = levels.shape
