@@ -3,11 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch.nn.functional import interpolate
-
 from ..models.modeling_segmenter import SegmenterModel
 from ..models.modeling_setr import SetrModel
+from ..models.modeling_vit_encoder import resize_position_embeddings
 from .state_dicts import Conversion, Weight
 
 
@@ -74,16 +72,18 @@ def resize_positions(conversion: Conversion, weights: dict[str, Weight], image_s
         raise ValueError(f"`image_size` must be a multiple of the patch size {patch_size}, got {image_size}.")
     if image_size > MAX_GRID * patch_size:
         raise ValueError(f"`image_size` must be at most {MAX_GRID * patch_size}, got {image_size}.")
-    name = next(name for name in weights if name.endswith(POSITIONS))
-    sides = [old_size, old_size] if isinstance(old_size, int) else list(old_size)
-    grid, new = [side // patch_size for side in sides], image_size // patch_size
-    positions = weights[name].tensor.float()
-    number = positions.shape[1] - grid[0] * grid[1]
-    special, patches = positions.split([number, grid[0] * grid[1]], dim=1)
-    mode = config.get("position_embedding_interpolation", "bilinear")
-    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2)  # (1, hidden, height, width)
-    patches = interpolate(patches, size=(new, new), mode=mode, align_corners=False).flatten(2).transpose(1, 2)
-    weights[name] = weights[name]._replace(tensor=torch.cat([special, patches], dim=1))
+    height, width = (old_size, old_size) if isinstance(old_size, int) else old_size
+    grid, new = (height // patch_size, width // patch_size), (image_size // patch_size, image_size // patch_size)
+    for name in (name for name in weights if name.endswith(POSITIONS)):  # none where positions are rotary
+        resized = resize_position_embeddings(
+            weights[name].tensor.float(),
+            grid,
+            new,
+            config.get("position_embedding_interpolation", "bilinear"),
+            config.get("position_embedding_antialias", False),
+            config.get("position_embedding_offset", 0.0),
+        )
+        weights[name] = weights[name]._replace(tensor=resized)
     return replace(conversion, config=config | {"image_size": image_size})
 
 

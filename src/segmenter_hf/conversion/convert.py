@@ -195,6 +195,7 @@ def detect_format(checkpoint: Checkpoint, source_format: str = "auto") -> str:
     for name in SOURCE_FORMATS if source_format == "auto" else [source_format]:
         if SOURCE_FORMATS[name].matches(checkpoint):
             return name
+    vit_checkpoints.check_plain(checkpoint)
     raise ValueError(
         f"{checkpoint.path}: expected the keys of {' or '.join(SOURCE_FORMATS)}"
         f"{'' if source_format == 'auto' else f', said to be {source_format}'}, got {list(checkpoint.state_dict)[:5]}."

@@ -15,13 +15,13 @@ class Rename(NamedTuple):
 
     Args:
         source (`str`): Regular expression that matches whole source keys.
-        target (`str` or `tuple[str, ...]`): The new key, with groups as in `re.sub`. A tuple: the tensor is split into
-            as many equal parts along its first axis.
+        target (`str` or `tuple[str | None, ...]`): The new key, with groups as in `re.sub`. A tuple: the tensor is split
+            into as many equal parts along its first axis, and those without a key are left out.
         convert (`Callable`, *optional*): What is done to the tensor before that.
     """
 
     source: str
-    target: str | tuple[str, ...]
+    target: str | tuple[str | None, ...]
     convert: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
@@ -118,8 +118,11 @@ def square_image_size(positions: torch.Tensor, num_prefix_tokens: int, patch_siz
 
 
 def infer_num_heads(hidden_size: int) -> int:
-    """Attention heads of a ViT of a width: 64 channels each, but 80 in ViT-H. The tensors do not show them."""
-    return 16 if hidden_size == 1280 else hidden_size // 64
+    """Attention heads of a ViT of a width, which the tensors do not show: 64 channels each, but 16 in the larger ones.
+
+    These are ViT-SO400M, ViT-H, ViT-g and ViT-G.
+    """
+    return 16 if hidden_size in (1152, 1280, 1408, 1664) else hidden_size // 64
 
 
 def rename_weights(conversion: Conversion, path: Path) -> dict[str, Weight]:
@@ -149,8 +152,10 @@ def rename_weights(conversion: Conversion, path: Path) -> dict[str, Weight]:
             targets = (rule.target,) if isinstance(rule.target, str) else rule.target
             if tensor.shape[0] % len(targets):
                 raise ValueError(f"{path}: expected `{key}` to stack {len(targets)} tensors, got {describe(tensor)}.")
-            for target, part in zip(targets, tensor.chunk(len(targets))):
-                target = pattern.sub(target, key)
+            for template, part in zip(targets, tensor.chunk(len(targets))):
+                if template is None:
+                    continue
+                target = pattern.sub(template, key)
                 if target in renamed:
                     raise ValueError(f"{path}: `{key}` and `{renamed[target].source}` are both `{target}`.")
                 renamed[target] = Weight(key, part)

@@ -1,35 +1,21 @@
-"""Pretrained encoders: AugReg's `.npz`, timm's and DeiT's `.pth`, those that mmsegmentation converted from them, and the
-Hub directories of timm and transformers."""
+"""Pretrained encoders: AugReg's `.npz`, what mmsegmentation converted from it, and those under the names of timm
+(`timm_encoders.py`) and transformers (`transformers_encoders.py`)."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.image_utils import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-)
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
 from ..models.modeling_segmenter import SegmenterModel
+from . import timm_encoders, transformers_encoders
 from .mmsegmentation_common import layer_renames
-from .safe_loading import Checkpoint, lookup, read_json
-from .state_dicts import Conversion, Rename, count_layers, get_tensor, infer_num_heads, square_image_size, timm_layers
+from .safe_loading import Checkpoint, read_json
+from .state_dicts import Conversion, Rename, count_layers, get_tensor, infer_num_heads, square_image_size
 
 
 EPS = 1e-6
-TIMM = [
-    Rename("cls_token", "embeddings.cls_token"),
-    Rename("dist_token", "embeddings.distillation_token"),
-    Rename("pos_embed", "embeddings.position_embeddings"),
-    Rename(r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.projection.\1"),
-    *timm_layers("blocks", "layers"),
-    Rename(r"norm\.(weight|bias)", r"layernorm.\1"),
-]
-TIMM_UNUSED = [r"(head|head_dist|pre_logits\.fc)\.(weight|bias)"]
-
 MMSEGMENTATION = [
     Rename("cls_token", "embeddings.cls_token"),
     Rename("pos_embed", "embeddings.position_embeddings"),
@@ -75,29 +61,24 @@ AUGREG = [
     Rename("Transformer/encoder_norm/bias", "layernorm.bias"),
 ]
 AUGREG_UNUSED = ["(head|pre_logits)/(kernel|bias)"]
+NOT_PLAIN = {
+    "relative position biases, as BEiT has": r".*relative_position(_bias_table|_index).*|rel_pos_bias\..*",
+    "another attention and MLP, as EVA-02 has": r"blocks\.0\.(attn\.(q_proj|norm|inner_attn_ln)|mlp\.(ffn_ln|norm))\..*",
+    "layers of several resolutions": r"(.*\.)?(layers|stages)\.\d+\.(blocks|layers)\.\d+\..*|(.*\.)?stages\.\d+\..*",
+}
+PLAIN = "Plain ViTs are ViT, DeiT, DeiT III, DINO, DINOv2, DINOv3 ViT, MAE, CLIP and SigLIP"
 
-MODEL = r"(?:(?:vit|deit)\.)?"  # absent in checkpoints of the bare models
-LAYER = MODEL + r"encoder\.layer\.(\d+)\."
-TRANSFORMERS = [
-    Rename(MODEL + r"embeddings\.(cls_token|distillation_token|position_embeddings)", r"embeddings.\1"),
-    Rename(
-        MODEL + r"embeddings\.patch_embeddings\.projection\.(weight|bias)",
-        r"embeddings.patch_embeddings.projection.\1",
-    ),
-    Rename(LAYER + r"layernorm_(before|after)\.(weight|bias)", r"layers.\1.layernorm_\2.\3"),
-    *(
-        Rename(LAYER + rf"attention\.attention\.{name}\.(weight|bias)", rf"layers.\1.attention.{name[0]}_proj.\2")
-        for name in ("query", "key", "value")
-    ),
-    Rename(LAYER + r"attention\.output\.dense\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
-    Rename(LAYER + r"intermediate\.dense\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
-    Rename(LAYER + r"output\.dense\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
-    Rename(MODEL + r"layernorm\.(weight|bias)", r"layernorm.\1"),
-]
-TRANSFORMERS_UNUSED = [
-    MODEL + r"(pooler\.dense|classifier|cls_classifier|distillation_classifier)\.(weight|bias)",
-    MODEL + r"embeddings\.mask_token",
-]
+
+def check_plain(checkpoint: Checkpoint) -> None:
+    """Refuse backbones that are known not to be plain ViTs.
+
+    Raises:
+        ValueError: If the checkpoint is one of them.
+    """
+    for what, pattern in NOT_PLAIN.items():
+        key = next((key for key in checkpoint.state_dict if re.fullmatch(pattern, key)), None)
+        if key is not None:
+            raise ValueError(f"{checkpoint.path}: expected a plain ViT, got one with {what} (`{key}`). {PLAIN}.")
 
 
 def matches(checkpoint: Checkpoint) -> bool:
@@ -106,9 +87,9 @@ def matches(checkpoint: Checkpoint) -> bool:
         r"Transformer/encoderblock_0/.*",
         r"blocks\.0\.attn\.qkv\..*",
         r"layers\.0\.attn\.attn\.in_proj_.*",
-        rf"{MODEL}encoder\.layer\.0\..*",
     )
-    return any(re.fullmatch("|".join(first_layer), key) for key in checkpoint.state_dict)
+    keys = checkpoint.state_dict
+    return any(re.fullmatch("|".join(first_layer), key) for key in keys) or transformers_encoders.matches(keys)
 
 
 def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
@@ -125,29 +106,34 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
     Raises:
         ValueError: If tensors or values of the configuration are missing.
     """
-    config = read_json(config_path) if config_path else checkpoint.config
+    check_plain(checkpoint)
+    config, state_dict = read_json(config_path) if config_path else checkpoint.config, checkpoint.state_dict
     if "Transformer/encoder_norm/scale" in checkpoint.state_dict:
         source, model = "google-research/vision_transformer", augreg_config(checkpoint)
         renames, unused = AUGREG, AUGREG_UNUSED
         mean, std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
     elif "patch_embed.projection.weight" in checkpoint.state_dict:
         source, model = "open-mmlab/mmsegmentation", mmsegmentation_config(checkpoint)
-        renames, unused = MMSEGMENTATION, TIMM_UNUSED
+        state_dict = with_patch_bias(checkpoint.state_dict, model["hidden_size"])
+        renames, unused = MMSEGMENTATION, timm_encoders.UNUSED
         mean, std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
-    elif "pos_embed" in checkpoint.state_dict:
-        source = "facebookresearch/deit" if is_deit(checkpoint) else "huggingface/pytorch-image-models"
-        model, renames, unused = timm_config(checkpoint), TIMM, TIMM_UNUSED
-        mean, std = timm_normalization(checkpoint, config)
+    elif "patch_embed.proj.weight" in checkpoint.state_dict:
+        model, kind = timm_encoders.encoder_config(checkpoint, config)
+        source, state_dict = kind.source, timm_encoders.add_missing_weights(checkpoint, model)
+        renames, unused = timm_encoders.renames(state_dict, model), timm_encoders.UNUSED
+        mean, std = timm_encoders.normalization(kind, config)
     else:
-        source, model = "huggingface/transformers", transformers_config(checkpoint, config)
-        renames, unused = TRANSFORMERS, TRANSFORMERS_UNUSED
-        mean, std = transformers_normalization(checkpoint, model["use_distillation_token"])
+        source = "huggingface/transformers"
+        model, family = transformers_encoders.encoder_config(checkpoint, config)
+        state_dict = transformers_encoders.add_missing_weights(checkpoint, model)
+        renames, unused = transformers_encoders.renames(model), transformers_encoders.UNUSED
+        mean, std = transformers_encoders.normalization(checkpoint, family)
     window_size = 512 - 512 % model["patch_size"]
     return Conversion(
         source=source,
         model_class=SegmenterModel,
         config=model,
-        state_dict=with_patch_bias(checkpoint.state_dict, model["hidden_size"]),
+        state_dict=state_dict,
         renames=renames,
         unused=unused,
         processor={
@@ -162,14 +148,7 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
 
 def with_patch_bias(state_dict: dict[str, Any], hidden_size: int) -> dict[str, Any]:
     """The weights with a zero bias of the patch embedding where mmsegmentation has none."""
-    if "patch_embed.projection.weight" not in state_dict:
-        return state_dict
     return {"patch_embed.projection.bias": torch.zeros(hidden_size), **state_dict}
-
-
-def is_deit(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint with timm's names is DeiT's own: distilled, or wrapped as its training saves it."""
-    return checkpoint.wrapper == "model" or "dist_token" in checkpoint.state_dict
 
 
 def augreg_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -208,85 +187,3 @@ def mmsegmentation_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "qkv_bias": "layers.0.attn.attn.in_proj_bias" in state_dict,
         "layer_norm_eps": EPS,
     }
-
-
-def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Arguments of the configuration, from the tensors of a timm or DeiT checkpoint."""
-    state_dict, path = checkpoint.state_dict, checkpoint.path
-    patches = get_tensor(state_dict, "patch_embed.proj.weight", 4, path)
-    is_distilled = "dist_token" in state_dict
-    positions = get_tensor(state_dict, "pos_embed", 3, path)
-    return {
-        "hidden_size": patches.shape[0],
-        "num_channels": patches.shape[1],
-        "patch_size": patches.shape[-1],
-        "image_size": square_image_size(positions, 2 if is_distilled else 1, patches.shape[-1], path),
-        "num_hidden_layers": count_layers(state_dict, "blocks"),
-        "num_attention_heads": infer_num_heads(patches.shape[0]),
-        "intermediate_size": get_tensor(state_dict, "blocks.0.mlp.fc1.weight", 2, path).shape[0],
-        "qkv_bias": "blocks.0.attn.qkv.bias" in state_dict,
-        "layer_norm_eps": EPS,
-        "use_distillation_token": is_distilled,
-    }
-
-
-def transformers_config(checkpoint: Checkpoint, config: dict[str, Any] | None) -> dict[str, Any]:
-    """Arguments of the configuration, from the `config.json` of transformers."""
-    where = checkpoint.path.with_name("config.json")
-    if config is None:
-        raise ValueError(
-            f"{where}: no such file. Keep config.json beside the weights, or give its path as config_path."
-        )
-    model_type = lookup(config, "model_type", str, where)
-    if model_type not in ("vit", "deit"):
-        raise ValueError(f"{where}: expected the model_type vit or deit, got {model_type!r}.")
-    integers = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "image_size",
-        "patch_size",
-    )
-    layers = count_layers(checkpoint.state_dict, MODEL + r"encoder\.layer")
-    if config.get("num_hidden_layers") != layers:
-        raise ValueError(
-            f"{where}: `num_hidden_layers` is {config.get('num_hidden_layers')}, the weights have {layers}."
-        )
-    return {
-        **{name: lookup(config, name, int, where) for name in integers},
-        **{
-            name: config[name]
-            for name in (
-                "num_channels",
-                "hidden_act",
-                "qkv_bias",
-                "hidden_dropout_prob",
-                "attention_probs_dropout_prob",
-            )
-            if name in config
-        },
-        "layer_norm_eps": lookup(config, "layer_norm_eps", float, where),
-        "use_distillation_token": model_type == "deit",
-    }
-
-
-def timm_normalization(checkpoint: Checkpoint, config: dict[str, Any] | None) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation that timm's `config.json` says; else DeiT's for its files, AugReg's for the others."""
-    pretrained = lookup(config or {}, "pretrained_cfg", dict, "config.json", config or {})
-    if "mean" in pretrained and "std" in pretrained:
-        return tuple(lookup(pretrained, name, (list, tuple), "config.json") for name in ("mean", "std"))
-    if is_deit(checkpoint):
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
-
-
-def transformers_normalization(checkpoint: Checkpoint, is_distilled: bool) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation that `preprocessor_config.json` says; else DeiT's or ViT's."""
-    path = checkpoint.path.with_name("preprocessor_config.json")
-    if path.is_file():
-        config = read_json(path)
-        return tuple(lookup(config, name, (list, tuple), path) for name in ("image_mean", "image_std"))
-    if is_distilled:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD

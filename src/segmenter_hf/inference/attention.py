@@ -38,8 +38,8 @@ def attention_rows(
         model (`PreTrainedModel`): A semantic segmentation model of this package, in evaluation mode.
         pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images.
         queries (`Sequence[int]`, *optional*): The tokens that attend; all by default. In the encoder the class token and, for
-            DeiT, the distillation token come first and then the patches, row by row; in the decoder the patches come
-            first and then the classes.
+            DeiT, the distillation token come first, then the register tokens and then the patches, row by row; in the
+            decoder the patches come first and then the classes.
         layer (`int`, defaults to -1): The layer, counted from 0; negative ones from the end.
         decoder (`bool`, defaults to `False`): Whether a layer of the mask transformer is meant instead of the encoder.
 
@@ -52,24 +52,23 @@ def attention_rows(
     attention = _layer(model, layer, decoder).attention
     thread, captured = threading.get_ident(), []
 
-    def capture(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def capture(module: nn.Module, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
         if threading.get_ident() == thread:  # other threads may be using the model
-            captured.append(inputs[0])
+            captured.append((inputs[0], options.get("rotary")))
 
-    hook = attention.register_forward_pre_hook(capture)
+    hook = attention.register_forward_pre_hook(capture, with_kwargs=True)
     try:
         model(pixel_values=pixel_values.to(model.device, model.dtype))
     finally:
         hook.remove()
-    (tokens,) = captured
+    ((tokens, rotary),) = captured
     num_tokens = tokens.shape[1]
     if queries is not None and not all(-num_tokens <= query < num_tokens for query in queries):
         raise ValueError(f"`queries` must be tokens from 0 to {num_tokens - 1}, got {list(queries)}.")
-    asking = tokens if queries is None else tokens[:, list(queries)]
     query, key = (
-        projection(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2).float()
-        for projection, states in ((attention.q_proj, asking), (attention.k_proj, tokens))
+        attention.project(projection, tokens, rotary).float() for projection in (attention.q_proj, attention.k_proj)
     )
+    query = query if queries is None else query[:, :, list(queries)]
     return (query @ key.transpose(2, 3) * attention.scaling).softmax(dim=-1)
 
 
@@ -86,7 +85,7 @@ def patch_attention(predictor: Predictor, image: ImageInput, point: tuple[int, i
 
     Returns:
         `np.ndarray` of shape `(num_heads, rows, columns)` and dtype `float32`: Probabilities for each patch of a grid that
-        covers the image; what is missing to 1 goes to the class and distillation tokens.
+        covers the image; what is missing to 1 goes to the class, distillation and register tokens.
 
     Raises:
         ValueError: If the point is not in the image or there is no such layer.

@@ -13,6 +13,10 @@ class SegmenterConfig(VitEncoderConfig):
 
     Args:
         decoder_type (`"mask_transformer"` or `"linear"`, defaults to `"mask_transformer"`): The decoder (section 3.2).
+        out_indices (`list[int]`, *optional*): Layers, counted from 0 and ascending, whose patch tokens the linear decoder
+            sees: each through the final norm, side by side. The last layer by default.
+        decoder_norm (`"none"` or `"batch_norm"`, defaults to `"none"`): What comes before the linear layer. Features of
+            DINO want batch normalisation.
         decoder_num_hidden_layers (`int`, defaults to 2): Layers of the mask transformer.
         decoder_num_attention_heads (`int`, *optional*): Heads of its attention; the encoder's by default.
         decoder_hidden_size (`int`, *optional*): Width of its tokens; the encoder's by default.
@@ -43,6 +47,8 @@ class SegmenterConfig(VitEncoderConfig):
     model_type = "segmenter"
 
     decoder_type: Literal["mask_transformer", "linear"] = "mask_transformer"
+    out_indices: list[int] | tuple[int, ...] | None = None
+    decoder_norm: Literal["none", "batch_norm"] = "none"
     decoder_num_hidden_layers: int = 2
     decoder_num_attention_heads: int | None = None
     decoder_hidden_size: int | None = None
@@ -62,7 +68,22 @@ class SegmenterConfig(VitEncoderConfig):
             self.decoder_intermediate_size = self.intermediate_size
         if self.decoder_mask_norm_eps is None:
             self.decoder_mask_norm_eps = self.decoder_layer_norm_eps
+        if self.out_indices is not None:
+            self.out_indices = list(self.out_indices)
         super().__post_init__(**kwargs)
+
+    def validate_linear_decoder(self) -> None:
+        """Layers and norm are options of the linear decoder, and the layers exist."""
+        indices, last = self.out_indices, self.num_hidden_layers - 1
+        if self.decoder_type != "linear" and (indices is not None or self.decoder_norm != "none"):
+            raise ValueError(
+                f'`out_indices` and `decoder_norm` are options of `decoder_type="linear"`, got {indices} and '
+                f"{self.decoder_norm!r} with {self.decoder_type!r}."
+            )
+        if indices is not None and (
+            not indices or indices != sorted({*indices}) or indices[0] < 0 or indices[-1] > last
+        ):
+            raise ValueError(f"`out_indices` must be ascending layers from 0 to {last}, got {indices}.")
 
 
 SegmenterConfig.register_for_auto_class()

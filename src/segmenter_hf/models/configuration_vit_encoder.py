@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 # What a configuration may ask for: a file of a few bytes must not keep a computer busy or fill its memory with layers and
 # names of classes.
-MAX_LAYERS, MAX_SIZE, MAX_LABELS = 1000, 2**24, 2**20
+MAX_LAYERS, MAX_SIZE, MAX_LABELS, MAX_REGISTER_TOKENS = 1000, 2**24, 2**20, 4096
 LIMITED = ("_size", "_layers", "_heads", "_channels", "_convs", "_factor")
 
 
@@ -75,13 +75,31 @@ class VitEncoderConfig(PreTrainedConfig):
             sizes work too: the position embeddings are resized.
         patch_size (`int`, defaults to 16): Side of a square patch in pixels; must divide `image_size`.
         num_channels (`int`, defaults to 3): Channels of the images.
-        qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
+        padding (`"end"` or `"center"`, defaults to `"end"`): Where inputs that the patch does not divide are padded with 0.
+            `"end"`: right and bottom, and the logits of the padding are cut off. `"center"`: half on each side, the smaller
+            half left and top, and the logits are resized to the input with nothing cut off, as DINOv2's heads do.
+        qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias; also in decoders.
+        query_bias, key_bias, value_bias (`bool`, *optional*): The same for single projections of the encoder; `qkv_bias` by
+            default. DINOv3 has no key bias.
+        layerscale_value (`float`, *optional*): Initial value of the learned scale (LayerScale, Touvron et al., ICCV 2021)
+            of each channel after attention and MLP; no scale by default.
+        use_gated_mlp (`bool`, defaults to `False`): Whether the encoder's MLPs are gated (Shazeer, 2020, SwiGLU with
+            `hidden_act="silu"`).
+        num_register_tokens (`int`, defaults to 0): Learned tokens between the class token and the patches (Darcet et al.,
+            ICLR 2024), which have no position.
         use_class_token (`bool`, defaults to `True`): Whether the class token, and the distillation token where there is
             one, go through the layers with the patches. The weights have them either way.
         use_distillation_token (`bool`, defaults to `False`): Whether DeiT's second token follows the class token.
         use_final_layer_norm (`bool`, defaults to `True`): Whether a LayerNorm follows the last layer.
+        use_pre_layer_norm (`bool`, defaults to `False`): Whether a LayerNorm follows the embeddings, as in CLIP.
+        position_embedding_type (`"absolute"` or `"rotary"`, defaults to `"absolute"`): Learned embeddings that are added to
+            the tokens; or rotations of queries and keys by the place of a patch in the image, as in DINOv3.
+        rope_theta (`float`, defaults to 100.0): Base of the periods of rotary positions.
         position_embedding_interpolation (`"bilinear"` or `"bicubic"`, defaults to `"bilinear"`): How the position
-            embeddings are resized (`align_corners=False`, no antialiasing).
+            embeddings are resized (`align_corners=False`).
+        position_embedding_antialias (`bool`, defaults to `False`): Whether that is antialiased.
+        position_embedding_offset (`float`, defaults to 0.0): What is added to the number of patches of a side before the
+            scale is computed, (n + offset) / trained n: 0.1 in Meta's DINOv2 without registers. Not with antialiasing.
         semantic_loss_ignore_index (`int`, defaults to 255): Label of pixels that the loss leaves out.
         semantic_loss_class_weights (`list[float]`, *optional*): Weight of each class in the cross-entropy; all 1 by default.
             With one class they are those of the background and of the class.
@@ -115,11 +133,23 @@ class VitEncoderConfig(PreTrainedConfig):
     image_size: int | list[int] | tuple[int, ...] = 512
     patch_size: int = 16
     num_channels: int = 3
+    padding: Literal["end", "center"] = "end"
     qkv_bias: bool = True
+    query_bias: bool | None = None
+    key_bias: bool | None = None
+    value_bias: bool | None = None
+    layerscale_value: float | int | None = None
+    use_gated_mlp: bool = False
+    num_register_tokens: int = 0
     use_class_token: bool = True
     use_distillation_token: bool = False
     use_final_layer_norm: bool = True
+    use_pre_layer_norm: bool = False
+    position_embedding_type: Literal["absolute", "rotary"] = "absolute"
+    rope_theta: float | int = 100.0
     position_embedding_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    position_embedding_antialias: bool = False
+    position_embedding_offset: float | int = 0.0
     semantic_loss_ignore_index: int = 255
     semantic_loss_class_weights: list[float | int] | tuple[float | int, ...] | None = None
     semantic_loss_label_smoothing: float | int = 0.0
@@ -166,6 +196,12 @@ class VitEncoderConfig(PreTrainedConfig):
         self.id2label = with_background_name(names) if self.use_single_logit else names
         self.label2id = {name: label for label, name in self.id2label.items()}
 
+    def __post_init__(self, **kwargs) -> None:
+        for name in ("query_bias", "key_bias", "value_bias"):
+            if getattr(self, name) is None:
+                setattr(self, name, self.qkv_bias)
+        super().__post_init__(**kwargs)
+
     @property
     def image_height_and_width(self) -> tuple[int, int]:
         """(height, width) in pixels of the grid of position embeddings."""
@@ -201,6 +237,29 @@ class VitEncoderConfig(PreTrainedConfig):
                     f"`{prefix}hidden_size` must be a multiple of `{prefix}num_attention_heads`, got {width} and {heads}."
                 )
 
+    def validate_positions(self) -> None:
+        """Rotary positions have four angles of each frequency, and the options of the resize go together."""
+        if not 0 <= self.num_register_tokens <= MAX_REGISTER_TOKENS:
+            raise ValueError(
+                f"`num_register_tokens` must be from 0 to {MAX_REGISTER_TOKENS}, got {self.num_register_tokens}."
+            )
+        if self.position_embedding_type == "rotary" and self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(
+                "Rotary positions need a multiple of 4 channels in each head, got `hidden_size` "
+                f"{self.hidden_size} and `num_attention_heads` {self.num_attention_heads}."
+            )
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"`rope_theta` must be positive, got {self.rope_theta}.")
+        if not 0 <= self.position_embedding_offset < 1:
+            raise ValueError(
+                f"`position_embedding_offset` must be at least 0 and below 1, got {self.position_embedding_offset}."
+            )
+        if self.position_embedding_offset and self.position_embedding_antialias:
+            raise ValueError(
+                "`position_embedding_offset` and `position_embedding_antialias` exclude each other, got "
+                f"{self.position_embedding_offset} and {self.position_embedding_antialias}."
+            )
+
     def validate_numbers(self) -> None:
         """Dropout and drop path are probabilities below 1, the epsilons of the norms positive."""
         for name, value in self.to_dict().items():
@@ -208,6 +267,8 @@ class VitEncoderConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {value}.")
             if name.endswith("norm_eps") and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
+        if self.layerscale_value is not None and not math.isfinite(self.layerscale_value):
+            raise ValueError(f"`layerscale_value` must be finite, got {self.layerscale_value}.")
         if not 0 <= self.initializer_range < math.inf:
             raise ValueError(f"`initializer_range` must be at least 0, got {self.initializer_range}.")
 

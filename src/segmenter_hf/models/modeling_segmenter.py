@@ -11,7 +11,13 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_segmenter import SegmenterConfig
-from .modeling_vit_encoder import VitEncoderLayer, VitEncoderModel, VitEncoderPreTrainedModel
+from .modeling_vit_encoder import (
+    VitEncoderBatchNorm,
+    VitEncoderLayer,
+    VitEncoderModel,
+    VitEncoderPreTrainedModel,
+    patch_grid,
+)
 
 
 @dataclass
@@ -40,14 +46,18 @@ class SegmenterSemanticSegmenterOutput(ModelOutput):
 
 
 class SegmenterLinearDecoder(nn.Module):
-    """A linear layer from each patch token to the classes (section 3.2)."""
+    """A linear layer from each patch token to the classes (section 3.2), after batch normalisation where it is wanted."""
 
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        width = config.hidden_size * len(config.out_indices or [-1])
+        self.batch_norm = VitEncoderBatchNorm(width) if config.decoder_norm == "batch_norm" else None
+        self.classifier = nn.Linear(width, config.num_labels)
 
     def forward(self, patches: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple[torch.Tensor, None, None]:
-        """Patch tokens (batch, patches, hidden) to masks (batch, patches, labels); no states, no attentions."""
+        """Patch tokens (batch, patches, layers * hidden) to masks (batch, patches, labels); no states, no attentions."""
+        if self.batch_norm is not None:
+            patches = self.batch_norm(patches.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
         return self.classifier(patches), None, None
 
 
@@ -162,11 +172,12 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
         """
         height, width = pixel_values.shape[-2:]
         outputs = self.segmenter(pixel_values, **kwargs)
-        patches = outputs.last_hidden_state[:, self.segmenter.embeddings.num_prefix_tokens :]
+        tokens = outputs.last_hidden_state
+        if outputs.feature_states is not None:
+            tokens = torch.cat([self.segmenter.layernorm(states) for states in outputs.feature_states], dim=-1)
+        patches = tokens[:, self.segmenter.embeddings.num_prefix_tokens :]
         masks, decoder_hidden_states, decoder_attentions = self.decode_head(patches, **kwargs)
-        patch_size = self.config.patch_size
-        # Rounded up without negative numbers: ONNX divides them towards 0.
-        grid = ((height + patch_size - 1) // patch_size, (width + patch_size - 1) // patch_size)
+        grid = patch_grid(pixel_values, self.config.patch_size)
         logits = masks.transpose(1, 2).unflatten(2, grid)  # (batch, labels, grid height, grid width)
 
         loss = None

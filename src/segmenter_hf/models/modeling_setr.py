@@ -4,7 +4,6 @@ CVPR 2021)."""
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.processing_utils import Unpack
@@ -12,7 +11,8 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_setr import SetrConfig
-from .modeling_vit_encoder import VitEncoderModel, VitEncoderPreTrainedModel
+from .modeling_vit_encoder import VitEncoderBatchNorm as SetrBatchNorm
+from .modeling_vit_encoder import VitEncoderModel, VitEncoderPreTrainedModel, patch_grid
 
 
 @dataclass
@@ -37,46 +37,6 @@ class SetrSemanticSegmenterOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     window_offsets: torch.LongTensor | None = None
-
-
-class SetrAllReduce(torch.autograd.Function):
-    """Sum over all processes; its gradient is the sum of the gradients of all processes."""
-
-    @staticmethod
-    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        return SetrAllReduce.apply(gradient)
-
-
-class SetrBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation whose statistics in training are those of the batches of all processes together.
-
-    torch's `SyncBatchNorm` does the same on GPUs alone, and only after a conversion of the model.
-    """
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(batch, channels, height, width) to the same shape."""
-        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not (self.training and distributed):
-            return super().forward(features)
-        values = features.float()
-        count = values.new_tensor(values.numel() / values.shape[1])
-        sums = SetrAllReduce.apply(torch.cat([values.sum((0, 2, 3)), count[None]]))
-        count = sums[-1].detach()
-        mean = sums[:-1] / count
-        centred = values - mean[:, None, None]
-        variance = SetrAllReduce.apply(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(features.dtype)
 
 
 class SetrConvLayer(nn.Module):
@@ -260,9 +220,7 @@ class SetrForSemanticSegmentation(SetrPreTrainedModel):
         """
         height, width = pixel_values.shape[-2:]
         outputs = self.setr(pixel_values, **kwargs)
-        patch_size = self.config.patch_size
-        # Rounded up without negative numbers: ONNX divides them towards 0.
-        grid = ((height + patch_size - 1) // patch_size, (width + patch_size - 1) // patch_size)
+        grid = patch_grid(pixel_values, self.config.patch_size)
         prefix = self.setr.embeddings.num_prefix_tokens
         features = [
             states[:, prefix:].transpose(1, 2).unflatten(2, grid)  # (batch, hidden, grid height, grid width)

@@ -1,12 +1,15 @@
 """The plain ViT / DeiT encoder that Segmenter and SETR share: embeddings, attention, layers.
 
 The layers follow the ViT of Dosovitskiy et al. (ICLR 2021), the distillation token DeiT (Touvron et al., ICML 2021).
+What DINOv2, DINOv3, CLIP and others add to them are options of the configuration.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -44,13 +47,98 @@ class VitEncoderOutput(BaseModelOutput):
     feature_states: tuple[torch.FloatTensor, ...] | None = None
 
 
+def patch_grid(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of the patches of (..., height, width), rounded up.
+
+    Without negative numbers: ONNX divides them towards 0.
+    """
+    height, width = pixel_values.shape[-2:]
+    return (height + patch_size - 1) // patch_size, (width + patch_size - 1) // patch_size
+
+
+def pad_to_patches(values: torch.Tensor, patch_size: int, padding: str, value: float = 0.0) -> torch.Tensor:
+    """(..., height, width) with both sides padded to whole patches: see `padding` of [`VitEncoderConfig`]."""
+    height, width = values.shape[-2:]
+    rows, columns = -height % patch_size, -width % patch_size
+    top, left = (rows // 2, columns // 2) if padding == "center" else (0, 0)
+    return nn.functional.pad(values, (left, columns - left, top, rows - top), value=value)
+
+
+def resize_position_embeddings(
+    positions: torch.Tensor,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    mode: str = "bilinear",
+    antialias: bool = False,
+    offset: float = 0.0,
+) -> torch.Tensor:
+    """Resize the learned positions of a grid of patches to another, in float32 with `align_corners=False`.
+
+    Args:
+        positions (`torch.FloatTensor` of shape `(1, special tokens + old rows * old columns, hidden_size)`): The learned
+            ones; those of the class and distillation tokens stay.
+        old (`tuple[int, int]`), new (`tuple[int, int]`): Rows and columns.
+        mode (`str`, defaults to `"bilinear"`), antialias (`bool`, defaults to `False`), offset (`float`, defaults to 0.0):
+            As `position_embedding_interpolation`, `_antialias` and `_offset` of [`VitEncoderConfig`].
+
+    Returns:
+        `torch.FloatTensor` of shape `(1, special tokens + new rows * new columns, hidden_size)`.
+    """
+    number = positions.shape[1] - old[0] * old[1]
+    special, patches = positions.split([number, old[0] * old[1]], dim=1)
+    patches = patches.unflatten(1, old).permute(0, 3, 1, 2).float()  # (1, hidden, rows, columns)
+    if offset:
+        # `interpolate` with the scale (n + offset) / old, which an export would fix to the size that it has seen
+        rows, columns = (2 * (torch.arange(n, device=patches.device) + 0.5) / (n + offset) - 1 for n in new)
+        where = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)[None]  # (1, rows, columns, 2)
+        patches = nn.functional.grid_sample(patches, where, mode, padding_mode="border", align_corners=False)
+    else:
+        patches = nn.functional.interpolate(patches, new, mode=mode, align_corners=False, antialias=antialias)
+    return torch.cat([special, patches.flatten(2).transpose(1, 2).to(special.dtype)], dim=1)
+
+
+def rotary_position_embeddings(
+    grid: tuple[int, int], num_prefix_tokens: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines by which queries and keys are rotated (DINOv3, `rope_position_encoding.py`).
+
+    A patch has the coordinates of its centre, from -1 to 1 in each direction. Angles are 2 pi times the row, then the column,
+    over head_dim / 4 periods each, all of them twice. The tokens before the patches are not rotated.
+
+    Args:
+        grid (`tuple[int, int]`): Rows and columns of patches.
+        num_prefix_tokens (`int`): Tokens before the patches.
+        head_dim (`int`): Channels of a head, a multiple of 4.
+        theta (`float`): Base of the periods.
+        device (`torch.device`): Where to compute.
+
+    Returns:
+        `tuple[torch.FloatTensor, torch.FloatTensor]` of shape `(prefix + patches, head_dim)`, float32.
+    """
+    periods = theta ** (torch.arange(head_dim // 4, device=device) * (4 / head_dim))
+    rows, columns = (
+        2 * math.pi * (2 * (torch.arange(n, device=device) + 0.5) / n - 1)[:, None] / periods for n in grid
+    )
+    rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
+    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1).tile(2)  # (patches, head_dim)
+    prefix = (0, 0, num_prefix_tokens, 0)
+    return nn.functional.pad(angles.cos(), prefix, value=1.0), nn.functional.pad(angles.sin(), prefix)
+
+
+def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """(..., tokens, head_dim) rotated: channel i and i + head_dim / 2 are a point in a plane."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cosines.to(states.dtype) + torch.cat([-second, first], dim=-1) * sines.to(states.dtype)
+
+
 class VitEncoderPatchEmbeddings(nn.Module):
     """Project each square patch of an image to a token; sizes the patch does not divide are padded with 0."""
 
-    def __init__(self, num_channels: int, hidden_size: int, patch_size: int) -> None:
+    def __init__(self, num_channels: int, hidden_size: int, patch_size: int, padding: str = "end") -> None:
         super().__init__()
         self.num_channels = num_channels
         self.patch_size = patch_size
+        self.padding = padding
         self.projection = nn.Conv2d(num_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -60,53 +148,79 @@ class VitEncoderPatchEmbeddings(nn.Module):
                 f"`pixel_values` must have the shape (batch_size, {self.num_channels}, height, width), got "
                 f"{tuple(pixel_values.shape)}. The number of channels is `num_channels` of the configuration."
             )
-        height, width = pixel_values.shape[-2:]
-        padding = (0, -width % self.patch_size, 0, -height % self.patch_size)
-        return self.projection(nn.functional.pad(pixel_values.to(self.projection.weight.dtype), padding))
+        pixel_values = pixel_values.to(self.projection.weight.dtype)
+        return self.projection(pad_to_patches(pixel_values, self.patch_size, self.padding))
 
 
 class VitEncoderEmbeddings(nn.Module):
-    """Patch tokens behind the class and distillation tokens, plus position embeddings resized to the input's grid."""
+    """Patch tokens behind the class, distillation and register tokens, plus positions resized to the input's grid."""
 
     def __init__(self, config: VitEncoderConfig) -> None:
         super().__init__()
+        self.config = config
         height, width = config.image_height_and_width
         self.grid = (height // config.patch_size, width // config.patch_size)
-        self.interpolation = config.position_embedding_interpolation
         self.num_special_tokens = 2 if config.use_distillation_token else 1
-        self.num_prefix_tokens = self.num_special_tokens if config.use_class_token else 0
+        self.num_prefix_tokens = config.num_register_tokens + (
+            self.num_special_tokens if config.use_class_token else 0
+        )
         num_positions = self.num_special_tokens + self.grid[0] * self.grid[1]
 
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.distillation_token = (
-            nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_distillation_token else None
+        def tokens(number: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(1, number, config.hidden_size)) if number else None
+
+        self.cls_token = tokens(1)
+        self.distillation_token = tokens(1 if config.use_distillation_token else 0)
+        self.register_tokens = tokens(config.num_register_tokens)
+        self.position_embeddings = tokens(num_positions if config.position_embedding_type == "absolute" else 0)
+        self.patch_embeddings = VitEncoderPatchEmbeddings(
+            config.num_channels, config.hidden_size, config.patch_size, config.padding
         )
-        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
-        self.patch_embeddings = VitEncoderPatchEmbeddings(config.num_channels, config.hidden_size, config.patch_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_pre_layer_norm else nn.Identity()
+        )
 
     def position_embeddings_for(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position embeddings (1, special tokens + grid height * grid width, hidden) of a grid of patches.
 
-        The embeddings of the patches are resized in float32 with `align_corners=False`, those of the special tokens
-        kept. An export always resizes, so that the exported model serves every size.
+        An export always resizes, so that the exported model serves every size.
         """
         if not torch.compiler.is_exporting() and grid == self.grid:
             return self.position_embeddings
-        sizes = [self.num_special_tokens, self.grid[0] * self.grid[1]]
-        special, patches = self.position_embeddings.split(sizes, dim=1)
-        patches = patches.unflatten(1, self.grid).permute(0, 3, 1, 2).float()  # (1, hidden, height, width)
-        patches = nn.functional.interpolate(patches, size=grid, mode=self.interpolation, align_corners=False)
-        return torch.cat([special, patches.flatten(2).transpose(1, 2).to(special.dtype)], dim=1)
+        return resize_position_embeddings(
+            self.position_embeddings,
+            self.grid,
+            grid,
+            self.config.position_embedding_interpolation,
+            self.config.position_embedding_antialias,
+            self.config.position_embedding_offset,
+        )
+
+    def rotary_positions_for(
+        self, grid: tuple[int, int], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines of a grid of patches; `None` where positions are learned."""
+        if self.position_embeddings is not None:
+            return None
+        head_dim, theta = self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta
+        return rotary_position_embeddings(grid, self.num_prefix_tokens, head_dim, theta, device)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (batch, channels, height, width) to tokens (batch, prefix + patches, hidden)."""
         patches = self.patch_embeddings(pixel_values)
-        positions = self.position_embeddings_for((patches.shape[2], patches.shape[3]))
+        batch_size, grid = patches.shape[0], (patches.shape[2], patches.shape[3])
         special = [token for token in (self.cls_token, self.distillation_token) if token is not None]
-        special = [token.expand(patches.shape[0], -1, -1) for token in special]
-        tokens = torch.cat([*special, patches.flatten(2).transpose(1, 2)], dim=1) + positions
-        return self.dropout(tokens[:, self.num_special_tokens - self.num_prefix_tokens :])
+        special = [token.expand(batch_size, -1, -1) for token in special]
+        tokens = torch.cat([*special, patches.flatten(2).transpose(1, 2)], dim=1)
+        if self.position_embeddings is not None:
+            tokens = tokens + self.position_embeddings_for(grid)
+        tokens = tokens[:, self.num_special_tokens + self.config.num_register_tokens - self.num_prefix_tokens :]
+        if self.register_tokens is not None:
+            registers = self.register_tokens.expand(batch_size, -1, -1)
+            first_patch = self.num_prefix_tokens - self.config.num_register_tokens
+            tokens = torch.cat([tokens[:, :first_patch], registers, tokens[:, first_patch:]], dim=1)
+        return self.layernorm(self.dropout(tokens))
 
 
 def eager_attention_forward(
@@ -134,27 +248,43 @@ class VitEncoderAttention(nn.Module):
     is_causal = False
 
     def __init__(
-        self, config: VitEncoderConfig, hidden_size: int, num_attention_heads: int, attention_probs_dropout_prob: float
+        self,
+        config: VitEncoderConfig,
+        hidden_size: int,
+        num_attention_heads: int,
+        attention_probs_dropout_prob: float,
+        biases: tuple[bool, bool, bool],
     ) -> None:
         super().__init__()
         self.config = config
         self.head_dim = hidden_size // num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = attention_probs_dropout_prob
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, hidden_size, bias=bias) for bias in biases)
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
+    def project(
+        self,
+        projection: nn.Linear,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Tokens (batch, tokens, hidden) to queries, keys or values (batch, heads, tokens, head_dim)."""
+        batch_size, num_tokens, _ = hidden_states.shape
+        states = projection(hidden_states).view(batch_size, num_tokens, -1, self.head_dim).transpose(1, 2)
+        return states if rotary is None else rotate(states, *rotary)
+
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens (batch, tokens, hidden) to the same shape, and probabilities (batch, heads, tokens, tokens)."""
         batch_size, num_tokens, hidden_size = hidden_states.shape
-        query, key, value = (
-            projection(hidden_states).view(batch_size, num_tokens, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query = self.project(self.q_proj, hidden_states, rotary)
+        key = self.project(self.k_proj, hidden_states, rotary)
+        value = self.project(self.v_proj, hidden_states)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -186,6 +316,63 @@ class VitEncoderMlp(nn.Module):
         return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(hidden_states)))))
 
 
+class VitEncoderGatedMlp(nn.Module):
+    """An MLP whose hidden layer is multiplied by a second one (Shazeer, "GLU Variants Improve Transformer", 2020)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, hidden_dropout_prob: float) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size)
+        self.activation = ACT2FN[hidden_act]
+        self.down_proj = nn.Linear(intermediate_size, hidden_size)
+        self.dropout = nn.Dropout(hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, hidden) to the same shape."""
+        gated = self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.dropout(self.down_proj(self.dropout(gated)))
+
+
+class VitEncoderAllReduce(torch.autograd.Function):
+    """Sum over all processes; its gradient is the sum of the gradients of all processes."""
+
+    @staticmethod
+    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return VitEncoderAllReduce.apply(gradient)
+
+
+class VitEncoderBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation whose statistics in training are those of the batches of all processes together.
+
+    torch's `SyncBatchNorm` does the same on GPUs alone, and only after a conversion of the model.
+    """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) to the same shape."""
+        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not (self.training and distributed):
+            return super().forward(features)
+        values = features.float()
+        count = values.new_tensor(values.numel() / values.shape[1])
+        sums = VitEncoderAllReduce.apply(torch.cat([values.sum((0, 2, 3)), count[None]]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
+        centred = values - mean[:, None, None]
+        variance = VitEncoderAllReduce.apply(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(features.dtype)
+
+
 class VitEncoderDropPath(nn.Module):
     """Stochastic depth (Huang et al., ECCV 2016): in training, drop a residual branch for whole images."""
 
@@ -206,7 +393,10 @@ class VitEncoderDropPath(nn.Module):
 
 
 class VitEncoderLayer(GradientCheckpointingLayer):
-    """A pre-norm transformer layer; the mask transformer of Segmenter is made of the same ones."""
+    """A pre-norm transformer layer; the mask transformer of Segmenter is made of the same ones.
+
+    `layerscale_value`, `use_gated_mlp` and `biases` (of query, key and value) are options of the encoder's layers.
+    """
 
     def __init__(
         self,
@@ -218,12 +408,22 @@ class VitEncoderLayer(GradientCheckpointingLayer):
         attention_probs_dropout_prob: float,
         drop_path_rate: float,
         layer_norm_eps: float,
+        layerscale_value: float | None = None,
+        use_gated_mlp: bool = False,
+        biases: tuple[bool, bool, bool] | None = None,
     ) -> None:
         super().__init__()
+        self.layerscale_value = layerscale_value
         self.layernorm_before = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.attention = VitEncoderAttention(config, hidden_size, num_attention_heads, attention_probs_dropout_prob)
+        self.attention = VitEncoderAttention(
+            config, hidden_size, num_attention_heads, attention_probs_dropout_prob, biases or (config.qkv_bias,) * 3
+        )
         self.layernorm_after = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.mlp = VitEncoderMlp(hidden_size, intermediate_size, config.hidden_act, hidden_dropout_prob)
+        mlp_class = VitEncoderGatedMlp if use_gated_mlp else VitEncoderMlp
+        self.mlp = mlp_class(hidden_size, intermediate_size, config.hidden_act, hidden_dropout_prob)
+        for name in ("layer_scale1", "layer_scale2"):  # after attention and MLP
+            scale = None if layerscale_value is None else nn.Parameter(torch.full((hidden_size,), layerscale_value))
+            self.register_parameter(name, scale)
         self.dropout = nn.Dropout(hidden_dropout_prob)
         self.drop_path = VitEncoderDropPath(drop_path_rate)
 
@@ -232,9 +432,14 @@ class VitEncoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens (batch, tokens, hidden) to the same shape, and the attention probabilities where they exist."""
         attended, probabilities = self.attention(self.layernorm_before(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.drop_path(self.dropout(attended))
-        hidden_states = hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
+        hidden_states = hidden_states + self.drop_path(self._scale(self.dropout(attended), self.layer_scale1))
+        transformed = self.mlp(self.layernorm_after(hidden_states))
+        hidden_states = hidden_states + self.drop_path(self._scale(transformed, self.layer_scale2))
         return hidden_states, probabilities
+
+    @staticmethod
+    def _scale(hidden_states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return hidden_states if scale is None else hidden_states * scale
 
 
 class VitEncoderPreTrainedModel(PreTrainedModel):
@@ -263,12 +468,17 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.trunc_normal_(module.weight, std=std)
         elif isinstance(module, VitEncoderEmbeddings):
-            for token in (module.cls_token, module.distillation_token, module.position_embeddings):
-                if token is not None:
+            for name in ("cls_token", "distillation_token", "register_tokens", "position_embeddings"):
+                if (token := getattr(module, name)) is not None:
                     init.trunc_normal_(token, std=std)
+        elif isinstance(module, VitEncoderLayer) and module.layerscale_value is not None:
+            for scale in (module.layer_scale1, module.layer_scale2):
+                init.constant_(scale, module.layerscale_value)
 
     def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Loss of logits upsampled to the padded input; the padding is labelled as ignored.
+        """Loss of logits upsampled to the padded input, whose padding is labelled as ignored.
+
+        With `padding="center"` they are upsampled to the input itself, as in prediction.
 
         The cross-entropy, with the class weights and the label smoothing of the configuration, plus its weight times the
         Dice loss. The one logit of a model with one class is that of the class, beside a background of 0: labels are 0 and
@@ -290,10 +500,10 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
                 f"`labels` must have the height and width of `pixel_values`, {tuple(size)}, got "
                 f"{tuple(labels.shape[-2:])}. Resize masks with nearest, as the image processor does."
             )
-        patch_size, ignore_index = self.config.patch_size, self.config.semantic_loss_ignore_index
-        padding = (0, -size[1] % patch_size, 0, -size[0] % patch_size)
+        ignore_index = self.config.semantic_loss_ignore_index
         num_pixels = labels.numel()
-        labels = nn.functional.pad(labels, padding, value=ignore_index)
+        if self.config.padding == "end":
+            labels = pad_to_patches(labels, self.config.patch_size, "end", value=ignore_index)
         logits = with_background(logits)
         weights = self.config.semantic_loss_class_weights
         weights = None if weights is None else logits.new_tensor(weights, dtype=torch.float32)
@@ -329,6 +539,9 @@ class VitEncoderModel(VitEncoderPreTrainedModel):
                 attention_probs_dropout_prob=config.attention_probs_dropout_prob,
                 drop_path_rate=config.drop_path_rate * index / last,
                 layer_norm_eps=config.layer_norm_eps,
+                layerscale_value=config.layerscale_value,
+                use_gated_mlp=config.use_gated_mlp,
+                biases=(config.query_bias, config.key_bias, config.value_bias),
             )
             for index in range(config.num_hidden_layers)
         )
@@ -337,7 +550,7 @@ class VitEncoderModel(VitEncoderPreTrainedModel):
             if config.use_final_layer_norm
             else nn.Identity()
         )
-        self.out_indices = tuple(getattr(config, "out_indices", ()))
+        self.out_indices = tuple(getattr(config, "out_indices", None) or ())
         self.post_init()
 
     @merge_with_config_defaults
@@ -347,19 +560,21 @@ class VitEncoderModel(VitEncoderPreTrainedModel):
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images.
-                Sides that `patch_size` does not divide are padded with 0 to the right and at the bottom.
+                Sides that `patch_size` does not divide are padded with 0, where `padding` of the configuration says.
 
         Returns:
             [`VitEncoderOutput`]: `last_hidden_state` has the prefix (the class token and, for DeiT, the distillation
-            token; nothing without `use_class_token`) and then the patches, the rows of the (ceil(height / patch_size),
+            token, neither without `use_class_token`; then the register tokens) and then the patches, the rows of the (ceil(height / patch_size),
             ceil(width / patch_size)) grid. On request `hidden_states` (the embeddings and each layer's output, before
             the final norm) and `attentions` (each layer's probabilities of shape `(batch_size, num_attention_heads,
             tokens, tokens)`, with eager attention).
         """
         hidden_states = self.embeddings(pixel_values)
+        grid = patch_grid(pixel_values, self.config.patch_size)
+        rotary = self.embeddings.rotary_positions_for(grid, hidden_states.device)
         states = {}
         for index, layer in enumerate(self.layers):
-            hidden_states, _ = layer(hidden_states, **kwargs)
+            hidden_states, _ = layer(hidden_states, rotary=rotary, **kwargs)
             if index in self.out_indices:
                 states[index] = hidden_states
         return VitEncoderOutput(
@@ -368,4 +583,10 @@ class VitEncoderModel(VitEncoderPreTrainedModel):
         )
 
 
-__all__ = ["VitEncoderModel", "VitEncoderOutput", "VitEncoderPreTrainedModel"]
+__all__ = [
+    "VitEncoderBatchNorm",
+    "VitEncoderModel",
+    "VitEncoderOutput",
+    "VitEncoderPreTrainedModel",
+    "resize_position_embeddings",
+]

@@ -124,7 +124,7 @@ def parse_overrides(text: str, config: VitEncoderConfig) -> dict[str, Any]:
             raise ValueError(
                 f'Expected "field=value" with a field of {type(config).__name__} in `config_overrides`, got {item!r}.'
             )
-        kind = type(known[name])
+        kind = list if name == "out_indices" else type(known[name])  # it may be unset
         if kind is int and float in annotations.get(name, ()):
             kind = float  # a rate that is stored as 0
         try:
