@@ -45,6 +45,7 @@ CODE = {
     "modeling_segmenter.py",
     "modeling_vit_encoder.py",
     "segmentation_loss.py",
+    "pipeline_segmenter.py",
     "sliding_window.py",
 }
 REPOSITORY = CODE | {
@@ -262,7 +263,10 @@ def test_setr_comes_with_its_own_code(tmp_path) -> None:
     SetrForSemanticSegmentation(config).save_pretrained(tmp_path / "setr")
     SegmenterImageProcessor(window_size=32, window_stride=32, patch_size=8).save_pretrained(tmp_path / "setr")
     built = build_repository(tmp_path / "setr", tmp_path / "built")
-    code = {name.replace("_segmenter", "_setr") if "processing" not in name else name for name in CODE}
+    code = {
+        name.replace("_segmenter", "_setr") if "processing" not in name and "pipeline" not in name else name
+        for name in CODE
+    }
     assert files_of(built) == (REPOSITORY - CODE - {"predictions.png"}) | code
     assert "zheng2021setr" in (built / "README.md").read_text()
 

@@ -35,7 +35,7 @@ sys.meta_path.insert(0, Blocked())
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
+from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
 
 for directory in sys.argv[1:]:
     try:
@@ -54,8 +54,16 @@ for directory in sys.argv[1:]:
             outputs = model(**processor(image))
         (result,) = processor.post_process_semantic_segmentation(outputs, return_segmentation_scores=True)
         scores[backend] = result.segmentation_scores.numpy()
-    parts = pipeline("image-segmentation", model=directory, trust_remote_code=True)(image)
+    segment = pipeline("image-segmentation", model=directory, trust_remote_code=True)
+    parts = segment(image)
     assert {part["mask"].size for part in parts} == {image.size}
+    batch = segment([image, image.rotate(90, expand=True), image], batch_size=2)
+    assert [part["mask"].tobytes() for part in batch[2]] == [part["mask"].tobytes() for part in parts]
+    encoder = AutoModel.from_pretrained(directory, trust_remote_code=True)
+    assert type(encoder).__name__ in ("SegmenterModel", "SetrModel"), type(encoder)
+    theirs = getattr(model, model.base_model_prefix).state_dict()
+    assert encoder.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in encoder.state_dict().items())
     model.save_pretrained(directory + "/again")
     processor.save_pretrained(directory + "/again")
     again = AutoModelForSemanticSegmentation.from_pretrained(directory + "/again", trust_remote_code=True)

@@ -364,8 +364,10 @@ def test_the_pipeline_runs_the_sliding_window_protocol() -> None:
     for region in regions:
         mask = torch.from_numpy(np.array(region["mask"])) == 255
         assert torch.equal(mask, expected == model.config.label2id[region["label"]])
-    with pytest.raises(ValueError, match="batch_size=1"):
-        segmenter([PIL.Image.fromarray(pixels)] * 2, batch_size=2)
+    batch = segmenter([PIL.Image.fromarray(pixels)] * 2, batch_size=2)
+    assert [[region["mask"].tobytes() for region in one] for one in batch] == [
+        [r["mask"].tobytes() for r in regions]
+    ] * 2
 
 
 # Loading

@@ -1,6 +1,7 @@
 """The models, their configurations and image processors. Importing them registers them with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_segmenter import SegmenterConfig
 from .configuration_setr import SetrConfig
@@ -19,3 +20,6 @@ for _config, _model, _segmentation_model in (
         _config, image_processor_classes={"torchvision": SegmenterImageProcessor, "pil": SegmenterImageProcessorPil}
     )
     AutoModelForSemanticSegmentation.register(_config, _segmentation_model)
+
+# A subclass of what is there, which treats the models of others as before; imported by the first pipeline of that kind.
+PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = f"{__name__}.pipeline_segmenter.SegmenterPipeline"

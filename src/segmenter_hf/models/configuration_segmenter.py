@@ -45,6 +45,10 @@ class SegmenterConfig(VitEncoderConfig):
     """
 
     model_type = "segmenter"
+    remote_classes = {
+        "AutoModel": "modeling_segmenter.SegmenterModel",
+        "AutoModelForSemanticSegmentation": "modeling_segmenter.SegmenterForSemanticSegmentation",
+    }
 
     decoder_type: Literal["mask_transformer", "linear"] = "mask_transformer"
     out_indices: list[int] | tuple[int, ...] | None = None

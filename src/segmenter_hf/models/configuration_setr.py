@@ -101,6 +101,10 @@ class SetrConfig(VitEncoderConfig):
     """
 
     model_type = "setr"
+    remote_classes = {
+        "AutoModel": "modeling_setr.SetrModel",
+        "AutoModelForSemanticSegmentation": "modeling_setr.SetrForSemanticSegmentation",
+    }
 
     hidden_size: int = 1024
     num_hidden_layers: int = 24

@@ -1,8 +1,9 @@
 """The fields of the plain ViT / DeiT encoder that Segmenter and SETR share, and their validation."""
 
+import copy
 import math
 from functools import wraps
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -13,6 +14,9 @@ from transformers.configuration_utils import PreTrainedConfig
 # What a configuration may ask for: a file of a few bytes must not keep a computer busy or fill its memory with layers and
 # names of classes.
 MAX_LAYERS, MAX_SIZE, MAX_LABELS, MAX_REGISTER_TOKENS = 1000, 2**24, 2**20, 4096
+REMOTE_PIPELINES = {
+    "image-segmentation": {"impl": "pipeline_segmenter.SegmenterPipeline", "pt": ["AutoModelForSemanticSegmentation"]}
+}
 LIMITED = ("_size", "_layers", "_heads", "_channels", "_convs", "_factor")
 
 
@@ -120,6 +124,11 @@ class VitEncoderConfig(PreTrainedConfig):
         ValueError: If a value is out of its range or values contradict each other.
     """
 
+    # `Trainer` gathers the other outputs in an evaluation; these describe windows and have no labels to compare.
+    keys_to_ignore_at_inference = ["window_offsets"]
+    # The classes of `auto_map`: a repository of either holds the code of both.
+    remote_classes: ClassVar[dict[str, str]] = {}
+
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -179,6 +188,24 @@ class VitEncoderConfig(PreTrainedConfig):
             value = names if name == "id2label" else {label: index for index, label in names.items()}
             super().__setattr__("use_single_logit", True)
         super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields of the configuration; as remote code it names the classes of the encoder, the model and the pipeline."""
+        fields = super().to_dict()
+        if "auto_map" in fields:
+            fields["auto_map"] = {**fields["auto_map"], **self.remote_classes}
+            fields["custom_pipelines"] = REMOTE_PIPELINES
+        return fields
+
+    @property
+    def custom_pipelines(self) -> dict[str, Any]:
+        """What `pipeline` loads from the repository: nothing where this package is installed and registers its own."""
+        is_remote = type(self).__module__.startswith("transformers_modules.")
+        return copy.deepcopy(REMOTE_PIPELINES) if is_remote else {}  # transformers writes into it
+
+    @custom_pipelines.setter
+    def custom_pipelines(self, value: Any) -> None:
+        """Take what a file says for granted: `to_dict` writes it."""
 
     @property
     def num_labels(self) -> int | None:

@@ -51,6 +51,8 @@ class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
         Side of the model's patches in pixels.
     do_split_windows (`bool`, *optional*, defaults to `self.do_split_windows`):
         Whether to cut images into windows. Off for training crops.
+    do_resize_to_window (`bool`, *optional*, defaults to `self.do_resize_to_window`):
+        Whether to resize images to one window, whatever their aspect ratio, instead of to `size`.
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
         Whether stored label 0 is ignored (255) and the others shift down by one, as in ADE20K.
     scales (`list[float]`, *optional*, defaults to `self.scales`):
@@ -63,6 +65,7 @@ class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
     window_stride: int
     patch_size: int
     do_split_windows: bool
+    do_resize_to_window: bool
     do_reduce_labels: bool
     scales: list[float | int] | tuple[float | int, ...]
     do_flip: bool
@@ -179,6 +182,7 @@ class _SegmenterImageProcessing:
     scales = [1.0]
     do_flip = False
     do_split_windows = True
+    do_resize_to_window = False
     do_convert_rgb = True
     do_resize = True
     do_rescale = True
@@ -223,10 +227,21 @@ class _SegmenterImageProcessing:
             - `labels` (`torch.LongTensor` of shape `(num_windows, height, width)`), when label maps are given: The same
               windows of the label maps, resized with nearest.
 
+            With label maps the call is one for training, unless it says `do_split_windows`, `scales` or `do_flip`: one row
+            for each image, which is resized to `window_size` x `window_size`, so that a batch can be stacked. With
+            `do_resize=False` crops of one size stay as they are.
+
         Raises:
             ValueError: If an argument, an image or a label map is not as described.
         """
         kwargs["return_tensors"] = return_tensors
+        if segmentation_maps is not None and not kwargs.keys() & {"do_split_windows", "scales", "do_flip"}:
+            kwargs = {
+                "do_resize_to_window": True,
+                "do_split_windows": False,
+                "scales": [1.0],
+                "do_flip": False,
+            } | kwargs
         with _value_errors():
             return super().preprocess(images, segmentation_maps, **kwargs)
 
@@ -434,6 +449,7 @@ class _SegmenterImageProcessing:
     ) -> ImageWindows:
         """The windows of all views of one image."""
         smallest_side = window_size if do_split_windows else 1
+        kwargs["fixed_side"] = window_size if kwargs.pop("do_resize_to_window") else None
         scaled_images = [self._scale(image, labels, scale, smallest_side, **kwargs) for scale in scales]
         windows = []
         for index, scaled in enumerate(scaled_images):
@@ -454,6 +470,7 @@ class _SegmenterImageProcessing:
         *,
         do_resize: bool,
         size: SizeDict,
+        fixed_side: int | None,
         resample: PILImageResampling,
         do_rescale: bool,
         rescale_factor: float,
@@ -468,7 +485,9 @@ class _SegmenterImageProcessing:
                 "The image holds floats up to 1, but `do_rescale=True` expects 0 to 255: pass `do_rescale=False`."
             )
         height, width = image.shape[-2:]
-        if do_resize:
+        if do_resize and fixed_side is not None:
+            height = width = max(int(fixed_side * scale), 1)
+        elif do_resize:
             longest_edge = None if size.longest_edge is None else int(size.longest_edge * scale)
             height, width = resized_size(height, width, int(size.shortest_edge * scale), longest_edge)
         else:
@@ -586,6 +605,8 @@ class SegmenterImageProcessor(_SegmenterImageProcessing, TorchvisionBackend):
             be of one size.
         image_mean (`float` or `list[float]`, defaults to 0.5): Mean of each channel.
         image_std (`float` or `list[float]`, defaults to 0.5): Standard deviation of each channel.
+        do_resize_to_window (`bool`, defaults to `False`): Whether images are resized to one window, whatever their aspect
+            ratio, as training with label maps does by default.
         do_reduce_labels (`bool`, defaults to `False`): Whether stored label 0 is ignored and the others shift down.
         scales (`list[float]`, defaults to `[1.0]`): Factors of the size that are averaged over.
         do_flip (`bool`, defaults to `False`): Whether each scale is also seen mirrored.

@@ -7,6 +7,7 @@ What DINOv2, DINOv3, CLIP and others add to them are options of the configuratio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,10 @@ from .segmentation_loss import (
     upsampled_dice_loss,
 )
 from .sliding_window import with_background
+
+
+if TYPE_CHECKING:  # never imported here: transformers copies the files that these lines name with a saved model
+    from .pipeline_segmenter import SegmenterPipeline  # noqa: F401
 
 
 @dataclass

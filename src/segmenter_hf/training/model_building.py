@@ -1,5 +1,8 @@
 """The model that is trained and its image processor, from the arguments of training."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -10,6 +13,9 @@ from ..inference.model_loading import check_weights, translate_loading_errors
 from ..models.configuration_vit_encoder import VitEncoderConfig
 from ..models.image_processing_segmenter import SegmenterImageProcessor
 from .arguments import CONFIGS, MODEL_SIZES, NORMALIZATIONS, DataArguments, ModelArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 def build_model_and_processor(
@@ -82,15 +88,52 @@ def _load_model(model_args: ModelArguments, labels: dict[str, Any], chosen: dict
     with translate_loading_errors(name):
         config = AutoConfig.from_pretrained(name, **labels)
         chosen = chosen | parse_overrides(model_args.config_overrides, config)
-        model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
-            name,
-            config=override_config(config, chosen),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            attn_implementation=model_args.attn_implementation,
-        )
+        with _without_loading_report():
+            model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
+                name,
+                config=override_config(config, chosen),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                attn_implementation=model_args.attn_implementation,
+            )
         check_weights(name, model, loading_info, new_heads=True)
+    if line := describe_new_weights(name, model, loading_info):
+        logger.warning(line)
     return model
+
+
+@contextmanager
+def _without_loading_report() -> Iterator[None]:
+    """Leave out transformers' table of the weights that are not from the file; its other messages stay."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in str(record.msg)
+
+    source = logging.getLogger("transformers.modeling_utils")
+    source.addFilter(is_other)
+    try:
+        yield
+    finally:
+        source.removeFilter(is_other)
+
+
+def describe_new_weights(name: str, model: PreTrainedModel, loading_info: dict[str, Any]) -> str | None:
+    """Say in a line which weights start at random, because the file lacks them or has them for other classes.
+
+    Args:
+        name (`str`): What was loaded.
+        model (`PreTrainedModel`): The model.
+        loading_info (`dict`): What `from_pretrained` returned beside it with `output_loading_info=True`.
+
+    Returns:
+        `str`, *optional*: The line; nothing where all weights are from the file.
+    """
+    new = {*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])}
+    parameters = {key: value.numel() for key, value in model.named_parameters() if key in new}
+    if not parameters:
+        return None
+    parts = ", ".join(sorted({key.partition(".")[0] for key in parameters}))
+    return f"{name}: the encoder is loaded; {sum(parameters.values())} weights of {parts} start at random."
 
 
 def _new_config(

@@ -31,7 +31,14 @@ MODEL_TYPES = ("segmenter", "setr")
 MODEL_FILES = (
     *("README.md", "config.json", "label_set.json", "model_card.json", "preprocessor_config.json"),
     *("model*.safetensors", "model.safetensors.index.json", "sample.png", "predictions.png", ".eval_results"),
-    *("configuration_*.py", "modeling_*.py", "image_*.py", "segmentation_loss.py", "sliding_window.py"),
+    *(
+        "configuration_*.py",
+        "modeling_*.py",
+        "image_*.py",
+        "pipeline_*.py",
+        "segmentation_loss.py",
+        "sliding_window.py",
+    ),
 )
 
 
