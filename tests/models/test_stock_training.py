@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor, SegmenterModel
-from segmenter_hf.evaluation.metrics import MeanIoU
 from segmenter_hf.cli.train import parse_training_arguments
 from segmenter_hf.data.label_sets import load_label_set
+from segmenter_hf.evaluation.metrics import MeanIoU
 from segmenter_hf.training.model_building import build_model_and_processor
 
 from ..run_training import words
