@@ -168,6 +168,9 @@ class VitEncoderConfig(PreTrainedConfig):
     use_single_logit: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("query_bias", "key_bias", "value_bias"):
+            if getattr(self, name) is None:
+                setattr(self, name, self.qkv_bias)
         num_labels = kwargs.get("num_labels")
         if self.id2label is None and (num_labels == 1 or (num_labels is None and self.use_single_logit)):
             self.id2label = {0: "LABEL_0"}
@@ -222,12 +225,6 @@ class VitEncoderConfig(PreTrainedConfig):
         names = {label: f"LABEL_{label}" for label in range(num_labels)}
         self.id2label = with_background_name(names) if self.use_single_logit else names
         self.label2id = {name: label for label, name in self.id2label.items()}
-
-    def __post_init__(self, **kwargs) -> None:
-        for name in ("query_bias", "key_bias", "value_bias"):
-            if getattr(self, name) is None:
-                setattr(self, name, self.qkv_bias)
-        super().__post_init__(**kwargs)
 
     @property
     def image_height_and_width(self) -> tuple[int, int]:
