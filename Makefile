@@ -5,7 +5,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 DEMO = outputs/demo
 
-.PHONY: demo test test-fast test-lowest test-colab build test-wheel docs coverage bench style format clean
+.PHONY: demo test test-fast test-lowest test-colab build test-wheel docs web coverage bench style format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,9 @@ docs: $(VENV)/installed  ## the documentation as a site, in site/
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
+web:  ## build and test the page and the npm package that segment in the browser; needs Node.js 20
+	cd demo/web && npm ci && npm run build && npm test
+
 coverage: $(VENV)/installed  ## run all tests and show which lines and branches of the package they leave out
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --cov --cov-fail-under=90
 
@@ -66,3 +69,4 @@ format: $(VENV)/installed  ## mend style
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) $(VENV)-* outputs .cache build dist site *.egg-info src/*.egg-info
+	cd demo/web && rm -rf node_modules dist build .test-build
