@@ -19,6 +19,7 @@ from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.label_sets import LabelSet, label_set_from_names, load_label_set
 from segmenter_hf.data.loading import load_segmentation_datasets, split_train_validation
 from segmenter_hf.data.mask_checks import check_masks, infer_num_labels
+from segmenter_hf.models.image_io import read_image
 from segmenter_hf.training.datasets import StreamedTrainDataset, TrainDataset
 
 
@@ -294,6 +295,19 @@ def test_rows_of_a_folder_read_no_files_of_others(tmp_path, streaming):
     for row in found[len(good) :]:
         with pytest.raises(ValueError, match="a file in .*set, got one outside of it"):
             decode_example(row)
+
+
+@pytest.mark.parametrize(
+    "name", ["a::b.png", "zip::x.png", "data:a.png", "-a.png", "a\nb.png", "a'\"b.png", "\u00e4*[x]?.png"]
+)
+def test_file_names_are_no_addresses(tmp_path, monkeypatch, name):
+    save(tmp_path / "plain.png", image_array())
+    (tmp_path / "plain.png").rename(tmp_path / name)
+    for folders in ((), (str(tmp_path),)):
+        row = {"image": {"bytes": None, "path": str(tmp_path / name), "folders": folders}}
+        assert np.array_equal(decode_example(row | {"annotation": encoded(mask_array())})[0], image_array())
+    monkeypatch.chdir(tmp_path)
+    assert read_image(Path(name)).size == image_array().shape[1::-1]
 
 
 def test_a_stream_of_parquet_files_holds_few_rows_at_once(tmp_path):

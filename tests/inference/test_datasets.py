@@ -24,6 +24,7 @@ from segmenter_hf.inference import datasets as dataset_prediction
 from segmenter_hf.inference.dataset_files import OutputLayout, Row
 from segmenter_hf.inference.datasets import load_image_dataset, named_rows, predict_dataset
 from segmenter_hf.inference.predictor import Predictor
+from segmenter_hf.utils import http
 
 from ..prediction import make_predictor, segment_images
 
@@ -522,17 +523,67 @@ def test_pictures_that_are_no_files_are_unreadable(predict, tmp_path) -> None:
     assert result.num_images == 1 and [row["id"] for row in result.unreadable] == ["c"]  # folders are no pictures
 
 
-def test_an_image_that_cannot_be_fetched_now_stops_the_run(predict, tmp_path, monkeypatch) -> None:
-    rows = [{"image": {"bytes": None, "path": "hf://datasets/someone/streets/a.png"}, "id": None}]
-    dataset = datasets.Dataset.from_list(rows, features=images().features)
+class FailingHub:
+    """The Hub's file system, whose answers fail until they are used up."""
 
-    def no_answer(*args):
-        raise TimeoutError("no answer")
+    def __init__(self, failures: list[Exception]) -> None:
+        self.failures = failures
 
-    monkeypatch.setattr("segmenter_hf.data.encoded_images.fsspec.open", no_answer)
-    with pytest.raises(TimeoutError, match="no answer"):
+    def open(self, address: str, mode: str) -> io.BytesIO:
+        if self.failures:
+            raise self.failures.pop(0)
+        return io.BytesIO(images(1)[0]["image"]["bytes"])
+
+
+def answer_error(status: int) -> Exception:
+    """What the client of the Hub raises for an answer."""
+    request = http.http_client.Request("GET", "https://hub.test/a.png")
+    response = http.http_client.Response(status, request=request)
+    return http.http_client.HTTPStatusError(f"{status} for url", request=request, response=response)
+
+
+@pytest.fixture
+def on_the_hub(monkeypatch):
+    """A dataset of one image on the Hub, which fails in these ways first; nobody waits in between."""
+
+    def on_the_hub(*failures: Exception) -> datasets.Dataset:
+        monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr("segmenter_hf.data.encoded_images.fsspec.open", FailingHub(list(failures)).open)
+        rows = [{"image": {"bytes": None, "path": "hf://datasets/someone/streets/a.png"}, "id": "a"}]
+        return datasets.Dataset.from_list(rows, features=images().features)
+
+    return on_the_hub
+
+
+TRANSIENT = [
+    TimeoutError("no answer"),
+    http.http_client.ReadTimeout("no answer"),
+    answer_error(503),
+    answer_error(429),
+]
+
+
+def test_an_image_that_is_fetched_in_the_end_has_its_label_map(predict, tmp_path, on_the_hub) -> None:
+    result = predict(tmp_path, on_the_hub(*TRANSIENT))
+    assert (result.num_images, result.unreadable) == (1, [])
+
+
+@pytest.mark.parametrize("error", TRANSIENT)
+def test_an_image_that_cannot_be_fetched_now_stops_the_run(predict, tmp_path, on_the_hub, error) -> None:
+    dataset = on_the_hub(*(5 * [error]))
+    with pytest.raises(ConnectionError, match=r"a\.png could not be read in 5 attempts.*run the same again"):
         predict(tmp_path, dataset)
     assert [file.name for file in tmp_path.iterdir()] == ["prediction.json"]
+    assert predict(tmp_path, dataset).num_images == 1  # the Hub is back
+
+
+def test_an_image_that_the_hub_lacks_is_a_gap(predict, tmp_path, on_the_hub) -> None:
+    assert [row["id"] for row in predict(tmp_path, on_the_hub(answer_error(404))).unreadable] == ["a"]
+
+
+def test_images_that_the_hub_does_not_give_to_this_user_stop_the_run(predict, tmp_path, on_the_hub) -> None:
+    with pytest.raises(PermissionError, match="hf auth login"):
+        predict(tmp_path, on_the_hub(answer_error(401)))
 
 
 def test_the_summary_says_how_fast_and_what_was_skipped() -> None:

@@ -34,7 +34,7 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
     def ending(*args: Any, **kwargs: Any) -> None:
         try:
             main(*args, **kwargs)
-        except USER_ERRORS as error:
+        except _user_errors() as error:
             if os.environ.get(TRACEBACK_VARIABLE):
                 raise
             message = f"error: {str(error) or type(error).__name__}"
@@ -49,6 +49,12 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
             _leave_process_group(failed=sys.exc_info()[0] is not None)
 
     return ending
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    """Return the errors of users, and those of the Hub's client where it is loaded: a connection that fails is no bug."""
+    hub_errors = sys.modules.get("huggingface_hub.errors")
+    return USER_ERRORS if hub_errors is None else (*USER_ERRORS, hub_errors.HTTPError)
 
 
 def _leave_process_group(failed: bool) -> None:

@@ -6,15 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-import httpx2  # the client of huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 from tqdm.auto import tqdm
 
 from ..hub.published_models import PublishedModel
 from ..utils.atomic_files import translate_writing_errors
+from ..utils.http import http_client, is_transient, retry_seconds
 from .safe_loading import sha256_of
 
 
@@ -144,11 +145,12 @@ def _download(
                 try:
                     _receive(client, url, part, version, max_bytes, progress)
                     break
-                except httpx2.HTTPError as error:
+                except http_client.HTTPError as error:
                     failures = 1 if _size(part) > before else failures + 1
-                    if failures == ATTEMPTS or not _may_pass(error):
+                    if failures == ATTEMPTS or not is_transient(error):
                         raise ConnectionError(f"{url} could not be downloaded: {_reason(error)}.") from error
-                time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
+                    delay = retry_seconds(failures, error, RETRY_SECONDS)
+                time.sleep(delay)
         _check_sha256(part, sha256_prefix, f"It was deleted. Should that happen again, {url} is another file now.")
     except ValueError:
         part.unlink(missing_ok=True)
@@ -158,7 +160,7 @@ def _download(
     version.unlink()
 
 
-def _receive(client: httpx2.Client, url: str, part: Path, version: Path, max_bytes: int, progress: tqdm) -> None:
+def _receive(client: Any, url: str, part: Path, version: Path, max_bytes: int, progress: tqdm) -> None:
     """Append to `part` what it lacks, if the server still has the version that `part` began with; else begin anew."""
     saved = version.read_text(encoding="utf-8") if version.is_file() else None
     start = _size(part) if saved else 0
@@ -170,7 +172,7 @@ def _receive(client: httpx2.Client, url: str, part: Path, version: Path, max_byt
             begins = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
             if not begins or _version(response) not in (saved, None):
                 part.unlink()
-                raise httpx2.RemoteProtocolError(f"the server cannot resume at byte {start}")
+                raise http_client.RemoteProtocolError(f"the server cannot resume at byte {start}")
         response.raise_for_status()
         if not start or response.status_code != 206:
             start = 0
@@ -189,39 +191,32 @@ def _receive(client: httpx2.Client, url: str, part: Path, version: Path, max_byt
                 file.write(block)
                 progress.update(len(block))
     if size is not None and _size(part) != size:
-        raise httpx2.RemoteProtocolError(f"it ended after {_size(part)} of {size} bytes")
+        raise http_client.RemoteProtocolError(f"it ended after {_size(part)} of {size} bytes")
 
 
-def _client(allow_local_http: bool) -> httpx2.Client:
+def _client(allow_local_http: bool) -> Any:
     """A client that follows redirects, to encrypted addresses only."""
 
-    def check(request: httpx2.Request) -> None:
+    def check(request: Any) -> None:
         if request.url.scheme != "https" and not (allow_local_http and request.url.host in LOCAL_HOSTS):
             raise ValueError(f"{request.url}: expected an address that begins with https://. It is not asked.")
 
-    return httpx2.Client(follow_redirects=True, timeout=TIMEOUT_SECONDS, event_hooks={"request": [check]})
+    return http_client.Client(follow_redirects=True, timeout=TIMEOUT_SECONDS, event_hooks={"request": [check]})
 
 
-def _may_pass(error: httpx2.HTTPError) -> bool:
-    """Whether the same request can succeed later."""
-    if isinstance(error, httpx2.HTTPStatusError):
-        return error.response.status_code in (408, 429) or error.response.is_server_error
-    return isinstance(error, httpx2.TransportError)
-
-
-def _reason(error: httpx2.HTTPError) -> str:
-    if isinstance(error, httpx2.HTTPStatusError):
+def _reason(error: Any) -> str:
+    if isinstance(error, http_client.HTTPStatusError):
         return f"the server answered {error.response.status_code} {error.response.reason_phrase}"
     return str(error) or type(error).__name__
 
 
-def _version(response: httpx2.Response) -> str | None:
+def _version(response: Any) -> str | None:
     """What tells versions of a file apart: its strong ETag, else its date."""
     etag = response.headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
 
 
-def _total_bytes(response: httpx2.Response) -> int | None:
+def _total_bytes(response: Any) -> int | None:
     """Size of the whole file, if the server says it."""
     said = response.headers.get("Content-Length", "")
     if response.status_code == 206:

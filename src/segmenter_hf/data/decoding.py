@@ -81,8 +81,13 @@ def open_image(example: dict[str, Any], column: str) -> Image.Image:
         raise ValueError(f"{row_name(example)}: the row has no {column}. Give it one, or leave the row out.")
     if isinstance(value, Image.Image):
         return value
-    with _translate_decoding_errors(row_name(example, column)):
-        return Image.open(io.BytesIO(encoded_bytes(value)), formats=IMAGE_FORMATS)
+    name = row_name(example, column)
+    try:
+        content = encoded_bytes(value)  # a server that gives no answer now is no error of the file
+    except FileNotFoundError as error:
+        raise ValueError(f"{name}: cannot be read as an image: {error}") from error
+    with _translate_decoding_errors(name):
+        return Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 
 import datasets
 import fsspec
-from httpx import HTTPError
+
+from ..utils.http import status_code, with_retries
 
 
 ARCHIVES = {"zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4"}  # that the datasets library reads from
@@ -41,7 +42,8 @@ def encoded_bytes(value: dict[str, Any]) -> bytes:
     Raises:
         `FileNotFoundError`: If its file is missing.
         `ValueError`: If there is neither, or the file may not or cannot be read.
-        `OSError`, `httpx.HTTPError`: If the Hub gives no answer now.
+        `ConnectionError`: If the Hub or the drive gives no answer now, after several attempts.
+        `PermissionError`: If the Hub does not give it to this user.
     """
     if value["bytes"] is not None:
         return value["bytes"]
@@ -50,23 +52,28 @@ def encoded_bytes(value: dict[str, Any]) -> bytes:
     path = str(value["path"])
     address = openable(path, value.get("folders"))
     try:
-        with fsspec.open(address, "rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except MemoryError:
+        content = with_retries(lambda: _read(address), path)
+    except (ConnectionError, MemoryError):
         raise
     except Exception as error:  # archives can be damaged in any way
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        may_pass = isinstance(error, (ConnectionError, TimeoutError, HTTPError)) and status not in (401, 403, 404)
-        if may_pass and "hf://" in address:
-            raise
+        if "hf://" in str(address) and status_code(error) in (401, 403):
+            raise PermissionError(
+                f"{path}: the Hub does not give this file to you ({type(error).__name__}). Log in with `hf auth login`, and "
+                "ask for access on the page of the dataset where it is gated."
+            ) from error
         raise ValueError(f"{path}: the file of the row cannot be read: {type(error).__name__}: {error}") from error
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"{path}: expected an image of at most {MAX_FILE_BYTES} bytes, got more.")
     return content
 
 
-def openable(path: str, folders: Sequence[str] | None = None) -> str:
-    """The address to open for the path of a row: a file, or one in archives, here or on the Hub.
+def _read(address: str | Path) -> bytes:
+    with open(address, "rb") if isinstance(address, Path) else fsspec.open(address, "rb") as file:
+        return file.read(MAX_FILE_BYTES + 1)
+
+
+def openable(path: str, folders: Sequence[str] | None = None) -> str | Path:
+    """What to open for the path of a row: the path of a file, or the address of one in archives or on the Hub.
 
     Args:
         path (`str`): As the datasets library writes it: `PLACE` or `ARCHIVE://FILE::PLACE`.
@@ -76,20 +83,26 @@ def openable(path: str, folders: Sequence[str] | None = None) -> str:
         `FileNotFoundError`: If there is no such file, or it is none to read, such as a pipe.
         `ValueError`: If it is something else: a stranger's rows ask no servers and read no files of others.
     """
+    if os.path.isfile(path):  # its name may look like an address
+        _check_place(path, os.path.abspath(path), folders)
+        return Path(path)
     *archives, place = path.split("::")
     protocol, _, local = place.rpartition("://")
     if protocol not in ("", "file", "hf") or not {hop.partition("://")[0] for hop in archives} <= ARCHIVES:
         raise ValueError(f"{path}: expected an image in the row, got an address. Download it first.")
     if protocol != "hf":
         local = os.path.abspath(local)
-    if folders and not (
-        "hf://" in folders if protocol == "hf" else any(Path(local).is_relative_to(folder) for folder in folders)
-    ):
-        raise ValueError(
-            f"{path}: expected an image in the row or a file in {folders[0]}, got one outside of it. Put it there."
-        )
+    _check_place(path, "hf://" if protocol == "hf" else local, folders)
     if protocol == "hf":
         return path
     if not os.path.isfile(local):
         raise FileNotFoundError(f"{path}: expected an image file, but there is none. Check the path.")
-    return "::".join([*archives, f"file://{local}"])
+    return "::".join([*archives, f"file://{local}"]) if archives else Path(local)
+
+
+def _check_place(path: str, place: str, folders: Sequence[str] | None) -> None:
+    """Refuse a path that leads to another place than those of the rows, of which "hf://" is the Hub."""
+    if folders and not any(place == folder or Path(place).is_relative_to(folder) for folder in folders):
+        raise ValueError(
+            f"{path}: expected an image in the row or a file in {folders[0]}, got one outside of it. Put it there."
+        )

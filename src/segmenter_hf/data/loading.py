@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ..utils.http import translate_http_errors
 from .encoded_images import CACHES, RowImage
 from .folder_layouts import load_folder, stream_parquet
 from .synthetic_scenes import embedded_scenes
@@ -225,7 +226,8 @@ def load_from_hub(
 ) -> Any:
     """What `datasets.load_dataset` gives for these arguments; where it cannot be reached, an `OSError` says what to do."""
     try:
-        return datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
+        with translate_http_errors(name):
+            return datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
     except OSError as error:  # no connection, offline mode, no such dataset: all are OSErrors
         raise OSError(
             f"Dataset {name!r} is no local folder, and could not be loaded from the Hub: {error}\n"

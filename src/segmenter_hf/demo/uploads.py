@@ -10,7 +10,11 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import gradio as gr
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError("The page needs Gradio: `pip install segmenter-hf[demo]`.") from error
 
 
 logger = logging.getLogger(__name__)

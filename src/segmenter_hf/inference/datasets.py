@@ -29,6 +29,7 @@ from ..data.loading import (
     load_segmentation_datasets,
 )
 from ..models.image_io import decode_image
+from ..utils.http import translate_http_errors
 from ..utils.processes import process_state
 from .dataset_files import OutputLayout, Row, finished_chunks, optional_text, prepare_folder
 from .files import find_images
@@ -151,8 +152,13 @@ def numbered_rows(dataset: AnyDataset) -> Iterator[Row]:
         for index, row_id in enumerate(ids):
             yield Row(index, optional_text(row_id), lambda index=index: dataset[index]["image"])
     else:
-        for index, row in enumerate(dataset):
-            yield Row(index, optional_text(row.get("id")), lambda row=row: row["image"])
+        with translate_http_errors("The dataset"):
+            yield from _streamed_rows(dataset)
+
+
+def _streamed_rows(dataset: datasets.IterableDataset) -> Iterator[Row]:
+    for index, row in enumerate(dataset):
+        yield Row(index, optional_text(row.get("id")), lambda row=row: row["image"])
 
 
 def named_rows(rows: Iterable[Row]) -> Iterator[Row]:

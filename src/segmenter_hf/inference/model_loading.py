@@ -16,6 +16,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
+from ..utils.http import translate_http_errors
 from ..utils.processes import process_state
 
 
@@ -144,7 +145,8 @@ def translate_loading_errors(name_or_path: str | Path) -> Iterator[None]:
     Each of them fails in ways of its own, which are documented nowhere, so that any `Exception` may come of a bad file.
     """
     try:
-        yield
+        with translate_http_errors(str(name_or_path)):  # a Hub that gives no answer now is no damaged model
+            yield
     except (ImportError, MemoryError, OSError, ValueError):
         raise
     except Exception as error:

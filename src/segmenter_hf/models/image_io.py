@@ -63,7 +63,7 @@ def read_image(source: "str | os.PathLike", max_pixels: int | None = None) -> PI
     """Read the first picture of an image file, turned upright by its EXIF orientation, in its own mode.
 
     Args:
-        source (`str` or `os.PathLike`): A path, or an address that begins with `https://`, `http://` or `data:`.
+        source (`str` or `os.PathLike`): A path, or text that is an address: it begins with `https://`, `http://` or `data:`.
         max_pixels (`int`, *optional*): Larger images are refused before they are decoded; by default those that Pillow
             refuses, of more than twice `PIL.Image.MAX_IMAGE_PIXELS`.
 
@@ -76,8 +76,8 @@ def read_image(source: "str | os.PathLike", max_pixels: int | None = None) -> PI
     """
     name = os.fspath(source)
     name = name if len(name) <= 200 else f"{name[:200]}..."
-    if str(source).startswith(("http://", "https://", "data:")):
-        return decode_image(io.BytesIO(download(str(source), name)), name, max_pixels)
+    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+        return decode_image(io.BytesIO(download(source, name)), name, max_pixels)
     if os.path.isdir(source):
         raise IsADirectoryError(f"{name}: expected an image file, got a folder. Give the files in it.")
     if not os.path.isfile(source):
