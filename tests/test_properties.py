@@ -21,9 +21,10 @@ from segmenter_hf.data.label_sets import LabelSet, load_label_set, map_labels
 from segmenter_hf.evaluation.metrics import MeanIoU, confusion_matrix, scores_from_confusion_matrix
 from segmenter_hf.inference.visualization import label_map_image
 from segmenter_hf.models.image_io import channel_axis, pil_to_array, to_uint8
-from segmenter_hf.models.image_processing_segmenter import resized_size
+from segmenter_hf.models.resampling import resized_size
 from segmenter_hf.models.segmentation_loss import upsampled_cross_entropy
-from segmenter_hf.models.sliding_window import Window, merge_windows, window_corners
+from segmenter_hf.models.sliding_window import merge_windows
+from segmenter_hf.models.window_geometry import Window, window_corners
 
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)

@@ -12,7 +12,6 @@ from PIL import Image
 
 from segmenter_hf.conversion.convert import convert_checkpoint
 from segmenter_hf.inference.files import open_image
-from segmenter_hf.models.sliding_window import full_float32, single_thread
 
 from .prediction import segment_images
 
@@ -96,45 +95,6 @@ def test_a_limit_of_pixels_holds_for_its_call_alone(pictures, tmp_path, monkeypa
 
     assert at_once(read, range(80)) == [bool(number % 2) for number in range(80)]
     assert seen == {1000}
-
-
-def test_threads_that_start_during_a_merge_keep_all_cores(several_cores) -> None:
-    found = []
-    with single_thread():
-        assert torch.get_num_threads() == 1
-        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-    assert found == [3]
-    assert torch.get_num_threads() == 3
-    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert found == [3, 3]
-
-
-def test_the_precision_goes_back_when_the_last_thread_is_through() -> None:
-    matmul, device = torch.backends.mkldnn.matmul, torch.device("cpu")
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    entered, leave = threading.Event(), threading.Event()
-
-    def merging() -> None:
-        with full_float32(device):
-            entered.set()
-            leave.wait(timeout=60)
-
-    try:
-        thread = threading.Thread(target=merging)
-        with full_float32(device):
-            thread.start()
-            assert entered.wait(timeout=60)
-        assert matmul.fp32_precision == "ieee"  # the other thread still counts on it
-        leave.set()
-        thread.join()
-        assert matmul.fp32_precision == "bf16"
-    finally:
-        matmul.fp32_precision = before
 
 
 def test_checkpoints_are_converted_in_threads(tmp_path) -> None:

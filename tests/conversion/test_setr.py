@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from segmenter_hf import SetrForSemanticSegmentation
 from segmenter_hf.conversion.convert import convert_checkpoint
-from segmenter_hf.models.sliding_window import merge_matrix
+from segmenter_hf.models.window_geometry import Axis, merge_matrix
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "mmseg"
@@ -69,8 +69,8 @@ def test_windows_through_processor_and_model_merge_to_the_logits_of_mmsegmentati
     outputs = model(**inputs)
     starts = inputs["window_offsets"][:, 4].tolist()
     rows, columns = outputs.logits.shape[-2:]
-    row_matrix = torch.from_numpy(merge_matrix([0], 64, 64, rows, 64, 64))
-    column_matrix = torch.from_numpy(merge_matrix(starts, 64, 64, columns, 90, 90))
+    row_matrix = torch.from_numpy(merge_matrix(Axis((0,), 64, 64, rows, 64, 64)))
+    column_matrix = torch.from_numpy(merge_matrix(Axis(tuple(starts), 64, 64, columns, 90, 90)))
     merged = row_matrix @ torch.cat(list(outputs.logits.double()), -1) @ column_matrix.T
     assert_equal_to_golden(merged, arrays["slide_logits"][0])
 

@@ -14,7 +14,8 @@ from segmenter_hf import (
     SetrConfig,
     SetrForSemanticSegmentation,
 )
-from segmenter_hf.models.sliding_window import Window, WindowMerger, merge_windows, window_corners
+from segmenter_hf.models.sliding_window import WindowMerger, merge_windows
+from segmenter_hf.models.window_geometry import Window, window_corners
 
 from ..prediction import make_predictor, segment_images
 from ..tiny_models import spread_weights

@@ -13,8 +13,8 @@ from segmenter_hf import SegmenterImageProcessor, SegmenterImageProcessorPil
 from segmenter_hf.models import image_io as image_io
 from segmenter_hf.models import image_processing_segmenter
 from segmenter_hf.models.image_io import pil_to_array
-from segmenter_hf.models.image_processing_segmenter import resize_image, resize_labels, resized_size
-from segmenter_hf.models.sliding_window import Window
+from segmenter_hf.models.resampling import resize_image, resize_labels, resized_size
+from segmenter_hf.models.window_geometry import Window
 
 
 BACKENDS = [SegmenterImageProcessor, SegmenterImageProcessorPil]
@@ -83,7 +83,7 @@ def test_resized_pixels_are_those_of_torch_rounded_to_the_nearest(monkeypatch, s
     exact = interpolate(image[None].double(), size=size, mode="bilinear")[0]
     assert whole.dtype == torch.uint8
     assert (whole - exact).abs().max() < 0.5 + 1e-4
-    monkeypatch.setattr(image_processing_segmenter, "PIXELS_AT_ONCE", 1000)
+    monkeypatch.setattr(resampling, "CPU_BAND", 1000)
     assert torch.equal(resize_image(image, size), whole)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_utils import ImageInput
 
-from ..models.sliding_window import Window
+from ..models.window_geometry import Window
 from .predictor import Predictor
 from .visualization import attention_overlay, picture_table
 

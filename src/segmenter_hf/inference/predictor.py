@@ -15,7 +15,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..data.label_sets import LabelSet
 from ..models.image_io import read_image
 from ..models.image_processing_segmenter import ImageWindows
-from ..models.sliding_window import Window, WindowMerger
+from ..models.sliding_window import WindowMerger
+from ..models.window_geometry import Window
 from .model_loading import check_label_set, is_out_of_memory, load_model
 from .protocol import InferenceProtocol
 

@@ -10,7 +10,6 @@ import PIL.Image
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
-from torch.nn.functional import interpolate
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature
@@ -26,8 +25,10 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import ModelOutput, TensorType
 
-from .image_io import PIXELS_AT_ONCE, channel_axis, pil_to_array, read_image, to_uint8
-from .sliding_window import Window, linear_taps, merge_windows, window_corners
+from .image_io import channel_axis, pil_to_array, read_image, to_uint8
+from .resampling import resize_image, resize_labels, resized_size
+from .sliding_window import merge_windows
+from .window_geometry import Window, window_corners
 
 
 INTERPOLATION = {
@@ -69,53 +70,6 @@ class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
     do_reduce_labels: bool
     scales: list[float | int] | tuple[float | int, ...]
     do_flip: bool
-
-
-def resized_size(height: int, width: int, shortest_edge: float, longest_edge: float | None = None) -> tuple[int, int]:
-    """(height, width) of an image resized to fit both edges with its aspect ratio kept, in pixels rounded half up.
-
-    The rule of mmcv's `rescale_size`, which the published results were computed with.
-    """
-    factor = shortest_edge / min(height, width)
-    if longest_edge is not None:
-        factor = min(factor, longest_edge / max(height, width))
-    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
-
-
-def resize_image(image: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
-    """Resize (channels, height, width) without antialiasing; uint8 stays uint8, rounded to the nearest."""
-    if image.shape[-2:] == size:
-        return image
-    if image.dtype == torch.uint8 and mode == "bilinear":
-        return resize_bilinear_uint8(image, size)
-    align = {} if mode == "nearest-exact" else {"align_corners": False}
-    resized = interpolate(image[None].float(), size=size, mode=mode, **align)[0]
-    return resized.round_().clamp_(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else resized
-
-
-def resize_bilinear_uint8(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize uint8 (channels, height, width): only the pixels that are looked at become floats, some rows at a time."""
-    rows, columns = (
-        tuple(torch.from_numpy(values).to(image.device) for values in linear_taps(old, new))
-        for old, new in zip(image.shape[-2:], size)
-    )
-    resized = torch.empty(image.shape[0], *size, dtype=torch.uint8, device=image.device)
-    step = max(PIXELS_AT_ONCE // image.shape[-1], 1)
-    for start in range(0, size[0], step):
-        upper, lower, share = (values[start : start + step] for values in rows)
-        band = torch.lerp(image[:, upper].float(), image[:, lower].float(), share.float()[:, None])
-        band = torch.lerp(band[..., columns[0]], band[..., columns[1]], columns[2].float())
-        resized[:, start : start + step] = band.round_()
-    return resized
-
-
-def resize_labels(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize a label map (height, width) of any integer dtype to `size` with nearest (pixel centres, as PIL)."""
-    for axis, (new, old) in enumerate(zip(size, labels.shape)):
-        if new != old:
-            centres = (torch.arange(new, device=labels.device, dtype=torch.float64) + 0.5) * old / new
-            labels = labels.index_select(axis, centres.long())
-    return labels
 
 
 @contextmanager

@@ -6,13 +6,20 @@ same matrices into a gradient of the size of the logits. That gradient is all th
 incoming scalar. Memory is that of the logits and a tile, not that of the pixels times the classes.
 """
 
+import hashlib
+import inspect
 import math
+import sys
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .sliding_window import full_float32, merge_tiles
+from .resampling import linear_matrix
+from .sliding_window import product_dtype
+from .window_geometry import Axis, merge_tiles
+from .worker_threads import run_in_threads
 
 
 # Pixels of a tile: on the CPU its values stay in cache, on a GPU few launches matter more.
@@ -20,7 +27,7 @@ CPU_TILE, GPU_TILE = (32, 128), (128, 512)
 # Scores are taken to the base 2, whose power is several times faster than that of e. It needs no pass for its maximum
 # where no class is further than this below the best one of its position.
 MAX_LOGIT_RANGE = 86.0
-OPERATOR = "segmenter_hf::upsampled_cross_entropy"
+NAMESPACE = "segmenter_hf"
 
 
 def upsampled_cross_entropy(
@@ -145,22 +152,173 @@ def check_arguments(
         raise ValueError(f"`label_smoothing` must be from 0 to 1, got {label_smoothing}.")
 
 
-@lru_cache(maxsize=64)
-def _tiles(
-    logits_side: int, side: int, tile: int, device: torch.device, dtype: torch.dtype
-) -> list[tuple[slice, slice, torch.Tensor]]:
-    """Pixels of each tile of an axis, the logits that they are made of, and the matrix from these to those.
+class _LossTile(NamedTuple):
+    """Pixels of an axis, the logits that they are made of, and the matrix (pixels, logits) from these to those."""
 
-    They are the tiles of the merge, of one window that is the whole side.
-    """
+    pixels: slice
+    logits: slice
+    weights: torch.Tensor
+
+
+@lru_cache(maxsize=64)
+def _loss_tiles(
+    logits_side: int, side: int, tile_size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[_LossTile, ...]:
+    """The tiles of an axis: those of the merge of one window that is the whole side."""
     tiles = []
-    for each in merge_tiles((0,), side, side, logits_side, side, side, False, tile, device):
-        weights = each.weights.to(dtype)
-        if each.patches is not None:  # where pixels are fewer than logits, some logits are not used
-            weights = weights.new_zeros(len(weights), each.last_patch - each.first_patch)
-            weights[:, each.patches] = each.weights.to(dtype)
-        tiles.append((slice(each.start, each.stop), slice(each.first_patch, each.last_patch), weights))
-    return tiles
+    for tile in merge_tiles(Axis((0,), side, side, logits_side, side, side), tile_size, device, dtype):
+        weights = tile.weights
+        if tile.patches is not None:  # where pixels are fewer than logits, some logits are not used
+            weights = weights.new_zeros(len(weights), tile.last_patch - tile.first_patch)
+            weights[:, tile.patches] = tile.weights
+        tiles.append(_LossTile(slice(tile.start, tile.stop), slice(tile.first_patch, tile.last_patch), weights))
+    return tuple(tiles)
+
+
+class _TiledLoss:
+    """The loss of a batch and its gradient, an image after the other, and of an image a band of tiles in each thread.
+
+    With p the softmax of a pixel of class t, w the weights, W their sum, e the smoothing, C the number of classes and N
+    the sum of w[t] over the pixels, the loss of the pixel is ((1 - e) w[t] (-log p[t]) + e / C sum(w (-log p))) / N, and
+    its gradient ((1 - e) w[t] + e W / C) p - (1 - e) w[t] onehot(t) - e w / C, over N.
+    """
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        ignore_index: int,
+        class_weights: torch.Tensor | None,
+        label_smoothing: float,
+    ) -> None:
+        self.logits, self.labels, self.ignore_index = logits, labels, ignore_index
+        self.device, self.num_labels = logits.device, logits.shape[1]
+        self.dtype = torch.float64 if logits.dtype == torch.float64 else product_dtype(self.device)
+        self.weights = torch.ones(self.num_labels, device=self.device, dtype=self.dtype)
+        if class_weights is not None:
+            self.weights = class_weights.to(self.device, self.dtype)
+        self.weight_sum = self.weights.sum()
+        tile_size = CPU_TILE if self.device.type == "cpu" else GPU_TILE
+        self.rows, self.columns = (
+            _loss_tiles(*axis, self.device, self.dtype) for axis in zip(logits.shape[2:], labels.shape[1:], tile_size)
+        )
+        prepared = run_in_threads(self._prepare_image, range(len(logits)), self.device)
+        self.values = [values for values, _, _ in prepared]
+        # A look at values of the device: one for the batch.
+        needs_max = torch.stack([largest > MAX_LOGIT_RANGE for _, largest, _ in prepared]).tolist() if prepared else []
+        self.needs_max_subtraction: list[bool] = needs_max
+        total = sum((weight for _, _, weight in prepared), torch.zeros((), device=self.device, dtype=torch.float64))
+        scale = torch.where(total > 0, 1 / total, 0.0).to(self.dtype)
+        self.hard_factor = (1 - label_smoothing) * scale
+        self.soft_factor = label_smoothing / self.num_labels * scale if label_smoothing else None
+
+    def _prepare_image(self, image: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits (height, width, labels) in units of log 2 and at most 0, their spread, and the weight of the labels."""
+        values = self.logits[image].permute(1, 2, 0).contiguous().to(self.dtype) / math.log(2)
+        greatest = values.amax(-1, keepdim=True)
+        spread = (greatest - values.amin(-1, keepdim=True)).max()
+        values -= greatest  # softmax does not change, and the powers stay in range
+        target, valid = self._targets(self.labels[image])
+        if self.device.type == "cpu":
+            self._check_targets(target)
+        return values, spread, (self.weights[target] * valid).sum(dtype=torch.float64)
+
+    def _targets(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Classes, 0 where a label is ignored, and which labels are not."""
+        labels = labels.long()
+        valid = labels != self.ignore_index
+        return labels.where(valid, 0), valid
+
+    def _check_targets(self, target: torch.Tensor) -> None:
+        if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < self.num_labels:
+            wrong = sorted({*target[(target < 0) | (target >= self.num_labels)].tolist()})[:5]
+            raise ValueError(
+                f"Labels must be from 0 to {self.num_labels - 1} or the ignored {self.ignore_index}, got {wrong}. Check "
+                "the number of labels, and whether the masks need `do_reduce_labels` or a label map."
+            )
+
+    def run(self, needs_gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss `()` and its gradient by the logits; an empty tensor where it is not needed."""
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        gradient = self.logits.new_empty(0)
+        if needs_gradient:
+            gradient = torch.empty_like(self.logits, memory_format=torch.contiguous_format)
+        for image in range(len(self.logits)):
+            bands = run_in_threads(
+                lambda band, image=image: self._band(image, band, needs_gradient), self.rows, self.device
+            )
+            total += torch.stack([loss for loss, _ in bands]).sum()
+            if needs_gradient:
+                run_in_threads(
+                    lambda parts, image=image: self._add_bands(gradient[image], parts),
+                    [[of_band for _, of_band in bands]],
+                    self.device,
+                )
+        result_dtype = torch.float64 if self.logits.dtype == torch.float64 else torch.float32
+        return (total * math.log(2)).to(result_dtype), gradient
+
+    def _band(self, image: int, row: _LossTile, needs_gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Loss of a band of tiles in units of log 2, and the gradient by the rows of logits that it is made of."""
+        target, valid = self._targets(self.labels[image, row.pixels])
+        hard = self.weights[target] * valid * self.hard_factor
+        soft = None if self.soft_factor is None else valid * self.soft_factor
+        height = len(row.weights)
+        band = row.weights @ self.values[image][row.logits].flatten(1)
+        # (columns, height, labels)
+        band = band.view(height, -1, self.num_labels).transpose(0, 1).contiguous()
+        gradient = torch.zeros_like(band) if needs_gradient else None
+        # Tiles are computed in place: fresh memory for each would cost more than the arithmetic.
+        buffer = band.new_empty(max(len(column.weights) for column in self.columns) * height * self.num_labels)
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        for column in self.columns:
+            tile = buffer[: len(column.weights) * height * self.num_labels].view(len(column.weights), -1)
+            torch.mm(column.weights, band[column.logits].flatten(1), out=tile)
+            of_pixels = [
+                None if values is None else values[:, column.pixels].T.reshape(-1, 1)
+                for values in (target, hard, soft)
+            ]
+            scores = tile.view(-1, self.num_labels)  # (width * height, labels)
+            total += self._tile(scores, *of_pixels, self.needs_max_subtraction[image], needs_gradient)
+            if gradient is not None:
+                gradient[column.logits].flatten(1).addmm_(column.weights.T, tile)
+        if gradient is not None:
+            gradient = row.weights.T @ gradient.transpose(0, 1).reshape(height, -1)
+        return total, gradient
+
+    def _tile(
+        self,
+        scores: torch.Tensor,
+        target: torch.Tensor,
+        hard: torch.Tensor,
+        soft: torch.Tensor | None,
+        needs_max_subtraction: bool,
+        needs_gradient: bool,
+    ) -> torch.Tensor:
+        """Loss of some pixels in units of log 2; their scores (pixels, labels) become the gradient."""
+        if needs_max_subtraction:
+            scores -= scores.amax(-1, keepdim=True)
+        total = -(scores.gather(1, target) * hard).sum()
+        share = hard
+        if soft is not None:
+            total -= (scores @ self.weights[:, None] * soft).sum()
+            share = hard + self.weight_sum * soft
+        scores.exp2_()
+        sums = scores.sum(-1, keepdim=True)
+        total += (sums.log2() * share).sum()
+        if needs_gradient:
+            scores *= share / sums
+            scores.scatter_add_(1, target, -hard)
+            if soft is not None:
+                scores.addmm_(soft, self.weights[None], alpha=-1)
+        return total
+
+    def _add_bands(self, gradient: torch.Tensor, bands: list[torch.Tensor]) -> None:
+        """Write the gradient (labels, height, width) of an image, whose rows of logits occur in several bands."""
+        _, height, width = gradient.shape
+        total = bands[0].new_zeros(height, width * self.num_labels)
+        for row, band in zip(self.rows, bands):
+            total[row.logits] += band
+        gradient.copy_(total.view(height, width, -1).permute(2, 0, 1))
 
 
 def loss_and_gradient(
@@ -171,89 +329,8 @@ def loss_and_gradient(
     label_smoothing: float,
     needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss `()` and its gradient by the logits; an empty tensor where it is not needed.
-
-    With p the softmax of a pixel of class t, w the weights, W their sum, e the smoothing, C the number of classes and N
-    the sum of w[t] over the pixels, the loss of the pixel is ((1 - e) w[t] (-log p[t]) + e / C sum(w (-log p))) / N, and
-    its gradient ((1 - e) w[t] + e W / C) p - (1 - e) w[t] onehot(t) - e w / C, over N.
-    """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    num_labels, size, device = logits.shape[1], labels.shape[-2:], logits.device
-    labels = labels.long()
-    valid = labels != ignore_index
-    targets = labels.where(valid, 0)
-    if device.type == "cpu" and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < num_labels:
-        wrong = sorted({*targets[(targets < 0) | (targets >= num_labels)].tolist()})[:5]
-        raise ValueError(
-            f"Labels must be from 0 to {num_labels - 1} or the ignored {ignore_index}, got {wrong}. Check the number of "
-            "labels, and whether the masks need `do_reduce_labels` or a label map."
-        )
-    weights = (
-        torch.ones(num_labels, device=device, dtype=dtype)
-        if class_weights is None
-        else class_weights.to(device, dtype)
-    )
-    hard = weights[targets] * valid
-    total_weight = hard.sum(dtype=torch.float64)
-    scale = torch.where(total_weight > 0, 1 / total_weight, 0.0).to(dtype)
-    hard *= (1 - label_smoothing) * scale
-    soft = valid * (label_smoothing / num_labels * scale) if label_smoothing else None
-    weight_sum = weights.sum()
-
-    tile_size = CPU_TILE if device.type == "cpu" else GPU_TILE
-    rows, columns = (_tiles(*axis, device, dtype) for axis in zip(logits.shape[2:], size, tile_size))
-    buffer = torch.empty(
-        min(tile_size[0], size[0]) * min(tile_size[1], size[1]) * num_labels, device=device, dtype=dtype
-    )
-    total = torch.zeros((), device=device, dtype=torch.float64)
-    gradient = (
-        torch.empty_like(logits, memory_format=torch.contiguous_format) if needs_gradient else logits.new_empty(0)
-    )
-    with full_float32(device):
-        for image in range(len(logits)):
-            values = logits[image].permute(1, 2, 0).contiguous().to(dtype) / math.log(2)
-            greatest = values.amax(-1, keepdim=True)
-            needs_max_subtraction = bool((greatest - values.amin(-1, keepdim=True)).max() > MAX_LOGIT_RANGE)
-            values -= greatest  # softmax does not change, and the powers stay in range
-            values_gradient = torch.zeros_like(values) if needs_gradient else None
-            for row_pixels, of_row, row_weights in rows:
-                band = row_weights @ values[of_row].flatten(1)
-                band = (
-                    band.view(len(row_weights), -1, num_labels).transpose(0, 1).contiguous()
-                )  # (columns, height, labels)
-                band_gradient = torch.zeros_like(band) if needs_gradient else None
-                for column_pixels, of_column, column_weights in columns:
-                    pixels = (image, row_pixels, column_pixels)
-                    shape = (len(column_weights), len(row_weights) * num_labels)
-                    tile = buffer[: shape[0] * shape[1]].view(shape)
-                    torch.mm(column_weights, band[of_column].flatten(1), out=tile)
-                    scores = tile.view(-1, num_labels)  # (width * height, labels)
-                    target = targets[pixels].T.reshape(-1, 1)
-                    of_target = hard[pixels].T.reshape(-1, 1)
-                    if needs_max_subtraction:
-                        scores -= scores.amax(-1, keepdim=True)
-                    total -= (scores.gather(1, target) * of_target).sum()
-                    share = of_target
-                    if soft is not None:
-                        of_all = soft[pixels].T.reshape(-1, 1)
-                        total -= (scores @ weights[:, None] * of_all).sum()
-                        share = of_target + weight_sum * of_all
-                    scores.exp2_()
-                    sums = scores.sum(-1, keepdim=True)
-                    total += (sums.log2() * share).sum()
-                    if not needs_gradient:
-                        continue
-                    scores *= share / sums
-                    scores.scatter_add_(1, target, -of_target)
-                    if soft is not None:
-                        scores.addmm_(of_all, weights[None], alpha=-1)
-                    band_gradient[of_column].flatten(1).addmm_(column_weights.T, tile)
-                if needs_gradient:
-                    band_gradient = band_gradient.transpose(0, 1).reshape(len(row_weights), -1)
-                    values_gradient[of_row].flatten(1).addmm_(row_weights.T, band_gradient)
-            if needs_gradient:
-                gradient[image] = values_gradient.permute(2, 0, 1)
-    return (total * math.log(2)).to(dtype), gradient
+    """The loss `()` and its gradient by the logits; an empty tensor where it is not needed."""
+    return _TiledLoss(logits, labels, ignore_index, class_weights, label_smoothing).run(needs_gradient)
 
 
 def _shapes(
@@ -282,16 +359,26 @@ def _multiply_gradient(ctx, loss_gradient: torch.Tensor, _: torch.Tensor | None)
     return loss_gradient.to(gradient.dtype) * gradient, None, None, None, None, None
 
 
+def _operator_name() -> str:
+    """A name that other versions of this file, and of those that it imports, do not have.
+
+    An operator is registered once in a process, and remote code of several versions may be loaded into one.
+    """
+    parts = (product_dtype, merge_tiles, linear_matrix, run_in_threads, loss_and_gradient)
+    sources = [inspect.getsource(sys.modules[part.__module__]) for part in parts]
+    return f"upsampled_cross_entropy_{hashlib.sha256(''.join(sources).encode()).hexdigest()[:12]}"
+
+
 def _register() -> "torch.library.CustomOpDef | torch._ops.OpOverload":
     """The operator, made once in a process even if this file is loaded twice, as remote code may be."""
-    namespace, name = OPERATOR.split("::")
-    if hasattr(getattr(torch.ops, namespace), name):
-        return getattr(getattr(torch.ops, namespace), name)
+    name = _operator_name()
+    if hasattr(getattr(torch.ops, NAMESPACE), name):
+        return getattr(getattr(torch.ops, NAMESPACE), name)
     schema = (
         "(Tensor logits, Tensor labels, int ignore_index, Tensor? class_weights, float label_smoothing, "
         "bool needs_gradient) -> (Tensor, Tensor)"
     )
-    operator = torch.library.custom_op(OPERATOR, loss_and_gradient, mutates_args=(), schema=schema)
+    operator = torch.library.custom_op(f"{NAMESPACE}::{name}", loss_and_gradient, mutates_args=(), schema=schema)
     operator.register_fake(_shapes)
     operator.register_autograd(_multiply_gradient, setup_context=_keep_gradient)
     return operator

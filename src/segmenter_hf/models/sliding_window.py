@@ -1,210 +1,38 @@
-"""Windows of an image, and the exact merge of their patch logits as two small matrices.
+"""The merge of the windows of an image into its class map: plain, and fast.
 
-The published protocol (rstrudel/segmenter, segm/model/utils.py) upsamples the patch logits of each window to pixels,
-adds them up, divides by the number of windows over each pixel, resizes the result to the original size and flips it
-back. All of this is linear, and separable into rows and columns. With the patch logits of the windows side by side in
-one array L of shape (patch rows, patch columns, labels) it is
-
-    scores = A_rows @ L @ A_columns^T
-
-where A_rows has one row per pixel row of the original image. The matrices are built once per geometry in float64. They
-are applied tile by tile, with the few columns that are not zero in a tile, so that the upsampled logits of a whole
-image never exist. Rows of the image are merged as soon as the windows over them are there, and logits that no later row
-needs are dropped: an image of any height needs the memory of about two rows of windows.
+[`plain_merge_windows`] says what it is: upsample the patch logits of each window, add, divide, resize, flip back, softmax,
+mean over the views, argmax. [`merge_windows`] gives the same from the matrices of `window_geometry`, tile by tile, so that the
+upsampled logits of a whole image never exist. Rows of the image are merged as soon as the windows over them are there, and
+logits that no later row needs are dropped: an image of any height needs the memory of about two rows of windows.
 """
 
 import math
-import threading
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Sequence
 
-import numpy as np
 import torch
+from torch.nn.functional import interpolate
+
+from .window_geometry import Axis, Tile, Window, merge_tiles
+from .worker_threads import run_in_threads
 
 
 # Values of a tile: on the CPU as many as fit its cache, on a GPU enough to keep it busy.
 CPU_TILE_VALUES, GPU_TILE_VALUES = 2**17, 2**25
 CPU_TILE_HEIGHT = 32
-MAX_WINDOWS = 2**20  # of a view; their description alone takes some 100 MB
 # Softmax is taken without a pass for its maximum where no class is further than this below the best one of its patch:
 # the sum of a pixel is then at least e^-60, far from the smallest float32.
 MAX_LOGIT_RANGE = 60.0
 
 
-class Window(NamedTuple):
-    """One row of `window_offsets`: where a window lies, in pixels, in a view (an image resized and maybe flipped)."""
+def product_dtype(device: torch.device) -> torch.dtype:
+    """The type in which products of matrices are exact to float32: float64 where those of float32 are set to less.
 
-    image: int
-    view: int
-    flip: int
-    top: int
-    left: int
-    height: int
-    width: int
-    view_height: int
-    view_width: int
-    image_height: int
-    image_width: int
-
-
-class Tile(NamedTuple):
-    """Pixels `start` to `stop` of an axis as `weights` (stop - start, n) times n patches of the axis.
-
-    These lie from `first_patch` to `last_patch` (exclusive); `patches` (n) counts from the first and is `None` for all.
+    That is so with `torch.set_float32_matmul_precision("high")`, for instance. The setting is one for all threads, and not of
+    this file: it is looked at and not changed.
     """
-
-    start: int
-    stop: int
-    first_patch: int
-    last_patch: int
-    patches: torch.Tensor | None
-    weights: torch.Tensor
-
-    def select(self, values: torch.Tensor, offset: int = 0) -> torch.Tensor:
-        """Its patches out of `values`, whose first row is the patch `offset`."""
-        values = values[self.first_patch - offset : self.last_patch - offset]
-        return values if self.patches is None else values.index_select(0, self.patches)
-
-
-def window_starts(side: int, window_size: int, window_stride: int) -> list[int]:
-    """First pixels of the windows along a side: multiples of the stride, and one window that ends at the border.
-
-    Args:
-        side (`int`): Length of the side in pixels, at least `window_size`.
-        window_size (`int`): Length of a window in pixels.
-        window_stride (`int`): Distance of two windows in pixels, from 1 to `window_size`.
-
-    Returns:
-        `list[int]`: Ascending first pixels.
-
-    Raises:
-        ValueError: If the windows cannot cover the side.
-    """
-    if not 1 <= window_stride <= window_size:
-        raise ValueError(
-            f"`window_stride` must be from 1 to `window_size` ({window_size}), or pixels are left out; got "
-            f"{window_stride}."
-        )
-    if side < window_size:
-        raise ValueError(
-            f"A side of {side} pixels is shorter than `window_size` {window_size}: resize the image first."
-        )
-    return [*range(0, side - window_size, window_stride), side - window_size]
-
-
-def window_corners(height: int, width: int, window_size: int, window_stride: int) -> list[tuple[int, int]]:
-    """The (top, left) pixels of the windows of an image, row by row.
-
-    Args:
-        height (`int`), width (`int`): Size of the image in pixels.
-        window_size (`int`): Side of a window in pixels.
-        window_stride (`int`): Distance of two windows in pixels.
-
-    Returns:
-        `list[tuple[int, int]]`: The corners.
-
-    Raises:
-        ValueError: If the windows cannot cover the image.
-    """
-    lefts, tops = (window_starts(side, window_size, window_stride) for side in (width, height))
-    if len(tops) * len(lefts) > MAX_WINDOWS:
-        raise ValueError(
-            f"An image of {height} x {width} pixels would have {len(tops) * len(lefts)} windows, expected at most "
-            f"{MAX_WINDOWS}: raise `window_stride`, which is {window_stride}."
-        )
-    return [(top, left) for top in tops for left in lefts]
-
-
-def linear_taps(
-    old: int, new: int, first: int = 0, last: int | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where `interpolate(mode="linear", align_corners=False)` from `old` to `new` samples looks for `first` to `last`.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray, np.ndarray]`: Two old samples of each new one, and the weight of the second one.
-    """
-    positions = np.maximum((np.arange(first, new if last is None else last) + 0.5) * (old / new) - 0.5, 0)
-    lower = np.minimum(positions.astype(np.int64), old - 1)
-    return lower, np.minimum(lower + 1, old - 1), positions - lower
-
-
-@lru_cache(maxsize=16)
-def upsampling_matrix(patches: int, padded_window: int, window: int) -> np.ndarray:
-    """The matrix (window, patches) from the patches of a window to its pixels, in float64."""
-    lower, upper, share = linear_taps(patches, padded_window, 0, window)
-    matrix, pixels = np.zeros((window, patches)), np.arange(window)
-    matrix[pixels, lower] += 1 - share
-    matrix[pixels, upper] += share
-    return matrix
-
-
-def merge_matrix(
-    starts: Sequence[int],
-    window: int,
-    padded_window: int,
-    patches: int,
-    view_side: int,
-    side: int,
-    first: int = 0,
-    last: int | None = None,
-) -> np.ndarray:
-    """The matrix from the patch logits of the windows along an axis to pixels of the original image.
-
-    Args:
-        starts (`Sequence[int]`): First pixel of each window.
-        window (`int`): Length of a window in pixels.
-        padded_window (`int`): Length after the model padded it to whole patches.
-        patches (`int`): Patch logits of a window along this axis; they span `padded_window` pixels.
-        view_side (`int`): Length in pixels of the side that the windows cover.
-        side (`int`): Length in pixels of the side of the original image.
-        first (`int`, defaults to 0), last (`int`, *optional*): The pixels of the original image that are wanted.
-
-    Returns:
-        `np.ndarray` of shape `(last - first, len(starts) * patches)`, float64; each row sums to 1.
-    """
-    lower, upper, share = linear_taps(view_side, side, first, last)
-    begin, end = lower[0], upper[-1] + 1
-    upsampling = upsampling_matrix(patches, padded_window, window)
-    matrix, count = np.zeros((end - begin, len(starts) * patches)), np.zeros((end - begin, 1))
-    for index, start in enumerate(starts):
-        low, high = max(begin, start), min(end, start + window)
-        if low < high:
-            matrix[low - begin : high - begin, index * patches : (index + 1) * patches] += upsampling[
-                low - start : high - start
-            ]
-            count[low - begin : high - begin] += 1
-    matrix /= count
-    return (1 - share[:, None]) * matrix[lower - begin] + share[:, None] * matrix[upper - begin]
-
-
-@lru_cache(maxsize=256)
-def merge_tiles(
-    starts: tuple[int, ...],
-    window: int,
-    padded_window: int,
-    patches: int,
-    view_side: int,
-    side: int,
-    flip: bool,
-    tile_size: int,
-    device: torch.device,
-) -> tuple[Tile, ...]:
-    """[`merge_matrix`] in float32, mirrored for a flipped view, cut into tiles without their zero columns."""
-    tiles = []
-    for start in range(0, side, tile_size):
-        stop = min(start + tile_size, side)
-        pixels = (side - stop, side - start) if flip else (start, stop)
-        rows = merge_matrix(starts, window, padded_window, patches, view_side, side, *pixels)
-        used = rows.any(0).nonzero()[0]
-        weights = torch.from_numpy(np.ascontiguousarray(rows[::-1, used] if flip else rows[:, used], np.float32))
-        first_patch, last_patch = int(used[0]), int(used[-1]) + 1
-        gaps = len(used) < last_patch - first_patch
-        columns = torch.from_numpy(used - first_patch).to(device) if gaps else None
-        tiles.append(Tile(start, stop, first_patch, last_patch, columns, weights.to(device)))
-    return tuple(tiles)
+    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    return torch.float32 if matmul.fp32_precision in ("none", "ieee") else torch.float64
 
 
 def tile_size(size: tuple[int, int], num_labels: int, device: torch.device) -> tuple[int, int]:
@@ -214,52 +42,39 @@ def tile_size(size: tuple[int, int], num_labels: int, device: torch.device) -> t
     return max(GPU_TILE_VALUES // (size[1] * num_labels), 1), size[1]
 
 
-_settings_lock = threading.Lock()
-_inside: Counter[str] = Counter()  # threads within `full_float32`
-_outside: dict[str, str] = {}  # the precision that they found
+def plain_merge_windows(
+    logits: torch.Tensor, windows: Sequence[Window], patch_size: int, size: tuple[int, int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of the merge for one image, one window after the other; holds the upsampled logits.
 
+    Args:
+        logits (`torch.FloatTensor` of shape `(num_windows, num_labels, patch_height, patch_width)`): The model's output.
+        windows (`Sequence[Window]`): What each row of the logits is.
+        patch_size (`int`): Side in pixels to whose multiple the model pads its input.
+        size (`tuple[int, int]`, *optional*): (height, width) in pixels of the map; the original size by default.
 
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """Products of float32 in float32, not in TF32 or bfloat16, whatever is set outside."""
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    matmul = torch.backends.cuda.matmul if kind == "cuda" else torch.backends.mkldnn.matmul
-    with _settings_lock:  # one setting for all threads: the first one in changes it, the last one out puts it back
-        if _inside[kind] == 0:
-            _outside[kind] = matmul.fp32_precision
-            if _outside[kind] != "ieee":
-                matmul.fp32_precision = "ieee"
-        _inside[kind] += 1
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        with _settings_lock:
-            _inside[kind] -= 1
-            if _inside[kind] == 0 and _outside[kind] != "ieee":
-                matmul.fp32_precision = _outside[kind]
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """Operations of the CPU on the calling thread alone.
-
-    To share operations of some microseconds out to threads gains little, and costs milliseconds for each while another
-    process wants the cores.
+    Returns:
+        `tuple[torch.LongTensor, torch.FloatTensor]`: The class map (height, width) and the class probabilities (num_labels,
+        height, width), in the type of the logits.
     """
-    previous = torch.get_num_threads()
-    if previous == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    # That holds for this thread, and for good in all that are started from now on: for those another thread takes it back.
-    others = threading.Thread(target=torch.set_num_threads, args=(previous,))
-    others.start()
-    others.join()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(previous)
+    logits = with_background(logits)
+    probabilities = []
+    for view in sorted({window.view for window in windows}):
+        indices = [index for index, window in enumerate(windows) if window.view == view]
+        first = windows[indices[0]]
+        total = logits.new_zeros(logits.shape[1], first.view_height, first.view_width)
+        count = logits.new_zeros(first.view_height, first.view_width)
+        padded = [-(-side // patch_size) * patch_size for side in (first.height, first.width)]
+        for index in indices:
+            _, _, _, top, left, height, width, *_ = windows[index]
+            pixels = interpolate(logits[index][None], size=padded, mode="bilinear")[0]
+            total[:, top : top + height, left : left + width] += pixels[:, :height, :width]
+            count[top : top + height, left : left + width] += 1
+        map_size = (first.image_height, first.image_width) if size is None else size
+        merged = interpolate((total / count)[None], size=map_size, mode="bilinear")[0]
+        probabilities.append((merged.flip(-1) if first.flip else merged).softmax(0))
+    scores = torch.stack(probabilities).mean(0)
+    return scores.argmax(0), scores
 
 
 class _View:
@@ -288,6 +103,9 @@ class _View:
         self.first_patch = 0
         self.logits: torch.Tensor | None = None
         self.needs_max_subtraction = False
+        self.patch_rows = 0
+        self.rows: tuple[Tile, ...] = ()
+        self.columns: tuple[Tile, ...] = ()
 
     def make_tiles(
         self,
@@ -296,35 +114,36 @@ class _View:
         size: tuple[int, int],
         tile: tuple[int, int],
         device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         """Look up the tiles of both axes of a map of `size`, for windows of `patches` (rows, columns) patch logits."""
-        window, self.patch_rows, tiles = self.window, patches[0], []
-        for axis, (starts, length, view_side) in enumerate(
+        window, tiles = self.window, []
+        for index, (starts, length, view_side) in enumerate(
             ((self.tops, window.height, window.view_height), (self.lefts, window.width, window.view_width))
         ):
             padded = -(-length // patch_size) * patch_size
-            if padded % patches[axis] and patches[axis] % padded:
+            if padded % patches[index] and patches[index] % padded:
                 raise ValueError(
-                    f"Logits of {patches[axis]} patches do not fit a window of {length} pixels and a patch size of "
+                    f"Logits of {patches[index]} patches do not fit a window of {length} pixels and a patch size of "
                     f"{patch_size}: set `patch_size` of the image processor to that of the model."
                 )
-            flip = bool(window.flip) and axis == 1
-            geometry = (tuple(starts), length, padded, patches[axis], view_side, size[axis], flip)
-            tiles.append(merge_tiles(*geometry, tile[axis], device))
-        self.rows, self.columns = tiles
+            flip = bool(window.flip) and index == 1
+            axis = Axis(tuple(starts), length, padded, patches[index], view_side, size[index], flip)
+            tiles.append(merge_tiles(axis, tile[index], device, dtype))
+        self.patch_rows, (self.rows, self.columns) = patches[0], tiles
 
     def add(self, top: int, left: int, logits: torch.Tensor) -> None:
         """Keep the logits (labels, height, width) of a window."""
         self.waiting[top][left] = logits.permute(1, 2, 0)
 
-    def take_complete_rows(self, for_softmax: bool) -> None:
+    def take_complete_rows(self, for_softmax: bool, dtype: torch.dtype) -> None:
         """Put the windows of the next rows of windows side by side."""
         parts = [] if self.logits is None else [self.logits]
         while self.complete_rows < len(self.tops):
             row = self.waiting[self.tops[self.complete_rows]]
             if len(row) < len(self.lefts):
                 break
-            part = torch.cat([row[left] for left in self.lefts], 1).float()
+            part = torch.cat([row[left] for left in self.lefts], 1).to(dtype)
             if for_softmax:
                 # In units of log 2, because `exp2` is several times as fast as `exp`; at most 0, so that it cannot overflow.
                 part = (part - part.amax(-1, keepdim=True)) * math.log2(math.e)
@@ -337,8 +156,16 @@ class _View:
 
     def forget(self, first_patch: int) -> None:
         """Drop the patch rows before this one."""
-        self.logits = self.logits[first_patch - self.first_patch :].clone()
+        if self.logits is not None:
+            self.logits = self.logits[first_patch - self.first_patch :].clone()
         self.first_patch = first_patch
+
+    def merge_row(self, row: int) -> torch.Tensor:
+        """The logits of a row of tiles, merged along the rows only: (patch columns, height * labels)."""
+        tile, logits = self.rows[row], self.logits
+        assert logits is not None  # a row is merged when its windows were added
+        band = tile.weights @ tile.select(logits, self.first_patch).flatten(1)
+        return band.view(len(tile.weights), -1, logits.shape[-1]).transpose(0, 1).flatten(1)
 
 
 def _missing_windows(view: Window, number: int) -> ValueError:
@@ -392,6 +219,7 @@ class WindowMerger:
         self._views = {view: _View(of_view) for view, of_view in views.items()}
         self.size = (windows[0].image_height, windows[0].image_width) if size is None else (int(size[0]), int(size[1]))
         self.patch_size, self.return_scores, self.dtype = patch_size, return_scores, dtype
+        self._needs_softmax = return_scores or len(self._views) > 1
         self.segmentation: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
         self._merged_tiles = 0
@@ -411,71 +239,67 @@ class WindowMerger:
             self._prepare(logits)
         for window, window_logits in zip(windows, logits):
             self._views[window.view].add(window.top, window.left, window_logits)
-        with full_float32(logits.device), single_thread():
-            self._merge_complete_rows(list(self._views.values()))
+        self._merge_complete_rows(list(self._views.values()), logits.device)
 
-    def _merge_complete_rows(self, views: list[_View]) -> None:
-        for view in views:
-            view.take_complete_rows(for_softmax=self.return_scores or len(views) > 1)
-        number = len(views[0].rows)
-        ready = self._merged_tiles
-        while ready < number and all(v.rows[ready].last_patch <= v.complete_rows * v.patch_rows for v in views):
-            ready += 1
-        if ready == self._merged_tiles:
-            return
-        self._merge_rows(views, range(self._merged_tiles, ready))
-        self._merged_tiles = ready
-        for view in views:
-            view.forget(view.rows[ready].first_patch if ready < number else view.rows[-1].last_patch)
+    def _prepare(self, logits: torch.Tensor) -> None:
+        num_labels, device = logits.shape[1], logits.device
+        self._tile = tile_size(self.size, num_labels, device)
+        self._product_dtype = product_dtype(device)
+        for view in self._views.values():
+            view.make_tiles(logits.shape[2:], self.patch_size, self.size, self._tile, device, self._product_dtype)
+        self.segmentation = torch.empty(self.size, dtype=self.dtype, device=device)
+        if self.return_scores:
+            self.scores = torch.empty(num_labels, *self.size, device=device)
 
     @property
     def is_complete(self) -> bool:
         """Whether all windows were added, so that `segmentation` and `scores` are whole."""
         return self.segmentation is not None and self._merged_tiles * self._tile[0] >= self.size[0]
 
-    def _prepare(self, logits: torch.Tensor) -> None:
-        num_labels = logits.shape[1]
-        self._tile = tile_size(self.size, num_labels, logits.device)
-        for view in self._views.values():
-            view.make_tiles(logits.shape[2:], self.patch_size, self.size, self._tile, logits.device)
-        self.segmentation = torch.empty(self.size, dtype=self.dtype, device=logits.device)
-        if self.return_scores:
-            self.scores = torch.empty(num_labels, *self.size, device=logits.device)
+    def _merge_complete_rows(self, views: list[_View], device: torch.device) -> None:
+        run_in_threads(lambda view: view.take_complete_rows(self._needs_softmax, self._product_dtype), views, device)
+        number = len(views[0].rows)
+        ready = self._merged_tiles
+        while ready < number and all(v.rows[ready].last_patch <= v.complete_rows * v.patch_rows for v in views):
+            ready += 1
+        if ready == self._merged_tiles:
+            return
+        run_in_threads(lambda row: self._merge_row(views, row), range(self._merged_tiles, ready), device)
+        self._merged_tiles = ready
+        for view in views:
+            view.forget(view.rows[ready].first_patch if ready < number else view.rows[-1].last_patch)
 
-    def _merge_rows(self, views: list[_View], tiles: range) -> None:
-        """Merge the rows of the image in these tiles."""
-        num_labels = views[0].logits.shape[-1]
-        needs_softmax = self.return_scores or len(views) > 1
+    def _merge_row(self, views: list[_View], row: int) -> None:
+        """Merge a row of tiles of the map."""
+        bands = [view.merge_row(row) for view in views]
+        top, bottom = views[0].rows[row].start, views[0].rows[row].stop
         # Tiles are computed in place: fresh memory for each would cost more than the arithmetic.
-        pixels = min(self._tile[0], self.size[0]) * min(self._tile[1], self.size[1])
-        buffers = torch.empty(2, pixels * num_labels, device=self.segmentation.device)
-        for row in tiles:
-            bands = []
-            for view in views:
-                tile = view.rows[row]
-                top, bottom = tile.start, tile.stop
-                band = tile.weights @ tile.select(view.logits, view.first_patch).flatten(1)
-                band = band.view(bottom - top, -1, num_labels).transpose(0, 1)
-                bands.append(band.flatten(1))  # (patch columns, height * labels)
-            for column in range(len(views[0].columns)):
-                left, right = views[0].columns[column].start, views[0].columns[column].stop
-                shape = (right - left, (bottom - top) * num_labels)
-                values, total = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
-                by_pixel, merged = values.view(-1, num_labels), total.view(-1, num_labels)
-                if needs_softmax:
-                    merged.zero_()
-                for view, band in zip(views, bands):
-                    tile = view.columns[column]
-                    torch.mm(tile.weights, tile.select(band), out=values)
-                    if needs_softmax:
-                        if view.needs_max_subtraction:
-                            by_pixel.sub_(by_pixel.amax(-1, keepdim=True))
-                        values.exp2_()
-                        merged.addcdiv_(by_pixel, by_pixel.sum(-1, keepdim=True))
-                merged = (merged if needs_softmax else values).view(right - left, bottom - top, num_labels)
-                self.segmentation[top:bottom, left:right] = argmax_classes(merged).T
-                if self.return_scores:
-                    torch.div(merged.permute(2, 1, 0), len(views), out=self.scores[:, top:bottom, left:right])
+        values = bands[0].new_empty(min(self._tile[1], self.size[1]) * bands[0].shape[1])
+        total = torch.empty_like(values) if self._needs_softmax else values
+        num_labels = bands[0].shape[1] // (bottom - top)
+        for column, tile in enumerate(views[0].columns):
+            left, right = tile.start, tile.stop
+            merged = total[: (right - left) * bands[0].shape[1]].view(-1, num_labels)
+            if self._needs_softmax:
+                merged.zero_()
+            for view, band in zip(views, bands):
+                tile = view.columns[column]
+                logits = values[: merged.numel()].view(right - left, -1)
+                torch.mm(tile.weights, tile.select(band), out=logits)
+                if self._needs_softmax:
+                    add_softmax(merged, logits.view(-1, num_labels), view.needs_max_subtraction)
+            merged = merged.view(right - left, bottom - top, num_labels)
+            self.segmentation[top:bottom, left:right] = argmax_classes(merged).T
+            if self.scores is not None:
+                self.scores[:, top:bottom, left:right] = merged.permute(2, 1, 0) / len(views)
+
+
+def add_softmax(total: torch.Tensor, logits: torch.Tensor, needs_max_subtraction: bool) -> None:
+    """Add the softmax of logits (pixels, labels) in units of log 2 to a total of that shape; the logits are lost."""
+    if needs_max_subtraction:
+        logits.sub_(logits.amax(-1, keepdim=True))
+    logits.exp2_()
+    total.addcdiv_(logits, logits.sum(-1, keepdim=True))
 
 
 def merge_windows(
@@ -537,12 +361,4 @@ def merge_windows(
     return merged
 
 
-__all__ = [
-    "Window",
-    "WindowMerger",
-    "linear_taps",
-    "merge_matrix",
-    "merge_windows",
-    "window_corners",
-    "window_starts",
-]
+__all__ = ["WindowMerger", "merge_windows", "plain_merge_windows"]
