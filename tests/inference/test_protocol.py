@@ -59,6 +59,7 @@ def test_fields_out_of_range_are_refused(fields) -> None:
         {"rescale_factor": 1.0},
         {"do_convert_rgb": False},
         {"do_split_windows": False},
+        {"do_resize_to_window": True},
     ],
     ids=str,
 )

@@ -6,8 +6,11 @@ import torch
 from PIL import Image
 
 from segmenter_hf.data.label_sets import load_label_set
+from segmenter_hf.data.loading import load_segmentation_datasets
+from segmenter_hf.inference.files import find_images
 from segmenter_hf.inference.predictor import Predictor, Segmentation
 from segmenter_hf.inference.protocol import InferenceProtocol
+from segmenter_hf.models.image_io import IMAGE_SUFFIXES
 
 from ..prediction import make_predictor
 from ..tiny_models import save_tiny_scenes_model
@@ -75,3 +78,13 @@ def test_other_errors_end_the_stream(model, processor) -> None:
 
     with pytest.raises(ConnectionError):
         list(make_predictor(model, processor).stream([("a", fail)]))
+
+
+def test_whatever_is_predicted_from_a_folder_can_be_trained_on(tmp_path) -> None:
+    for suffix in IMAGE_SUFFIXES:
+        for folder in ("images", "masks"):
+            (tmp_path / folder / "train").mkdir(parents=True, exist_ok=True)
+        image().convert("RGB").save(tmp_path / "images" / "train" / f"a{suffix[1:]}{suffix}")
+        Image.new("L", (52, 40), 1).save(tmp_path / "masks" / "train" / f"a{suffix[1:]}.png")
+    dataset = load_segmentation_datasets(str(tmp_path), splits=["train"])["train"]
+    assert len(dataset) == len(find_images([tmp_path / "images"])) == len(IMAGE_SUFFIXES)

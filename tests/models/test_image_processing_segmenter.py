@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor
 
 from segmenter_hf import SegmenterImageProcessor, SegmenterImageProcessorPil
 from segmenter_hf.models import image_io as image_io
-from segmenter_hf.models import image_processing_segmenter
+from segmenter_hf.models import resampling
 from segmenter_hf.models.image_io import pil_to_array
 from segmenter_hf.models.resampling import resize_image, resize_labels, resized_size
 from segmenter_hf.models.window_geometry import Window

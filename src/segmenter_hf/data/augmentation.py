@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 
+from ..models.resampling import linear_taps
 
-Window = tuple[int, int, int, int]  # top, left, height, width, in pixels
+
+CropBox = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
 _NUM_CROP_DRAWS = 11  # a first one and ten more, as mmsegmentation's RandomCrop; the last one stands unchecked
 _BRIGHTNESS_DELTA = 32.0
@@ -131,7 +133,7 @@ def rescaled_size(image_size: tuple[int, int], size: int, max_ratio: float, rati
     return height, width
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int], window: Window | None = None) -> np.ndarray:
+def resize_image(image: np.ndarray, size: tuple[int, int], window: CropBox | None = None) -> np.ndarray:
     """Resizes an image, bilinear without antialiasing (`align_corners=False`), and returns a window of the result.
 
     Args:
@@ -146,18 +148,18 @@ def resize_image(image: np.ndarray, size: tuple[int, int], window: Window | None
         `np.ndarray` of shape `(window height, window width, channels)` and dtype `uint8`.
     """
     top, left, height, width = window or (0, 0, *size)
-    low_row, high_row, row_weight = _bilinear_taps(image.shape[0], size[0], top, height)
-    low_column, high_column, column_weight = _bilinear_taps(image.shape[1], size[1], left, width)
+    low_row, high_row, row_weight = linear_taps(image.shape[0], size[0], top, top + height)
+    low_column, high_column, column_weight = linear_taps(image.shape[1], size[1], left, left + width)
     first = low_column[0]
     source = image[:, first : high_column[-1] + 1].astype(np.float32)
     rows = source[low_row]
-    rows += (source[high_row] - rows) * row_weight[:, None, None]
+    rows += (source[high_row] - rows) * row_weight.astype(np.float32)[:, None, None]
     result = rows[:, low_column - first]
-    result += (rows[:, high_column - first] - result) * column_weight[:, None]
+    result += (rows[:, high_column - first] - result) * column_weight.astype(np.float32)[:, None]
     return np.rint(result, out=result).astype(np.uint8)
 
 
-def resize_mask(mask: np.ndarray, size: tuple[int, int], window: Window | None = None) -> np.ndarray:
+def resize_mask(mask: np.ndarray, size: tuple[int, int], window: CropBox | None = None) -> np.ndarray:
     """Resizes a mask to the nearest label (pixel centres aligned, as PIL), and returns a window of the result.
 
     Args:
@@ -177,14 +179,6 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int], window: Window | None =
     return mask[rows[:, None], columns]
 
 
-def _bilinear_taps(length: int, new_length: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the two source indices of each new position, and the weight of the second."""
-    position = (np.arange(start, start + count) + 0.5) * (length / new_length) - 0.5
-    position = position.clip(0, length - 1)
-    low = position.astype(np.intp)
-    return low, np.minimum(low + 1, length - 1), (position - low).astype(np.float32)
-
-
 def _nearest_taps(length: int, new_length: int, start: int, count: int) -> np.ndarray:
     position = (np.arange(start, start + count) + 0.5) * (length / new_length)
     return np.minimum(position.astype(np.intp), length - 1)
@@ -197,7 +191,7 @@ def draw_crop_window(
     cat_max_ratio: float,
     ignore_index: int,
     rng: Generator,
-) -> Window:
+) -> CropBox:
     """Draws where to crop, and again up to 10 times until the crop is balanced; the last draw stands.
 
     Args:

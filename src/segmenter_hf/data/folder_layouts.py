@@ -35,6 +35,8 @@ import pyarrow.parquet as pq
 from datasets.iterable_dataset import ArrowExamplesIterable
 from datasets.table import table_cast
 
+from ..models.image_io import IMAGE_SUFFIXES
+
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,6 @@ _SPLIT_ALIASES = {
     "test": ("test", "testing"),
 }
 _MASK_FOLDERS = ("masks", "annotations", "labels")
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 _CITYSCAPES_ENDINGS = ("_gtFine_labelIds.png", f"_gtFine{TRAIN_IDS_ENDING}")
 _VOC_LISTS = {"SegmentationClass": "Segmentation", "SegmentationClassContext": "SegmentationContext"}
 _KNOWN_FOLDERS = ("ADEChallengeData2016", "VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010")
@@ -200,7 +201,7 @@ def _two_folders(root: Path, pattern: str) -> FolderSplit | None:
 def _files_by_stem(folder: Path) -> dict[str, Path]:
     files = {}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir():
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir():
             stem = path.relative_to(folder).with_suffix("").as_posix()
             if stem in files:
                 raise ValueError(f"{folder}: two files have one name, {files[stem].name} and {path.name}. Keep one.")

@@ -20,6 +20,7 @@ PIXEL_FIELDS = (
     "image_mean",
     "image_std",
     "do_split_windows",
+    "do_resize_to_window",
 )
 
 

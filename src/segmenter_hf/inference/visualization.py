@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..models.image_io import pil_to_array
 
 
-Picture = Image.Image | np.ndarray
+ImageOrArray = Image.Image | np.ndarray
 Segmentation = np.ndarray | torch.Tensor
 Entry = tuple[tuple[int, int, int] | None, str, str]  # colour of the swatch, name, share
 
@@ -91,7 +91,7 @@ def label_map_image(segmentation: Segmentation, palette: np.ndarray) -> Image.Im
 
 
 def overlay(
-    image: Picture,
+    image: ImageOrArray,
     segmentation: Segmentation,
     palette: np.ndarray,
     alpha: float = 0.5,
@@ -138,7 +138,7 @@ def overlay(
 
 
 def with_legend(
-    picture: Picture,
+    picture: ImageOrArray,
     segmentation: Segmentation,
     id2label: Mapping[int, str],
     palette: np.ndarray,
@@ -184,7 +184,7 @@ def with_legend(
 
 
 def prediction_grid(
-    rows: Sequence[tuple[Picture, Segmentation | None, Segmentation]],
+    rows: Sequence[tuple[ImageOrArray, Segmentation | None, Segmentation]],
     palette: np.ndarray,
     id2label: Mapping[int, str],
     column_titles: tuple[str, str, str] = ("image", "ground truth", "prediction"),
@@ -257,7 +257,7 @@ def prediction_grid(
 
 
 def attention_overlay(
-    picture: Picture, attention: np.ndarray, point: tuple[int, int] | None = None, alpha: float = 0.7
+    picture: ImageOrArray, attention: np.ndarray, point: tuple[int, int] | None = None, alpha: float = 0.7
 ) -> Image.Image:
     """Lays attention over a darkened photograph, from nothing over red and orange to white.
 
@@ -402,7 +402,7 @@ def _class_ids(segmentation: Segmentation, num_labels: int, ignore_index: int) -
     return ids, ignored
 
 
-def _rgb(picture: Picture) -> Image.Image:
+def _rgb(picture: ImageOrArray) -> Image.Image:
     if isinstance(picture, Image.Image):
         return as_rgb(picture)
     if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
