@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from ..conversion.convert import SOURCE_FORMATS, check_output, convert_checkpoint
-from ..conversion.download import cache_folder, download_checkpoint
+from ..conversion.download import cache_folder, download_checkpoint, encoder_beside
 from ..hub.published_models import PublishedModel, get_published_model, list_published_models
 from .errors import cli_main
 from .parsing import build_parser, parse_arguments
@@ -43,6 +43,9 @@ class ConversionArguments:
     config_path: str | None = field(
         default=None,
         metadata={"help": "Configuration of the weights; variant.yml beside them for rstrudel/segmenter."},
+    )
+    encoder_path: str | None = field(
+        default=None, metadata={"help": "Encoder of a checkpoint that is a head alone, as DINOv2's heads are."}
     )
     source_format: str = field(
         default="auto", metadata={"help": f"Format of the checkpoint: auto, {', '.join(SOURCE_FORMATS)}."}
@@ -81,16 +84,19 @@ def convert(args: ConversionArguments) -> tuple[Path, PublishedModel | None]:
     if args.output_dir is None:
         raise ValueError("Give --output_dir DIR, the directory to write.")
     published, checkpoint_path, label_set = None, args.checkpoint_path, args.label_set
+    encoder_path = args.encoder_path
     if args.model is not None:
         published = get_published_model(args.model)
         label_set = label_set or published.dataset
         # before a long download
         check_output(Path(args.output_dir), args.overwrite, cache_folder(published, args.cache_dir))
         checkpoint_path = download_checkpoint(published, args.cache_dir)
+        encoder_path = encoder_path or encoder_beside(published, checkpoint_path)
     output_dir = convert_checkpoint(
         checkpoint_path,
         args.output_dir,
         config_path=args.config_path,
+        encoder_path=encoder_path,
         source_format=args.source_format,
         label_set=label_set,
         image_size=args.image_size,
@@ -132,7 +138,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def published_scores(model: PublishedModel) -> str:
     """The published mIoU in words, in percent."""
-    scores = f"{model.miou_single_scale:.2f} % single scale"
-    if model.miou_multi_scale_flip is not None:
-        scores += f", {model.miou_multi_scale_flip:.2f} % multi-scale + flip"
-    return scores
+    protocols = {"single scale": model.miou_single_scale, "multi-scale + flip": model.miou_multi_scale_flip}
+    scores = [f"{score:.2f} % {name}" for name, score in protocols.items() if score is not None]
+    return ", ".join(scores) or "none"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..data.label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, list_label_sets, load_label_set
 from ..models.image_processing_segmenter import SegmenterImageProcessor
 from ..utils.atomic_files import MODEL_FILES, atomic_directory, check_replaceable
-from . import mmsegmentation, paddlevit, rstrudel, setr, vit_checkpoints
+from . import dinov2_heads, mmsegmentation, paddlevit, rstrudel, setr, vit_checkpoints
 from .adaptation import adapt
 from .safe_loading import Checkpoint, read_checkpoint, sha256_of
 from .state_dicts import Conversion, load_weights, rename_weights
@@ -28,6 +28,7 @@ SOURCE_FORMATS = {
     "mmsegmentation": mmsegmentation,
     "setr": setr,
     "paddlevit": paddlevit,
+    "dinov2_head": dinov2_heads,
     "vit": vit_checkpoints,
 }
 
@@ -37,6 +38,7 @@ def convert_checkpoint(
     output_dir: str | os.PathLike,
     *,
     config_path: str | os.PathLike | None = None,
+    encoder_path: str | os.PathLike | None = None,
     source_format: str = "auto",
     label_set: str | None = None,
     image_size: int | None = None,
@@ -54,7 +56,8 @@ def convert_checkpoint(
         checkpoint_path (`str` or `os.PathLike`): The file of the weights, or a directory that holds one.
         output_dir (`str` or `os.PathLike`): The directory to write.
         config_path (`str` or `os.PathLike`, *optional*): The configuration that belongs to the weights. By default
-            `variant.yml` beside the checkpoint for rstrudel/segmenter.
+            `variant.yml` beside the checkpoint for rstrudel/segmenter, `..._config.py` for a head of DINOv2.
+        encoder_path (`str` or `os.PathLike`, *optional*): The encoder of a checkpoint that is a head alone.
         source_format (`str`, defaults to `"auto"`): One of `SOURCE_FORMATS`, or `"auto"` to tell by the keys.
         label_set (`str`, *optional*): Name of a label set, or path of a JSON file with one. By default the checkpoint
             and the name of its dataset say what the classes are called.
@@ -87,7 +90,9 @@ def convert_checkpoint(
     """
     checkpoint_path, output_dir = Path(checkpoint_path), Path(output_dir)
     check_output(output_dir, overwrite, checkpoint_path)
-    converted = build(checkpoint_path, config_path, source_format, label_set, image_size, num_channels, model_type)
+    converted = build(
+        checkpoint_path, config_path, encoder_path, source_format, label_set, image_size, num_channels, model_type
+    )
     if source_url is not None:
         converted.model.config.provenance["url"] = source_url
     with atomic_directory(output_dir.absolute()) as temporary:
@@ -106,6 +111,7 @@ def verify_conversion(
     output_dir: str | os.PathLike,
     *,
     config_path: str | os.PathLike | None = None,
+    encoder_path: str | os.PathLike | None = None,
     source_format: str = "auto",
     image_size: int | None = None,
     num_channels: int | None = None,
@@ -116,7 +122,7 @@ def verify_conversion(
     Args:
         checkpoint_path (`str` or `os.PathLike`): The checkpoint that was converted.
         output_dir (`str` or `os.PathLike`): What it was converted into.
-        config_path, source_format, image_size, num_channels, model_type: As they were for [`convert_checkpoint`].
+        config_path, encoder_path, source_format, image_size, num_channels, model_type: As they were for [`convert_checkpoint`].
 
     Returns:
         `Verification`: What was compared; `str()` of it is a sentence.
@@ -124,7 +130,9 @@ def verify_conversion(
     Raises:
         ValueError: If weights or the output differ.
     """
-    converted = build(Path(checkpoint_path), config_path, source_format, None, image_size, num_channels, model_type)
+    converted = build(
+        Path(checkpoint_path), config_path, encoder_path, source_format, None, image_size, num_channels, model_type
+    )
     return verify_directory(converted.model, Path(output_dir), converted.source_keys, converted.unused)
 
 
@@ -141,6 +149,7 @@ class Converted(NamedTuple):
 def build(
     checkpoint_path: Path,
     config_path: str | os.PathLike | None,
+    encoder_path: str | os.PathLike | None,
     source_format: str,
     label_set: str | None,
     image_size: int | None,
@@ -150,7 +159,10 @@ def build(
     """Read a checkpoint and make its model; arguments and errors are those of [`convert_checkpoint`]."""
     labels = None if label_set is None else load_label_set(label_set)
     checkpoint = read_checkpoint(checkpoint_path)
-    module = SOURCE_FORMATS[detect_format(checkpoint, source_format)]
+    name = detect_format(checkpoint, source_format)
+    if encoder_path is not None:
+        checkpoint = with_encoder(checkpoint, Path(encoder_path), name)
+    module = SOURCE_FORMATS[name]
     conversion = module.convert(checkpoint, None if config_path is None else Path(config_path))
     weights = rename_weights(conversion, checkpoint.path)
     changes = {"image_size": image_size, "num_channels": num_channels, "model_type": model_type}
@@ -163,6 +175,11 @@ def build(
         "conversion_version": CONVERSION_VERSION,
         **{name: value for name, value in changes.items() if value is not None},
     }
+    source_keys = list(checkpoint.state_dict)
+    if checkpoint.encoder is not None:
+        provenance["encoder_file"] = checkpoint.encoder.path.name
+        provenance["encoder_sha256"] = sha256_of(checkpoint.encoder.path)
+        source_keys += list(checkpoint.encoder.state_dict)
     try:
         with torch.device("meta"):
             fields = {**conversion.config, **label_fields(conversion, labels), "provenance": provenance}
@@ -173,8 +190,20 @@ def build(
         raise ValueError(f"{checkpoint.path}: what its configuration says is not valid. {error}") from error
     load_weights(model, weights, checkpoint.path)
     used = {weight.source for weight in weights.values()}
-    source_keys = list(checkpoint.state_dict)
     return Converted(model, processor, labels, source_keys, [key for key in source_keys if key not in used])
+
+
+def with_encoder(checkpoint: Checkpoint, encoder_path: Path, source_format: str) -> Checkpoint:
+    """A head with its encoder.
+
+    Raises:
+        ValueError: If the checkpoint is no head, or the encoder is none.
+    """
+    if source_format != "dinov2_head":
+        raise ValueError(f"{checkpoint.path} has an encoder, or is one: leave out `encoder_path` ({encoder_path}).")
+    encoder = read_checkpoint(encoder_path)
+    detect_format(encoder, "vit")
+    return replace(checkpoint, encoder=encoder)
 
 
 def detect_format(checkpoint: Checkpoint, source_format: str = "auto") -> str:

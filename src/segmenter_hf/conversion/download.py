@@ -48,7 +48,7 @@ def download_checkpoint(
         allow_local_http (`bool`, defaults to `False`): Whether a server on this machine may be asked without encryption.
 
     Returns:
-        `Path`: The file of the weights, with its configuration beside it where there is one.
+        `Path`: The file of the weights, with its configuration, and the encoder of a head, beside it where there is one.
 
     Raises:
         ConnectionError: If the file is not in the cache and cannot be had, or `HF_HUB_OFFLINE` is set.
@@ -63,6 +63,8 @@ def download_checkpoint(
     files = {checkpoint: model.checkpoint_url}
     if model.config_url is not None:
         files = {folder / _file_name(model.config_url): model.config_url} | files
+    if model.encoder_url is not None:
+        files[folder / _file_name(model.encoder_url)] = model.encoder_url
     missing = {path: url for path, url in files.items() if not path.is_file()}
     if checkpoint not in missing:
         _check_sha256(checkpoint, model.sha256_prefix, f"Delete it and run\n  {command}")
@@ -75,18 +77,23 @@ def download_checkpoint(
     try:
         with translate_writing_errors(checkpoint), locked(folder):
             for path, url in missing.items():
-                is_checkpoint = path == checkpoint
+                is_config, is_checkpoint = url == model.config_url, path == checkpoint
                 _download(
                     url,
                     path,
-                    max_bytes=MAX_CHECKPOINT_BYTES if is_checkpoint else MAX_CONFIG_BYTES,
+                    max_bytes=MAX_CONFIG_BYTES if is_config else MAX_CHECKPOINT_BYTES,
                     sha256_prefix=model.sha256_prefix if is_checkpoint else None,
-                    show_progress=show_progress and is_checkpoint,
+                    show_progress=show_progress and not is_config,
                     allow_local_http=allow_local_http,
                 )
     except ConnectionError as error:
         raise ConnectionError(f"{error} {by_hand}") from error
     return checkpoint
+
+
+def encoder_beside(model: PublishedModel, checkpoint: Path) -> Path | None:
+    """The encoder that lies beside a downloaded head; `None` for a whole model."""
+    return None if model.encoder_url is None else checkpoint.with_name(_file_name(model.encoder_url))
 
 
 @contextmanager

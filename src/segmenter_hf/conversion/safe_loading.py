@@ -47,6 +47,7 @@ class Checkpoint:
         wrapper (`str`, *optional*): Key of the file under which the weights lie, where there is one.
         meta (`dict[str, Any]`): mmsegmentation's notes: the configuration as text, class names.
         config (`dict[str, Any]`, *optional*): `config.json` of a directory.
+        encoder (`Checkpoint`, *optional*): The encoder of a head that is a file of its own.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Checkpoint:
     wrapper: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
+    encoder: "Checkpoint | None" = None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

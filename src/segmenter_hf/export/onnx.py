@@ -182,7 +182,9 @@ def compare_label_maps(model: PreTrainedModel, processor: BaseImageProcessor, pa
             "leave it out of `dtypes`."
         )
     maps = [
-        merge_windows(torch.cat(logits), inputs["window_offsets"], processor.patch_size)[0][0]
+        merge_windows(torch.cat(logits), inputs["window_offsets"], processor.patch_size, padding=processor.padding)[0][
+            0
+        ]
         for logits in (expected, found)
     ]
     return float((maps[0] == maps[1]).float().mean())

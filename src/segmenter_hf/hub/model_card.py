@@ -30,6 +30,7 @@ SOURCE_LICENSES = {
     "rstrudel/segmenter": "mit",
     "open-mmlab/mmsegmentation": "apache-2.0",
     "BR-IDL/PaddleViT": "apache-2.0",
+    "facebookresearch/dinov2": "apache-2.0",
 }
 # Names on the Hub of the weights that training started from, by source (none: any source) and backbone.
 _AUGREG = "timm/vit_{}_patch16_384.augreg_in21k_ft_in1k"
@@ -38,6 +39,10 @@ HUB_BACKBONES = {
     ("rstrudel/segmenter", "ViT-S/16"): _AUGREG.format("small"),
     ("rstrudel/segmenter", "ViT-B/16"): _AUGREG.format("base"),
     ("rstrudel/segmenter", "ViT-L/16"): _AUGREG.format("large"),
+    ("facebookresearch/dinov2", "ViT-S/14 (DINOv2)"): "facebook/dinov2-small",
+    ("facebookresearch/dinov2", "ViT-B/14 (DINOv2)"): "facebook/dinov2-base",
+    ("facebookresearch/dinov2", "ViT-L/14 (DINOv2)"): "facebook/dinov2-large",
+    ("facebookresearch/dinov2", "ViT-g/14 (DINOv2)"): "facebook/dinov2-giant",
     (None, "DeiT-B/16 distilled 384"): "facebook/deit-base-distilled-patch16-384",
 }
 # What a recorded evaluation holds: see `recorded_result`; a class that does not occur has none of the numbers.

@@ -15,7 +15,8 @@ class PublishedModel:
     """A model of `published_models.json`. mIoU in percent; what its source does not report is `None`.
 
     Windows and their strides, in pixels, are those of the source's configuration for the evaluation. The weights are
-    at `checkpoint_url` (with a configuration at `config_url` to lie beside them), or behind `share_url`, which only a
+    at `checkpoint_url` (with a configuration at `config_url` to lie beside them, and the encoder of a head that is published
+    alone at `encoder_url`), or behind `share_url`, which only a
     browser opens, or not published at all.
     """
 
@@ -27,7 +28,7 @@ class PublishedModel:
     dataset: str
     crop_size: int
     reported_in: str
-    miou_single_scale: float
+    miou_single_scale: float | None = None
     miou_multi_scale_flip: float | None = None
     miou_in_paper: float | None = None
     report_url: str | None = None
@@ -35,6 +36,7 @@ class PublishedModel:
     window_stride: int | None = None
     checkpoint_url: str | None = None
     config_url: str | None = None
+    encoder_url: str | None = None
     sha256_prefix: str | None = None
     share_url: str | None = None
     share_password: str | None = None
@@ -123,8 +125,13 @@ def _protocol(model: PublishedModel) -> str:
     if model.window_size is None:
         return "-"
     if model.window_stride is None:
-        return f"{model.window_size}/in [variant.yml]({model.config_url})"
+        return f"{model.window_size}/in [{_file_name(model.config_url)}]({model.config_url})"
     return f"{model.window_size}/{model.window_stride}"
+
+
+def _file_name(url: str | None) -> str:
+    """`variant.yml` or `config.py`: the kind of configuration, without the model's name before it."""
+    return "config.py" if (url or "").endswith("_config.py") else (url or "").rsplit("/", 1)[-1]
 
 
 def _link(text: str, url: str | None) -> str:

@@ -256,8 +256,10 @@ class _WindowBatch:
         """Take the windows of an image; the results that are complete meanwhile."""
         # From top to bottom in all views at once, so that rows can be merged and forgotten.
         windows = sorted(source.windows, key=lambda window: window.top / window.view_height)
-        patch_size = self.predictor.processor.patch_size
-        merger = WindowMerger(windows, patch_size, return_scores=self.return_scores, dtype=self.dtype)
+        processor = self.predictor.processor
+        merger = WindowMerger(
+            windows, processor.patch_size, None, self.return_scores, self.dtype, getattr(processor, "padding", "end")
+        )
         self._pending.append(_Pending(key, merger, None))
         for window in windows:
             pixels = source.pixel_values(window)

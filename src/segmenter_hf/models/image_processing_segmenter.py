@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -45,11 +45,13 @@ LARGEST_FACTOR = 1e12  # of pixel values, so that they stay finite in float32
 class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     window_size (`int`, *optional*, defaults to `self.window_size`):
-        Side of the square windows in pixels; a multiple of `patch_size`.
+        Side of the square windows in pixels; a multiple of `patch_size`, but for `padding="center"`.
     window_stride (`int`, *optional*, defaults to `self.window_stride`):
         Distance of two windows in pixels.
     patch_size (`int`, *optional*, defaults to `self.patch_size`):
         Side of the model's patches in pixels.
+    padding (`"end"` or `"center"`, *optional*, defaults to `self.padding`):
+        Where the model pads what the patch does not divide, as in its configuration.
     do_split_windows (`bool`, *optional*, defaults to `self.do_split_windows`):
         Whether to cut images into windows. Off for training crops.
     do_resize_to_window (`bool`, *optional*, defaults to `self.do_resize_to_window`):
@@ -65,6 +67,7 @@ class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
     window_size: int
     window_stride: int
     patch_size: int
+    padding: Literal["end", "center"]
     do_split_windows: bool
     do_resize_to_window: bool
     do_reduce_labels: bool
@@ -133,6 +136,7 @@ class _SegmenterImageProcessing:
     window_size = 512
     window_stride = 512
     patch_size = 16
+    padding = "end"
     scales = [1.0]
     do_flip = False
     do_split_windows = True
@@ -230,7 +234,7 @@ class _SegmenterImageProcessing:
                 '`size` must have a "shortest_edge" and may have a "longest_edge", in pixels, positive integers; got '
                 f"{dict(size)}."
             )
-        if patch_size < 1 or window_size < 1 or window_size % patch_size:
+        if patch_size < 1 or window_size < 1 or kwargs["padding"] == "end" and window_size % patch_size:
             raise ValueError(
                 f"`window_size` must be a positive multiple of the model's `patch_size`, got {window_size} and {patch_size}."
             )
@@ -526,7 +530,9 @@ class _SegmenterImageProcessing:
         if window_offsets is None:
             patch_size, sizes = 1, logits.shape[-2:] * 3
             window_offsets = torch.tensor([(image, 0, 0, 0, 0, *sizes) for image in range(len(logits))])
-        merged = merge_windows(logits, window_offsets, patch_size, target_sizes, return_segmentation_scores)
+        merged = merge_windows(
+            logits, window_offsets, patch_size, target_sizes, return_segmentation_scores, self.padding
+        )
         if not return_segmentation_scores:
             return [segmentation for segmentation, _ in merged]
         return [
@@ -554,7 +560,9 @@ class SegmenterImageProcessor(_SegmenterImageProcessing, TorchvisionBackend):
             largest size that exceeds neither edge, in pixels. "longest_edge" may be left out.
         window_size (`int`, defaults to 512): Side of the windows in pixels. Images shorter than that are enlarged.
         window_stride (`int`, defaults to 512): Distance of two windows in pixels.
-        patch_size (`int`, defaults to 16): Side of the model's patches in pixels; divides `window_size`.
+        patch_size (`int`, defaults to 16): Side of the model's patches in pixels; divides `window_size`, but for
+            `padding="center"`.
+        padding (`"end"` or `"center"`, defaults to `"end"`): Where the model pads windows that the patch does not divide.
         do_split_windows (`bool`, defaults to `True`): Whether to cut windows. Off for training crops, which must then
             be of one size.
         image_mean (`float` or `list[float]`, defaults to 0.5): Mean of each channel.

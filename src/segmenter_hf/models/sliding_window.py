@@ -111,6 +111,7 @@ class _View:
         self,
         patches: Sequence[int],
         patch_size: int,
+        padding: str,
         size: tuple[int, int],
         tile: tuple[int, int],
         device: torch.device,
@@ -128,7 +129,8 @@ class _View:
                     f"{patch_size}: set `patch_size` of the image processor to that of the model."
                 )
             flip = bool(window.flip) and index == 1
-            axis = Axis(tuple(starts), length, padded, patches[index], view_side, size[index], flip)
+            spanned = length if padding == "center" else padded
+            axis = Axis(tuple(starts), length, spanned, patches[index], view_side, size[index], flip)
             tiles.append(merge_tiles(axis, tile[index], device, dtype))
         self.patch_rows, (self.rows, self.columns) = patches[0], tiles
 
@@ -200,6 +202,8 @@ class WindowMerger:
         size (`tuple[int, int]`, *optional*): (height, width) in pixels of the map; the original size by default.
         return_scores (`bool`, defaults to `False`): Whether class probabilities are wanted too.
         dtype (`torch.dtype`, defaults to `torch.long`): Integer type of the class map.
+        padding (`"end"` or `"center"`, defaults to `"end"`): As `padding` of the configuration: whether the logits span a
+            window with its padding right and bottom, or are resized to the window with nothing cut off.
 
     Raises:
         ValueError: If the windows do not cover the image.
@@ -212,13 +216,14 @@ class WindowMerger:
         size: tuple[int, int] | None = None,
         return_scores: bool = False,
         dtype: torch.dtype = torch.long,
+        padding: str = "end",
     ) -> None:
         views = defaultdict(list)
         for window in windows:
             views[window.view].append(window)
         self._views = {view: _View(of_view) for view, of_view in views.items()}
         self.size = (windows[0].image_height, windows[0].image_width) if size is None else (int(size[0]), int(size[1]))
-        self.patch_size, self.return_scores, self.dtype = patch_size, return_scores, dtype
+        self.patch_size, self.padding, self.return_scores, self.dtype = patch_size, padding, return_scores, dtype
         self._needs_softmax = return_scores or len(self._views) > 1
         self.segmentation: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
@@ -246,7 +251,9 @@ class WindowMerger:
         self._tile = tile_size(self.size, num_labels, device)
         self._product_dtype = product_dtype(device)
         for view in self._views.values():
-            view.make_tiles(logits.shape[2:], self.patch_size, self.size, self._tile, device, self._product_dtype)
+            view.make_tiles(
+                logits.shape[2:], self.patch_size, self.padding, self.size, self._tile, device, self._product_dtype
+            )
         self.segmentation = torch.empty(self.size, dtype=self.dtype, device=device)
         if self.return_scores:
             self.scores = torch.empty(num_labels, *self.size, device=device)
@@ -308,6 +315,7 @@ def merge_windows(
     patch_size: int,
     target_sizes: Sequence[tuple[int, int]] | None = None,
     return_scores: bool = False,
+    padding: str = "end",
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Merge the patch logits of windows into a class map of each image.
 
@@ -322,6 +330,7 @@ def merge_windows(
         target_sizes (`Sequence[tuple[int, int]]`, *optional*): (height, width) in pixels of each map; the original
             sizes by default.
         return_scores (`bool`, defaults to `False`): Whether class probabilities are wanted too.
+        padding (`"end"` or `"center"`, defaults to `"end"`): As for [`WindowMerger`].
 
     Returns:
         `list[tuple[torch.LongTensor, torch.FloatTensor | None]]`: For each image the class map (height, width) and the
@@ -355,7 +364,7 @@ def merge_windows(
         indices = images[image]
         of_image = [windows[index] for index in indices]
         size = None if target_sizes is None else target_sizes[position]
-        merger = WindowMerger(of_image, patch_size, size, return_scores)
+        merger = WindowMerger(of_image, patch_size, size, return_scores, padding=padding)
         merger.add(of_image, logits if len(images) == 1 else logits[indices])
         merged.append((merger.segmentation, merger.scores))
     return merged

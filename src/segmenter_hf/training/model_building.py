@@ -49,7 +49,8 @@ def build_model_and_processor(
         return model, AutoImageProcessor.from_pretrained(model_args.model_name_or_path, **pixels)
     config = _new_config(model_args, data_args.crop_size, labels, chosen)
     model = AutoModelForSemanticSegmentation.from_config(config, attn_implementation=model_args.attn_implementation)
-    return model, SegmenterImageProcessor(patch_size=model.config.patch_size, **pixels)
+    config = model.config
+    return model, SegmenterImageProcessor(patch_size=config.patch_size, padding=config.padding, **pixels)
 
 
 def _chosen_fields(model_args: ModelArguments, weights: list[float] | None) -> dict[str, Any]:
