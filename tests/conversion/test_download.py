@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from segmenter_hf.cli import convert as script
 from segmenter_hf.conversion import download
-from segmenter_hf.conversion.download import cache_folder, download_checkpoint
+from segmenter_hf.conversion.download import cache_folder, download_checkpoint, encoder_beside
 from segmenter_hf.hub import published_models
 from segmenter_hf.hub.published_models import PublishedModel, load_published_models
 
@@ -352,3 +352,14 @@ def test_the_script_says_what_is_missing(arguments, message, tmp_path, monkeypat
     with pytest.raises(SystemExit, match=message):
         script.main(arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_encoder_of_a_head_comes_with_it(server, tmp_path) -> None:
+    encoder, config = f"{server.address}/dinov2_vits14_pretrain.pth", f"{server.address}/head_config.py"
+    server.files |= {"/dinov2_vits14_pretrain.pth": WEIGHTS[:1000], "/head_config.py": b"model = dict()"}
+    model = server.model(encoder_url=encoder, config_url=config)
+    checkpoint = fetch(model, tmp_path)
+    beside = encoder_beside(model, checkpoint)
+    assert beside.read_bytes() == WEIGHTS[:1000]
+    assert files_of(model, tmp_path) == sorted([checkpoint.name, beside.name, "head_config.py"])
+    assert encoder_beside(server.model(), checkpoint) is None
