@@ -30,8 +30,10 @@ from segmenter_hf import (
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.export import onnx as onnx_export
 from segmenter_hf.export.dtypes import DTYPE_SUFFIXES
-from segmenter_hf.export.onnx import OnnxExport, export_onnx
+from segmenter_hf.export.onnx import OnnxExport, compare_with_model, export_onnx, write_onnx
 from segmenter_hf.inference.model_loading import load_model
+
+from ..models.test_encoder_families import FAMILIES, make_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -355,3 +357,11 @@ def test_the_script_replaces_an_export_and_prints_the_largest_difference(
     assert f"Largest difference: {max(export.differences.values()):.2g}\n" in printed
     assert "onnx/model_uint8.onnx" in printed and "uint8: " in printed
     assert json.loads((directory / "config.json").read_text())["model_type"] == "segmenter"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_encoder_of_every_family_is_exported_with_open_sizes(family, tmp_path) -> None:
+    model = make_model(family, "linear" if "dinov2" in family else "mask_transformer")
+    write_onnx(model, tmp_path / "model.onnx")
+    differences = compare_with_model(model, tmp_path / "model.onnx")
+    assert len(differences) == 3

@@ -32,3 +32,38 @@ class SegmenterLinearTest(SegmenterModelTestMixin, unittest.TestCase):
 class SegmenterWithDistillationTokenTest(SegmenterModelTestMixin, unittest.TestCase):
     config_arguments = {"use_distillation_token": True, "position_embedding_interpolation": "bicubic"}
     num_prefix_tokens = 2
+
+
+class SegmenterOnDinov2WithRegistersTest(SegmenterModelTestMixin, unittest.TestCase):
+    config_arguments = {
+        "decoder_type": "linear",
+        "decoder_norm": "batch_norm",
+        "out_indices": [0, 1],
+        "layerscale_value": 1.0,
+        "num_register_tokens": 2,
+        "use_gated_mlp": True,
+        "padding": "center",
+        "position_embedding_interpolation": "bicubic",
+        "position_embedding_antialias": True,
+    }
+    num_hidden_states_types = (1, 1)
+    num_prefix_tokens = 3
+
+
+class SegmenterOnDinov3Test(SegmenterModelTestMixin, unittest.TestCase):
+    config_arguments = {
+        "layerscale_value": 1.0,
+        "num_register_tokens": 2,
+        "position_embedding_type": "rotary",
+        "key_bias": False,
+    }
+    num_prefix_tokens = 3
+
+
+class SegmenterOnSiglipTest(SegmenterModelTestMixin, unittest.TestCase):
+    config_arguments = {"use_class_token": False, "hidden_act": "gelu_pytorch_tanh"}
+    num_prefix_tokens = 0
+
+
+class SegmenterOnClipTest(SegmenterModelTestMixin, unittest.TestCase):
+    config_arguments = {"use_pre_layer_norm": True, "use_final_layer_norm": False, "hidden_act": "quick_gelu"}

@@ -77,6 +77,23 @@ for directory in sys.argv[1:]:
 ENCODER = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32, "patch_size": 8}
 MODELS = {
     "mask_transformer": (SegmenterForSemanticSegmentation, SegmenterConfig(num_hidden_layers=1, **ENCODER)),
+    "dinov2_linear": (
+        SegmenterForSemanticSegmentation,
+        SegmenterConfig(
+            num_hidden_layers=2,
+            decoder_type="linear",
+            decoder_norm="batch_norm",
+            out_indices=[0, 1],
+            layerscale_value=1.0,
+            num_register_tokens=2,
+            use_gated_mlp=True,
+            **ENCODER,
+        ),
+    ),
+    "dinov3_mask_transformer": (
+        SegmenterForSemanticSegmentation,
+        SegmenterConfig(num_hidden_layers=1, position_embedding_type="rotary", key_bias=False, **ENCODER),
+    ),
     "pup": (SetrForSemanticSegmentation, SetrConfig(num_hidden_layers=4, decoder_hidden_size=8, **ENCODER)),
     "mla": (
         SetrForSemanticSegmentation,

@@ -93,8 +93,14 @@ def resize_position_embeddings(
     special, patches = positions.split([number, old[0] * old[1]], dim=1)
     patches = patches.unflatten(1, old).permute(0, 3, 1, 2).float()  # (1, hidden, rows, columns)
     if offset:
-        # `interpolate` with the scale (n + offset) / old, which an export would fix to the size that it has seen
-        rows, columns = (2 * (torch.arange(n, device=patches.device) + 0.5) / (n + offset) - 1 for n in new)
+        # `interpolate` with the scale (n + offset) / old, which an export would fix to the size that it has seen. Nothing is
+        # resized where nothing changes: in tensors, since an export does not know it.
+        counts = [torch.full((), n, device=patches.device) for n in new]
+        is_same = (counts[0] == old[0]) & (counts[1] == old[1])
+        lengths = [count + torch.where(is_same, 0.0, offset) for count in counts]
+        rows, columns = (
+            2 * (torch.arange(n, device=patches.device) + 0.5) / length - 1 for n, length in zip(new, lengths)
+        )
         where = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)[None]  # (1, rows, columns, 2)
         patches = nn.functional.grid_sample(patches, where, mode, padding_mode="border", align_corners=False)
     else:
