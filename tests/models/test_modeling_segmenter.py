@@ -2,6 +2,9 @@
 
 import unittest
 
+import pytest
+import torch
+
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterModel
 
 from ..transformers_common.segmentation_models import SegmentationModelTestMixin
@@ -67,3 +70,14 @@ class SegmenterOnSiglipTest(SegmenterModelTestMixin, unittest.TestCase):
 
 class SegmenterOnClipTest(SegmenterModelTestMixin, unittest.TestCase):
     config_arguments = {"use_pre_layer_norm": True, "use_final_layer_norm": False, "hidden_act": "quick_gelu"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_a_vector_of_zeros_has_finite_masks_in_every_type(dtype) -> None:
+    config = SegmenterConfig(
+        hidden_size=16, num_attention_heads=2, intermediate_size=32, num_hidden_layers=1, num_labels=3
+    )
+    model = SegmenterForSemanticSegmentation(config).eval().to(dtype)
+    model.decode_head.patch_projection.weight.zero_()
+    assert model(torch.randn(1, 3, 32, 48, dtype=dtype)).logits.isfinite().all()

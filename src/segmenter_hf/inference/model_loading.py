@@ -1,5 +1,7 @@
 """Models from directories and the Hub: whole, finite and of this package, or not at all."""
 
+import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from ..utils.processes import process_state
 
 # What libraries say instead of raising `MemoryError` or `torch.OutOfMemoryError`, in lower case.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "bad_alloc")
+_compiled_models = itertools.count()
 REMEDY = "Download or save it again, or convert the checkpoint with scripts/convert_checkpoint.py."
 
 
@@ -74,8 +77,27 @@ def load_model(
     check_label_set(model, found)
     model = model.to(target_device).eval()
     if compile:
-        model.compile(fullgraph=True)
+        compile_network(model)
     return model, processor, found
+
+
+def compile_network(model: PreTrainedModel) -> None:
+    """Compile the network of a model on its first use.
+
+    The compiler keeps what it made with the code of a function and only for some variants of it. The methods of all models
+    share their code, so each model is entered through a function with code of its own.
+
+    Args:
+        model (`PreTrainedModel`): The model, whose `forward` is replaced.
+    """
+    network = model.forward
+
+    @functools.wraps(network)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return network(*args, **kwargs)
+
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_of_model_{next(_compiled_models)}")
+    model.forward = torch.compile(forward, fullgraph=True)
 
 
 def find_device(name: str | None) -> torch.device:
@@ -133,7 +155,7 @@ def load_model_and_processor(
         for part, expected in ((model, "Segmenter or SETR model"), (processor, "SegmenterImageProcessor")):
             if not type(part).__module__.startswith("segmenter_hf."):
                 raise ValueError(f"{name_or_path}: expected a {expected}, got a {type(part).__name__}. {REMEDY}")
-        check_weights(name_or_path, model, loading_info)
+        check_weights(name_or_path, model, loading_info, revision=revision)
     return model, processor
 
 
@@ -160,7 +182,12 @@ def translate_loading_errors(name_or_path: str | Path) -> Iterator[None]:
 
 
 def check_weights(
-    name_or_path: str | Path, model: PreTrainedModel, loading_info: Mapping[str, Any], *, new_heads: bool = False
+    name_or_path: str | Path,
+    model: PreTrainedModel,
+    loading_info: Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    new_heads: bool = False,
 ) -> None:
     """Refuse a model whose weights are not all from its file, or are no finite floating-point numbers.
 
@@ -168,6 +195,7 @@ def check_weights(
         name_or_path (`str` or `Path`): Where it was loaded from.
         model (`PreTrainedModel`): The model.
         loading_info (`dict`): What `from_pretrained` returned beside it with `output_loading_info=True`.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub that it was loaded from; the main branch by default.
         new_heads (`bool`, defaults to `False`): Whether only the encoder must be from the file, and weights may be left over,
             for training goes on with other heads.
 
@@ -185,7 +213,7 @@ def check_weights(
         wrong["left over"] = loading_info["unexpected_keys"]
     weights = dict(model.named_parameters())
     expected = weights.keys() | dict(model.base_model.named_parameters()).keys()
-    wrong["no floating-point numbers"] = stored_integers(name_or_path) & expected
+    wrong["no floating-point numbers"] = stored_integers(name_or_path, revision) & expected
     # Those in 8 bits are back in floats for a moment, others are as they were.
     wrong["NaN or infinite"] = [key for key in weights if not torch.isfinite(weights[key].detach().dequantize()).all()]
     listed = [
@@ -197,9 +225,9 @@ def check_weights(
         raise ValueError(f"{name_or_path}: the weights are not those of the model: {'; '.join(listed)}. {REMEDY}")
 
 
-def stored_integers(name_or_path: str | Path) -> set[str]:
+def stored_integers(name_or_path: str | Path, revision: str | None = None) -> set[str]:
     """The weights that the safetensors files of a model hold as integers; a loaded model has them as floats."""
-    folder, found = Path(cached_file(str(name_or_path), CONFIG_NAME)).parent, set()
+    folder, found = Path(cached_file(str(name_or_path), CONFIG_NAME, revision=revision or "main")).parent, set()
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
             found |= {key for key in file.keys() if "F" not in file.get_slice(key).get_dtype()}  # noqa: SIM118

@@ -105,8 +105,11 @@ class SegmenterMaskTransformerDecoder(nn.Module):
             attentions.append(probabilities)
         tokens = self.layernorm(tokens)
         patches, classes = tokens.split([patches.shape[1], classes.shape[1]], dim=1)
-        patches = nn.functional.normalize(self.patch_projection(patches), dim=-1)
-        classes = nn.functional.normalize(self.class_projection(classes), dim=-1)
+        patches, classes = (
+            # The usual least norm of 1e-12 is 0 in float16, and a vector of zeros would become NaN.
+            nn.functional.normalize(vectors, dim=-1, eps=max(1e-12, torch.finfo(vectors.dtype).smallest_normal))
+            for vectors in (self.patch_projection(patches), self.class_projection(classes))
+        )
         masks = self.mask_norm(patches @ classes.transpose(1, 2))
         return masks, tuple(hidden_states), tuple(p for p in attentions if p is not None)
 

@@ -1,0 +1,47 @@
+"""Models of other revisions, and several compiled models in one process."""
+
+import functools
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation
+from segmenter_hf.inference import model_loading
+from segmenter_hf.inference.model_loading import compile_network, load_model
+
+from ..tiny_models import save_tiny_scenes_model, tiny_scenes_config
+
+
+def test_the_weights_of_the_revision_are_checked_and_not_those_of_main(tmp_path, monkeypatch) -> None:
+    """As a cache of the Hub has two branches, one of them with weights that were cut to integers."""
+    repository = tmp_path / "models--org--tiny"
+    for branch, commit in (("main", "a" * 40), ("whole", "b" * 40)):
+        save_tiny_scenes_model(repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+    damaged = repository / "snapshots" / ("a" * 40) / "model.safetensors"
+    weights = load_file(damaged)
+    weights["segmenter.layernorm.weight"] = weights["segmenter.layernorm.weight"].long()
+    save_file(weights, damaged, metadata={"format": "pt"})
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="1 no floating-point numbers"):
+        load_model("org/tiny", device="cpu")
+    model, _, _ = load_model("org/tiny", device="cpu", revision="whole")
+    assert model.config.num_labels == 8
+
+
+def test_any_number_of_models_is_compiled_in_one_process(monkeypatch) -> None:
+    monkeypatch.setattr(
+        model_loading.torch, "compile", functools.partial(torch.compile, backend="eager")
+    )  # the limit is that of the front end
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        for num_labels in range(2, 6):
+            fields = tiny_scenes_config().to_dict() | {"num_labels": num_labels, "num_hidden_layers": 1}
+            fields = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
+            model = SegmenterForSemanticSegmentation(SegmenterConfig(**fields)).eval()
+            pixel_values = torch.randn(2, 3, 32, 40)
+            expected = model(pixel_values=pixel_values, return_dict=True).logits
+            compile_network(model)
+            torch.testing.assert_close(model(pixel_values=pixel_values, return_dict=True).logits, expected)
