@@ -17,7 +17,7 @@ from ..inference.predictor import InputImage, Predictor
 from ..inference.visualization import prediction_grid
 from ..utils.atomic_files import atomic_write, write_json, write_text
 from ..utils.processes import process_state
-from .metrics import MeanIoU, confusion_matrix
+from .metrics import ConfusionMatrix, confusion_matrix, scores_from_confusion_matrix
 
 
 class EvaluationDataset(Dataset):
@@ -89,7 +89,7 @@ def evaluate_segmentation(
         show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
 
     Returns:
-        `dict`: What [`MeanIoU.compute`] returns, with `protocol` (what the numbers depend on), `num_images` and, if wanted,
+        `dict`: What [`ConfusionMatrix.compute`] returns, with `protocol` (what the numbers depend on), `num_images` and, if wanted,
         `worst_images`: `index`, `id` (or `None`) and `mean_iou` of each, the worst first.
 
     Raises:
@@ -101,24 +101,26 @@ def evaluate_segmentation(
         raise ValueError("The split has no images: check the name of the dataset and of the split.")
     label_set, state = predictor.label_set, process_state()
     share = range(state.process_index, len(dataset), state.num_processes)
-    total = np.zeros((label_set.num_labels, label_set.num_labels), dtype=np.int64)
+    total = ConfusionMatrix(label_set.num_labels, label_set.ignore_index)
     worst: list[tuple[float, int]] = []
     hidden = not (show_progress and state.is_main_process)
     counted = count_pixels(predictor, EvaluationDataset(dataset, label_set), share)
     for index, counts in tqdm(counted, "Evaluating", len(share), unit="image", disable=hidden):
-        total += counts
+        total.merge(counts)
         if num_worst and counts.any():
-            worst = sorted([*worst, (scores_of(counts, label_set)["mean_iou"], index)])[:num_worst]
+            worst = sorted([*worst, (scores_from_confusion_matrix(counts)["mean_iou"], index)])[:num_worst]
     if state.num_processes > 1:
-        gathered = gather_object([(total, worst)])
-        total = sum(counts for counts, _ in gathered)
+        gathered = gather_object([(total.matrix, worst)])
+        total.reset()
+        for counts, _ in gathered:
+            total.merge(counts)
         worst = sorted(item for _, of_process in gathered for item in of_process)[:num_worst]
-    if not total.any():
+    if not total.matrix.any():
         raise ValueError(
             f"No pixel of {len(dataset)} images belongs to a class: all are {label_set.ignore_index}. Check the label set."
         )
     results = {
-        **scores_of(total, label_set),
+        **total.compute(),
         "protocol": predictor.protocol.describe(predictor.processor),
         "num_images": len(dataset),
     }
@@ -143,13 +145,6 @@ def count_pixels(
         if error is not None:
             raise error
         yield index, confusion_matrix(class_map.cpu(), labels, label_set.num_labels, label_set.ignore_index)
-
-
-def scores_of(counts: np.ndarray, label_set: LabelSet) -> dict[str, Any]:
-    """What [`MeanIoU.compute`] returns for a matrix of counts (num_labels, num_labels)."""
-    metric = MeanIoU(label_set.num_labels, label_set.ignore_index)
-    metric.add_confusion_matrix(counts)
-    return metric.compute()
 
 
 def save_prediction_grid(

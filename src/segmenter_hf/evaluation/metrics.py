@@ -1,7 +1,7 @@
-"""Mean intersection over union from streamed integer counts, as a metric of the `evaluate` library."""
+"""Mean intersection over union from streamed integer counts, plain and as a metric of the `evaluate` library."""
 
-import os
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -36,7 +36,7 @@ _CITATION = """\
 def confusion_matrix(
     predictions: LabelMap, references: LabelMap, num_labels: int, ignore_index: int = 255
 ) -> np.ndarray:
-    """Counts the pixels of one label map by reference class and predicted class.
+    """Count the pixels of one label map by reference class and predicted class.
 
     Args:
         predictions (`np.ndarray` or `torch.Tensor` of any integer dtype and shape, usually `(height, width)`):
@@ -52,7 +52,7 @@ def confusion_matrix(
         `np.ndarray` of shape `(num_labels, num_labels)` and dtype `int64`: rows are references, columns predictions.
 
     Raises:
-        `ValueError`: If the shapes differ, a dtype is not an integer, or a value is none of the above.
+        ValueError: If the shapes differ, a dtype is not an integer, or a value is none of the above.
     """
     predictions = _integer_array(predictions, "predictions")
     references = _integer_array(references, "references")
@@ -91,8 +91,8 @@ def confusion_matrix(
     return counts[: num_labels * num_labels].reshape(num_labels, num_labels)
 
 
-def scores_from_confusion_matrix(matrix: np.ndarray) -> dict[str, float | list[float]]:
-    """Computes mean IoU, mean accuracy and pixel accuracy from pixel counts (Long et al., CVPR 2015, section 5).
+def scores_from_confusion_matrix(matrix: np.ndarray) -> dict[str, Any]:
+    """Compute mean IoU, mean accuracy and pixel accuracy from pixel counts (Long et al., CVPR 2015, section 5).
 
     Absent classes: the IoU of a class that is neither in the references nor in the predictions is `nan`, and so is the
     accuracy of a class that is not in the references; the means skip them. A class that is predicted but never in the
@@ -110,7 +110,7 @@ def scores_from_confusion_matrix(matrix: np.ndarray) -> dict[str, float | list[f
         `per_category_iou` and `per_category_accuracy`; all are fractions in `[0, 1]` or `nan`.
 
     Raises:
-        `ValueError`: If the matrix is not square.
+        ValueError: If the matrix is not square.
     """
     matrix = np.asarray(matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -131,8 +131,90 @@ def scores_from_confusion_matrix(matrix: np.ndarray) -> dict[str, float | list[f
     }
 
 
+class ConfusionMatrix:
+    """Pixel counts of any number of label maps; memory does not grow with them.
+
+    ```python
+    counts = ConfusionMatrix(num_labels=150)
+    for prediction, reference in maps:  # of any sizes
+        counts.update(prediction, reference)
+    counts.compute()["mean_iou"]
+    ```
+
+    Counts are integers, so the sum over processes ([`merge`]) is exactly what one process counts.
+
+    Args:
+        num_labels (`int`): Number of classes.
+        ignore_index (`int`, defaults to 255): Pixels with this reference are not counted.
+
+    Raises:
+        ValueError: If `num_labels` is less than 1.
+    """
+
+    def __init__(self, num_labels: int, ignore_index: int = 255) -> None:
+        if num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1, got {num_labels}.")
+        self.num_labels = num_labels
+        self.ignore_index = ignore_index
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self.matrix = np.zeros((self.num_labels, self.num_labels), dtype=np.int64)
+
+    def update(
+        self, predictions: LabelMap | Sequence[LabelMap], references: LabelMap | Sequence[LabelMap]
+    ) -> np.ndarray:
+        """Add a map, or a list of maps of one or of different sizes.
+
+        Args:
+            predictions (integer array or tensor, usually of shape `(height, width)`, or a list of them): Predicted classes in
+                `[0, num_labels)`.
+            references (of the shape of `predictions`, or as many): True classes in `[0, num_labels)`, or `ignore_index`.
+
+        Returns:
+            `np.ndarray` of shape `(num_labels, num_labels)` and dtype `int64`: What was added.
+
+        Raises:
+            ValueError: If the numbers of maps differ, and as [`confusion_matrix`]; the counts are then unchanged.
+        """
+        if not isinstance(predictions, (list, tuple)):
+            predictions, references = [predictions], [references]
+        if len(predictions) != len(references):
+            raise ValueError(
+                f"predictions and references must be as many maps, got {len(predictions)} and {len(references)}."
+            )
+        added = np.zeros_like(self.matrix)
+        for prediction, reference in zip(predictions, references):
+            added += confusion_matrix(prediction, reference, self.num_labels, self.ignore_index)
+        self.matrix += added
+        return added
+
+    def merge(self, counts: "ConfusionMatrix | np.ndarray | torch.Tensor") -> None:
+        """Add counts made elsewhere, for instance by another process.
+
+        Args:
+            counts ([`ConfusionMatrix`], or integer array or tensor of shape `(num_labels, num_labels)`): Pixel counts, rows
+                are references, columns predictions.
+
+        Raises:
+            ValueError: If the shape or the dtype is another, or a count is negative.
+        """
+        matrix = _integer_array(counts.matrix if isinstance(counts, ConfusionMatrix) else counts, "matrix")
+        if matrix.shape != self.matrix.shape or matrix.min() < 0:
+            raise ValueError(
+                f"matrix must hold counts >= 0 of shape {self.matrix.shape}, got shape {matrix.shape} and values "
+                f"{_distinct(matrix)}."
+            )
+        self.matrix += matrix.astype(np.int64)
+
+    def compute(self) -> dict[str, Any]:
+        """Compute the scores of everything added so far: see [`scores_from_confusion_matrix`]."""
+        return scores_from_confusion_matrix(self.matrix)
+
+
 class MeanIoU(evaluate.Metric):
-    """Streaming mean intersection over union: offline, without files, memory independent of the number of maps.
+    """[`ConfusionMatrix`] as a metric of the `evaluate` library, which counts maps instead of storing them.
 
     ```python
     metric = MeanIoU(num_labels=150)
@@ -142,23 +224,19 @@ class MeanIoU(evaluate.Metric):
     ```
 
     Args:
-        num_labels (`int`):
-            Number of classes.
-        ignore_index (`int`, *optional*, defaults to 255):
-            Pixels with this reference are not counted.
+        num_labels (`int`): Number of classes.
+        ignore_index (`int`, defaults to 255): Pixels with this reference are not counted.
+        kwargs: Further arguments of `evaluate.Metric`.
 
     Raises:
-        `ValueError`: If `num_labels` is less than 1.
+        ValueError: If `num_labels` is less than 1.
     """
 
-    def __init__(self, num_labels: int, ignore_index: int = 255) -> None:
-        if num_labels < 1:
-            raise ValueError(f"num_labels must be at least 1, got {num_labels}.")
-        super().__init__()
+    def __init__(self, num_labels: int, ignore_index: int = 255, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.info.module_name = "mean_iou"  # not "mean_io_u", which the base class makes of the class name
-        self.num_labels = num_labels
-        self.ignore_index = ignore_index
-        self._matrix: np.ndarray | None = None
+        self.counts = ConfusionMatrix(num_labels, ignore_index)
+        self._has_maps = False
 
     def _info(self) -> evaluate.MetricInfo:
         label_map = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
@@ -169,89 +247,45 @@ class MeanIoU(evaluate.Metric):
             features=datasets.Features({"predictions": label_map, "references": label_map}),
         )
 
-    def _build_data_dir(self) -> str:
-        # the base class creates this folder; nothing here is ever written to it
-        return os.path.join(self._data_dir_root, self.name, self.config_name)
-
     def add(self, *, prediction: LabelMap, reference: LabelMap) -> None:
-        """Adds one map.
-
-        Args:
-            prediction (integer array or tensor of shape `(height, width)`):
-                Predicted classes in `[0, num_labels)`.
-            reference (integer array or tensor of shape `(height, width)`):
-                True classes in `[0, num_labels)`, or `ignore_index`.
-
-        Raises:
-            `ValueError`: As `confusion_matrix`; the counts are then unchanged.
-        """
+        """Add one map: see [`ConfusionMatrix.update`]."""
         self.add_batch(predictions=[prediction], references=[reference])
 
     def add_batch(self, *, predictions: Sequence[LabelMap], references: Sequence[LabelMap]) -> None:
-        """Adds several maps, of one or of different sizes.
-
-        Args:
-            predictions (list of arrays or tensors of shape `(height, width)`, or one of `(batch_size, height, width)`):
-                Predicted classes in `[0, num_labels)`.
-            references (list of arrays or tensors of shape `(height, width)`, or one of `(batch_size, height, width)`):
-                True classes in `[0, num_labels)`, or `ignore_index`.
-
-        Raises:
-            `ValueError`: If the numbers of maps differ, and as `confusion_matrix`; the counts are then unchanged.
-        """
-        if len(predictions) != len(references):
-            raise ValueError(
-                f"predictions and references must be as many maps, got {len(predictions)} and {len(references)}."
-            )
-        total = np.zeros((self.num_labels, self.num_labels), dtype=np.int64)
-        for prediction, reference in zip(predictions, references):
-            total += confusion_matrix(prediction, reference, self.num_labels, self.ignore_index)
-        if len(predictions):
-            self.add_confusion_matrix(total)
+        """Add several maps, as lists or stacked: see [`ConfusionMatrix.update`]."""
+        self.counts.update(list(predictions), list(references))
+        self._has_maps = self._has_maps or len(predictions) > 0
 
     def add_confusion_matrix(self, matrix: np.ndarray | torch.Tensor) -> None:
-        """Adds counts made elsewhere, for instance by another process.
-
-        Args:
-            matrix (integer array or tensor of shape `(num_labels, num_labels)`):
-                Pixel counts, rows are references, columns predictions.
-
-        Raises:
-            `ValueError`: If the shape or the dtype is another, or a count is negative.
-        """
-        matrix = _integer_array(matrix, "matrix")
-        if matrix.shape != (self.num_labels, self.num_labels) or matrix.min() < 0:
-            raise ValueError(
-                f"matrix must hold counts >= 0 of shape {(self.num_labels, self.num_labels)}, "
-                f"got shape {matrix.shape} and values {_distinct(matrix)}."
-            )
-        self._matrix = matrix.astype(np.int64) if self._matrix is None else self._matrix + matrix.astype(np.int64)
+        """Add counts made elsewhere: see [`ConfusionMatrix.merge`]."""
+        self.counts.merge(matrix)
+        self._has_maps = True
 
     def compute(
         self, *, predictions: Sequence[LabelMap] | None = None, references: Sequence[LabelMap] | None = None
-    ) -> dict[str, float | list[float]]:
-        """Computes the scores of everything added since the last call, and starts again from zero.
+    ) -> dict[str, Any]:
+        """Compute the scores of everything added since the last call, and start again from zero.
 
         Args:
-            predictions (as in `add_batch`, *optional*):
-                Last maps to add.
-            references (as in `add_batch`, *optional*):
-                Last maps to add; given if and only if `predictions` is.
+            predictions (as in `add_batch`, *optional*): Last maps to add.
+            references (as in `add_batch`, *optional*): Last maps to add; given if and only if `predictions` is.
 
         Returns:
-            `dict`: See `scores_from_confusion_matrix`, which also says what absent classes do.
+            `dict`: See [`scores_from_confusion_matrix`], which also says what absent classes do.
 
         Raises:
-            `ValueError`: If nothing was added, one argument is given without the other, and as `add_batch`.
+            ValueError: If nothing was added, one argument is given without the other, and as `add_batch`.
         """
-        if (predictions is None) != (references is None):
-            raise ValueError("compute() needs both predictions and references, or neither; got one of them.")
-        if predictions is not None:
+        if predictions is not None and references is not None:
             self.add_batch(predictions=predictions, references=references)
-        if self._matrix is None:
+        elif predictions is not None or references is not None:
+            raise ValueError("compute() needs both predictions and references, or neither; got one of them.")
+        if not self._has_maps:
             raise ValueError("There is nothing to compute: call `add`, `add_batch` or `add_confusion_matrix` first.")
-        matrix, self._matrix = self._matrix, None
-        return scores_from_confusion_matrix(matrix)
+        scores = self.counts.compute()
+        self.counts.reset()
+        self._has_maps = False
+        return scores
 
 
 def _integer_array(values: LabelMap, name: str) -> np.ndarray:
@@ -279,3 +313,6 @@ def _distinct(values: np.ndarray, limit: int = 10) -> str:
 def _mean_of_present(values: np.ndarray) -> float:
     present = values[~np.isnan(values)]
     return float(present.mean()) if present.size else float("nan")
+
+
+__all__ = ["ConfusionMatrix", "MeanIoU", "confusion_matrix", "scores_from_confusion_matrix"]

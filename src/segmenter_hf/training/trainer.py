@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ro
 
 from ..data.label_sets import LabelSet
 from ..evaluation.evaluate import collate_examples, confusion_matrices, save_prediction_grid
-from ..evaluation.metrics import MeanIoU
+from ..evaluation.metrics import ConfusionMatrix
 from ..hub.publishing import publish_model
 from ..inference.predictor import Predictor
 from ..inference.protocol import InferenceProtocol
@@ -44,7 +44,7 @@ class SegmentationTrainer(Trainer):
     def __init__(self, *, label_set: LabelSet, window_batch_size: int = 8, **kwargs: Any) -> None:
         self.label_set = label_set
         self.window_batch_size = window_batch_size
-        self.metric = MeanIoU(label_set.num_labels, label_set.ignore_index)
+        self.counts = ConfusionMatrix(label_set.num_labels, label_set.ignore_index)
         self._partial: Path | None = None
         self._whole_model: PreTrainedModel | None = None
         super().__init__(compute_metrics=self.update_metric, **kwargs)
@@ -147,7 +147,7 @@ class SegmentationTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with the whole model available, and without the counts of an evaluation that was interrupted."""
-        self.metric = MeanIoU(self.label_set.num_labels, self.label_set.ignore_index)
+        self.counts.reset()
         self._whole_model = self.unwrapped_model()
         try:
             return super().evaluation_loop(*args, **kwargs)
@@ -169,10 +169,10 @@ class SegmentationTrainer(Trainer):
 
     def update_metric(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
         """Add the counts of a batch; after the last one give the scores."""
-        self.metric.add_confusion_matrix(torch.as_tensor(prediction.predictions).sum(0))
+        self.counts.merge(torch.as_tensor(prediction.predictions).sum(0))
         if not compute_result:
             return {}
-        scores = self.metric.compute()
+        scores = self.counts.compute()
         return {name: scores[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy")}
 
     def predictor(self, model: PreTrainedModel) -> Predictor:
