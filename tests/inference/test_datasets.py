@@ -7,6 +7,7 @@ import runpy
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -561,6 +562,22 @@ TRANSIENT = [
     answer_error(503),
     answer_error(429),
 ]
+
+
+def test_a_second_run_leaves_the_files_of_the_first_alone(predict, tmp_path) -> None:
+    written = f".train-00000-partial-{32 * 'a'}.parquet"
+
+    def rows_during_a_second_run() -> Iterator[dict]:
+        (tmp_path / written).write_text("being written")
+        with pytest.raises(BlockingIOError, match="another run is writing to"):
+            predict(tmp_path)
+        assert (tmp_path / written).is_file()
+        yield from images()
+
+    stream = datasets.IterableDataset.from_generator(rows_during_a_second_run, features=images().features)
+    assert predict(tmp_path, stream).num_images == 7
+    predict(tmp_path)  # a later one removes what a killed run has left
+    assert not (tmp_path / written).exists()
 
 
 def test_an_image_that_is_fetched_in_the_end_has_its_label_map(predict, tmp_path, on_the_hub) -> None:

@@ -15,6 +15,7 @@ from segmenter_hf.evaluation.evaluate import evaluate_segmentation
 from segmenter_hf.inference.files import predict_files
 from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.training.run import class_weights, train_segmenter
+from segmenter_hf.utils.atomic_files import locked_directory
 
 from ..run_training import words
 
@@ -159,6 +160,16 @@ def finished(tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("finished")
     train(output_dir, "--save_strategy", "steps", "--save_steps", "1")
     return output_dir
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path) -> None:
+    partial = tmp_path / ".checkpoint-1-partial"
+    partial.mkdir()
+    with locked_directory(tmp_path):
+        for overwrite in ([], ["--overwrite_output_dir"]):
+            with pytest.raises(BlockingIOError, match="another run is writing to"):
+                train(tmp_path, *overwrite)
+    assert partial.is_dir()
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]])

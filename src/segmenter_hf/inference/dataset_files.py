@@ -100,8 +100,14 @@ class OutputLayout:
         return write_parquet(path.with_name(f"{path.name}.parquet"), labelled, schema, failures)
 
 
-def prepare_folder(folder: Path, record: dict[str, Any], overwrite: bool) -> None:
+def prepare_folder(folder: Path, record: dict[str, Any], overwrite: bool, *, alone: bool) -> None:
     """Make the output folder and its `prediction.json`, or hold those that are there to the record of this run.
+
+    Args:
+        folder (`Path`): The output folder.
+        record (`dict[str, Any]`): What the label maps of this run depend on.
+        overwrite (`bool`): Whether the label maps of another run are removed.
+        alone (`bool`): Whether no other run writes there, so that temporary files are those of killed runs.
 
     Raises:
         ValueError: If the folder holds label maps of other arguments and is not to be overwritten, or something else; with
@@ -127,7 +133,7 @@ def prepare_folder(folder: Path, record: dict[str, Any], overwrite: bool) -> Non
         for file in [folder / name for chunk in chunks for name in read_chunk(chunk)[2]] + chunks:
             file.unlink(missing_ok=True)
     write_json(path, record)
-    for file in folder.glob(".*"):  # of a run that was killed
+    for file in folder.glob(".*") if alone else ():
         if re.fullmatch(r"\..+-[0-9a-f]{32}\.(json|parquet|png)", file.name):
             file.unlink()
 

@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ..data.loading import (
     load_segmentation_datasets,
 )
 from ..models.image_io import decode_image
+from ..utils.atomic_files import locked_directory
 from ..utils.http import translate_http_errors
 from ..utils.processes import process_state
 from .dataset_files import OutputLayout, Row, finished_chunks, optional_text, prepare_folder
@@ -218,12 +220,25 @@ def predict_dataset(
         label map.
 
     Raises:
+        BlockingIOError: If another run writes to the folder.
         ValueError: If the dataset is empty, or the folder holds something else or label maps of other arguments.
     """
     layout = OutputLayout() if layout is None else layout
     state, folder = process_state(), Path(output_dir)
-    if state.is_main_process:
-        prepare_folder(folder, describe_run(predictor, layout, source or {}), overwrite)
+    with locked_directory(folder) if state.is_main_process else nullcontext(False) as alone:
+        if state.is_main_process:
+            prepare_folder(folder, describe_run(predictor, layout, source or {}), overwrite, alone=alone)
+        return _predict_chunks(predictor, dataset, folder, layout, state, show_progress)
+
+
+def _predict_chunks(
+    predictor: Predictor,
+    dataset: AnyDataset,
+    folder: Path,
+    layout: OutputLayout,
+    state: PartialState,
+    show_progress: bool,
+) -> DatasetPrediction:
     state.wait_for_everyone()
     done = finished_chunks(folder, layout.split, layout.output_format)
     state.wait_for_everyone()  # all must see the same before one adds to it

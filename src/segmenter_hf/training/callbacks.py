@@ -31,14 +31,15 @@ CURVES_PICTURE = "curves.png"
 class StartRun(TrainerCallback):
     """Deletes what the run replaces and notes what is trained, now that no mistake in the arguments can end it."""
 
-    def __init__(self, recipe: dict[str, Any]) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: dict[str, Any], alone: bool = True) -> None:
+        self.recipe, self.alone = recipe, alone
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if not args.should_save:
             return
         output_dir = Path(args.output_dir)
-        remove_partial_checkpoints(output_dir)
+        if self.alone:
+            remove_partial_checkpoints(output_dir)
         if args.overwrite_output_dir:
             for old in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"):
                 shutil.rmtree(old)

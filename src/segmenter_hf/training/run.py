@@ -1,10 +1,12 @@
 """Fine-tuning from arguments to a finished directory: data, model, Trainer, results, card."""
 
+from contextlib import nullcontext
 from typing import Any
 
 from transformers import set_seed
 
 from ..evaluation.evaluate import EvaluationDataset, evaluate_segmentation
+from ..utils.atomic_files import locked_directory
 from .arguments import DataArguments, ModelArguments, SegmentationTrainingArguments
 from .callbacks import StartRun
 from .checkpoints import find_checkpoint
@@ -33,12 +35,21 @@ def train_segmenter(
         `dict`: The results on the validation split: see `evaluate_segmentation`.
 
     Raises:
+        BlockingIOError: If another run writes to `output_dir`.
         FileExistsError: If `output_dir` holds files that are of no run.
         FloatingPointError: If the loss or a weight becomes NaN or infinite.
         OSError: If a checkpoint cannot be written.
         ValueError: If the arguments contradict each other or those of the run that `output_dir` holds, or label maps cannot
             be trained on.
     """
+    is_first_process = training_args.process_index == 0
+    with locked_directory(training_args.output_dir) if is_first_process else nullcontext(False) as alone:
+        return _train(model_args, data_args, training_args, alone)
+
+
+def _train(
+    model_args: ModelArguments, data_args: DataArguments, training_args: SegmentationTrainingArguments, alone: bool
+) -> dict[str, Any]:
     set_seed(training_args.seed)  # Trainer does so too, but after the model is made
     recipe = resolved_recipe(model_args, data_args, training_args)
     checkpoint = find_checkpoint(training_args, recipe)
@@ -59,7 +70,7 @@ def train_segmenter(
         processing_class=processor,
         label_set=label_set,
         window_batch_size=data_args.window_batch_size,
-        callbacks=[StartRun(recipe)],
+        callbacks=[StartRun(recipe, alone)],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     unwrapped_model = trainer.unwrapped_model(mixed_precision=False)

@@ -23,7 +23,7 @@ from ..inference.predictor import Predictor
 from ..inference.protocol import InferenceProtocol
 from ..utils.atomic_files import move_directory
 from .callbacks import SetEpoch, ShowProgress, StopAtNan, nan_message
-from .checkpoints import explain_writing_errors, remove_partial_checkpoints
+from .checkpoints import explain_writing_errors
 from .optimization import loss_weight, parameter_groups, polynomial_scheduler
 
 
@@ -230,7 +230,7 @@ class SegmentationTrainer(Trainer):
         run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with explain_writing_errors(run_dir, self.state.global_step):
             if self.args.should_save:
-                remove_partial_checkpoints(run_dir)
+                shutil.rmtree(run_dir / f".{name}-partial", ignore_errors=True)  # of a killed run at this step
             self.accelerator.wait_for_everyone()
             self._partial = run_dir / f".{name}-partial"
             try:

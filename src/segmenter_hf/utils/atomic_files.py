@@ -1,8 +1,9 @@
 """Writing files so that what exists is complete: under a temporary name first, then moved.
 
-A process that is killed leaves its temporary name beside the target: `.NAME-partial-...`. It is in nobody's way and is not
-deleted, for another process may be writing it, and `old` in it is what was to be replaced, if the kill came between the two
-moves. Delete it when no process writes there.
+A process that is killed leaves its temporary name beside the target: `.NAME-partial-...`. It is not deleted, for another
+process may be writing it, and `old` in it is what was to be replaced, if the kill came between the two moves. Delete it when no
+process writes there. Runs that write many files into a folder hold it with `locked_directory`: only then do they delete what
+a killed run has left in it.
 """
 
 import errno
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from types import UnionType
@@ -22,8 +23,17 @@ from typing import Any, Literal, Union, get_args, get_origin
 from safetensors import SafetensorError
 
 
+try:
+    import fcntl
+except ImportError:  # where there is none, runs are not kept apart, and nothing is deleted
+    fcntl = None  # type: ignore[assignment]
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+MAX_MOVES = 10  # of processes that replace the same folder at once
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that have none
+LOCK_FILE = ".segmenter-hf.lock"
 MAX_STEM_BYTES = 180  # of a name in a temporary one: file systems take 255
 
 MODEL_TYPES = ("segmenter", "setr")
@@ -113,6 +123,58 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
             move_directory(temporary, path, old)
 
 
+@contextmanager
+def locked_directory(directory: str | os.PathLike) -> Iterator[bool]:
+    """Make a folder and keep other runs out of it until the block ends; the lock of a process that is killed ends with it.
+
+    Args:
+        directory (`str` or `os.PathLike`): The folder that the run writes.
+
+    Yields:
+        `bool`: Whether no other run writes there for sure, so that temporary files in it are those of killed runs. It is
+        `False` where the file system has no locks.
+
+    Raises:
+        BlockingIOError: If another run holds the folder.
+    """
+    path = Path(directory) / LOCK_FILE
+    is_new = not path.parent.exists()
+    with translate_writing_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _take_lock(path)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)  # before it is released: who opened it meanwhile sees that it is gone
+            os.close(descriptor)
+        if is_new:
+            with suppress(OSError):  # what holds files stays
+                path.parent.rmdir()
+
+
+def _take_lock(path: Path) -> int | None:
+    while fcntl is not None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+            os.close(descriptor)  # the run that made this file has ended and removed it
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in NO_LOCKS:
+                path.unlink(missing_ok=True)
+                return None
+            if isinstance(error, BlockingIOError):
+                raise BlockingIOError(
+                    error.errno,
+                    f"another run is writing to {path.parent}: wait until it has ended, or give another folder",
+                ) from error
+            raise
+    return None
+
+
 def check_replaceable(directory: Path, overwrite: bool, names: Sequence[str]) -> None:
     """Refuse to write over anything but a directory of a model of this package, and that only when told to.
 
@@ -155,14 +217,21 @@ def _short(name: str) -> str:
 
 def move_directory(directory: Path, path: Path, old: Path) -> None:
     """Move a folder to `path`; what was there goes to `old`, or comes back where the move fails. All on one file system."""
-    if path.exists():
-        path.rename(old)
-    try:
-        directory.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
+    attempt = 0
+    while True:
+        replaced = old if attempt == 0 else old.with_name(f"{old.name}-{attempt}")
+        with suppress(FileNotFoundError):  # another process has moved it in between
+            path.rename(replaced)
+        try:
+            directory.rename(path)
+            return
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and path.is_dir() and attempt < MAX_MOVES:
+                attempt += 1  # another process has put its own there
+                continue
+            if replaced.exists():
+                replaced.rename(path)
+            raise
 
 
 def move_files(directory: Path, target: Path) -> None:
