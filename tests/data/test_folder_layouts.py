@@ -248,13 +248,13 @@ def test_of_several_kinds_of_masks_or_data_sets_one_must_be_chosen(tmp_path):
     voc(tmp_path / "VOC2010", *VOC)
     voc(tmp_path / "VOC2010", *CONTEXT)
     save(tmp_path / "VOC2010" / "SegmentationClassContext" / "2008_1.png", mask_array(5))
-    with pytest.raises(ValueError, match="--dataset_config SegmentationClass or SegmentationClassContext"):
+    with pytest.raises(ValueError, match="`dataset_config` SegmentationClass or SegmentationClassContext"):
         load_segmentation_datasets(str(tmp_path))
     for config, seed in (("SegmentationClass", 0), ("SegmentationClassContext", 5)):
         found = load_segmentation_datasets(str(tmp_path), dataset_config=config)
         assert np.array_equal(decode_example(found["validation"][0])[1], mask_array(seed))
     ade20k(tmp_path / "ADEChallengeData2016")
-    with pytest.raises(ValueError, match="several data sets, ADEChallengeData2016, VOC2010"):
+    with pytest.raises(ValueError, match="several datasets, ADEChallengeData2016, VOC2010"):
         load_segmentation_datasets(str(tmp_path))
 
 

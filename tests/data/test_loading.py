@@ -139,10 +139,10 @@ def test_workers_visit_every_row_of_a_stream_once(tmp_path, monkeypatch, num_wor
     assert [row for row, _ in visits[0]] != [row for row, _ in visits[1]]
 
 
-def test_a_missing_column_is_named_with_those_present_and_the_flags(tmp_path):
+def test_a_missing_column_is_named_with_those_present_and_the_arguments(tmp_path):
     dataset_of([mask_array()]).to_parquet(tmp_path / "train-00000.parquet")
     with pytest.raises(
-        ValueError, match="'segmentation'.*'image', 'annotation', 'id'.*--image_column and --label_column"
+        ValueError, match="'segmentation'.*'image', 'annotation', 'id'.*`image_column` and `label_column`"
     ):
         load_segmentation_datasets(str(tmp_path), splits=["train"], label_column="segmentation")
 

@@ -40,7 +40,9 @@ class InputArguments:
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
-    image_column: str = field(default="image", metadata={"help": "Column of the images of the dataset."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images of the dataset. By default it is found."}
+    )
     streaming: bool = field(default=True, metadata={"help": "Read the dataset as it is needed, not all at first."})
     full_resolution: bool = field(
         default=False, metadata={"help": "Keep the size of the images instead of resizing them for the model."}

@@ -54,8 +54,8 @@ class EvaluationDataArguments:
     split: str = field(default="validation", metadata={"help": "Split to evaluate."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(default="annotation", metadata={"help": "Column of the label maps."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images. By default it is found."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the masks. By default it is found."})
     max_samples: int | None = field(default=None, metadata={"help": "Evaluate the first so many images only."})
 
 

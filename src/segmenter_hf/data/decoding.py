@@ -10,6 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ..models.image_io import IMAGE_FORMATS, pil_to_array
+from .described_masks import draw_mask, is_described
 from .encoded_images import encoded_bytes
 from .folder_layouts import TRAIN_IDS_ENDING
 from .label_sets import LabelSet, map_labels
@@ -49,7 +50,7 @@ def decode_example(
     Raises:
         ValueError: If a file cannot be decoded, is of an unexpected kind, or the sizes of image and mask differ.
     """
-    image, mask = open_pair(example)
+    image, mask = open_pair(example, label_set)
     if image.mode == "F":
         raise ValueError(f"{row_name(example)}: expected an image of 8 or 16 bits per channel, got floats.")
     stored = stored_ids(mask, row_name(example, "annotation"), label_set)
@@ -58,9 +59,9 @@ def decode_example(
     return pixels, class_ids(stored, row_label_set(example, label_set), ignore_index, reduce_labels)
 
 
-def open_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
-    """Open image and mask, both upright, without decoding more than needed."""
-    image, mask = open_image(example, "image"), open_image(example, "annotation")
+def open_pair(example: dict[str, Any], label_set: LabelSet | None = None) -> tuple[Image.Image, Image.Image]:
+    """Open image and mask, both upright, without decoding more than needed; a mask that is described is drawn."""
+    image, mask = open_image(example, "image"), open_image(example, "annotation", label_set)
     with _translate_decoding_errors(row_name(example, "image")):
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         image = ImageOps.exif_transpose(image) if turned else image
@@ -74,13 +75,15 @@ def open_pair(example: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
     return image, mask
 
 
-def open_image(example: dict[str, Any], column: str) -> Image.Image:
-    """Open the image in a column of a row; its pixels are not decoded yet."""
+def open_image(example: dict[str, Any], column: str, label_set: LabelSet | None = None) -> Image.Image:
+    """Open the image in a column of a row, whose pixels are not decoded yet; a mask that is described is drawn."""
     value = example[column]
     if value is None:
         raise ValueError(f"{row_name(example)}: the row has no {column}. Give it one, or leave the row out.")
     if isinstance(value, Image.Image):
         return value
+    if column == "annotation" and is_described(value):
+        return draw_mask(value, label_set, row_name(example))
     name = row_name(example, column)
     try:
         content = encoded_bytes(value)  # a server that gives no answer now is no error of the file
@@ -204,13 +207,15 @@ def _most_frequent(codes: np.ndarray, limit: int = 5) -> str:
 def row_label_set(example: dict[str, Any], label_set: LabelSet | None) -> LabelSet | None:
     """The label set for what `stored_ids` gives: without its map where that holds class ids already.
 
-    That is so for masks of colors, and for files that are named as Cityscapes' tools name those of class ids.
+    That is so for masks that are described, and for files that are named as Cityscapes' tools name those of class ids.
     """
     value = example["annotation"]
     path = value.get("path") if isinstance(value, dict) else None
-    if label_set is None or not (path or "").endswith(TRAIN_IDS_ENDING):
+    if label_set is None or not (is_described(value) or (path or "").endswith(TRAIN_IDS_ENDING)):
         return label_set
-    return replace(label_set, label_id_to_train_id=None)
+    return replace(
+        label_set, label_id_to_train_id=None, reduce_labels=label_set.reduce_labels and not is_described(value)
+    )
 
 
 def class_ids(stored: np.ndarray, label_set: LabelSet | None, ignore_index: int, reduce_labels: bool) -> np.ndarray:

@@ -10,11 +10,15 @@ import datasets
 import fsspec
 
 from ..utils.http import status_code, with_retries
+from .label_sets import LabelSet
 
 
 ARCHIVES = {"zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4"}  # that the datasets library reads from
 CACHES = (str(datasets.config.DOWNLOADED_DATASETS_PATH), str(datasets.config.EXTRACTED_DATASETS_PATH))
 MAX_FILE_BYTES = 2**31
+DESCRIBED_MASK = (
+    b"segmenter_hf mask: "  # how the bytes of a mask begin that `described_masks.py` draws; no image does so
+)
 
 
 @dataclass
@@ -23,17 +27,21 @@ class RowImage(datasets.Image):
 
     Args:
         folders (`tuple[str, ...]`): Where the files that rows name must lie; "hf://" stands for the Hub.
+        label_set (`LabelSet`, *optional*): Of a column of masks: the classes that came with the dataset.
     """
 
     folders: tuple[str, ...] = ()
+    label_set: LabelSet | None = None
 
     def encode_example(self, value: Any) -> Any:
         """The value: `datasets.Image` would prefer a file to the bytes."""
         return value
 
     def decode_example(self, value: dict[str, Any] | None, token_per_repo_id: Any = None) -> dict[str, Any] | None:
-        """The value, with the folders if it names a file."""
-        return value if value is None or value["bytes"] is not None else {**value, "folders": self.folders}
+        """The value, with the folders if a file that it names may be read."""
+        if value is None or (value["bytes"] is not None and not value["bytes"].startswith(DESCRIBED_MASK)):
+            return value
+        return {**value, "folders": self.folders}
 
 
 def encoded_bytes(value: dict[str, Any]) -> bytes:

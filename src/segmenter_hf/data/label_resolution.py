@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from .decoding import has_colors, open_image, row_name, stored_ids
+from .described_masks import is_described
 from .label_sets import BINARY_MASK_IDS, LabelSet, label_set_from_names, load_label_set
 from .loading import AnyDataset
 from .mask_checks import infer_num_labels
@@ -140,10 +141,12 @@ def are_binary(dataset: AnyDataset, max_images: int | None = None) -> bool:
 
 
 def _masks(dataset: AnyDataset, max_images: int | None) -> Iterator[tuple[Image.Image, str]]:
-    """The masks that can be read, each with its name: `check_masks` reports the others."""
+    """The stored masks that can be read, each with its name: `check_masks` reports the others."""
     column = dataset.select_columns(["annotation", *(["id"] if "id" in (dataset.column_names or []) else [])])
     for example in itertools.islice(column, max_images):
         name = row_name(example)
+        if is_described(example["annotation"]):
+            continue
         try:
             mask = open_image(example, "annotation")
             mask.load()

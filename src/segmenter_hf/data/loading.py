@@ -9,23 +9,33 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..utils.http import translate_http_errors
+from .columns import AnyDataset, check_columns, column_names, find_columns
 from .encoded_images import CACHES, RowImage
-from .folder_layouts import load_folder, stream_parquet
+from .folder_layouts import folder_label_set, load_folder, stream_parquet
+from .label_sets import LabelSet
+from .saved_datasets import is_saved_dataset, load_saved_dataset
 from .synthetic_scenes import embedded_scenes
 
 
 logger = logging.getLogger(__name__)
 
-AnyDataset = datasets.Dataset | datasets.IterableDataset
-
 HUB_FOLDERS = ("hf://", HF_HUB_CACHE, *CACHES)  # where files that rows of the Hub name may lie
+
+
+class _Source(NamedTuple):
+    """What was loaded: the splits; what is to be said of missing ones; the classes; where files that rows name may lie."""
+
+    splits: dict[str, AnyDataset]
+    notes: Mapping[str, str] = {}
+    label_set: LabelSet | None = None
+    folders: tuple[str, ...] = ()
 
 
 def load_segmentation_datasets(
@@ -34,8 +44,8 @@ def load_segmentation_datasets(
     splits: Sequence[str] = ("train", "validation"),
     dataset_config: str | None = None,
     revision: str | None = None,
-    image_column: str = "image",
-    label_column: str = "annotation",
+    image_column: str | None = None,
+    label_column: str | None = None,
     validation_fraction: float | None = None,
     scenes_size: tuple[int, int] = (128, 160),
     scenes_train: int = 500,
@@ -43,41 +53,26 @@ def load_segmentation_datasets(
     seed: int = 0,
     streaming: bool = False,
 ) -> dict[str, AnyDataset]:
-    """Loads the splits of a semantic segmentation dataset, with columns `image`, `annotation` and, where given, `id`.
-
-    A local folder is read in these layouts; `folder_layouts.py` says which names its files have in each:
-
-    | layout | what tells it |
-    | --- | --- |
-    | parquet, as downloaded from the Hub | `train-*.parquet`, also under `data/` |
-    | metadata of image and mask | `train/metadata.jsonl` or `train/metadata.csv` |
-    | two folders | `images/train` beside `masks/train`, or `train/images` beside `train/masks`; no `train`: no splits |
-    | ADE20K | `images/training` beside `annotations/training`, in the folder or its `ADEChallengeData2016` |
-    | Cityscapes | `leftImg8bit/train` beside `gtFine/train` |
-    | Pascal VOC | `ImageSets/Segmentation/train.txt`, in the folder or its `VOCdevkit/VOC2012` |
-    | Pascal Context, as in mmsegmentation | `ImageSets/SegmentationContext/train.txt`, the same for `VOC2010` |
+    """Load the splits of a semantic segmentation dataset, with columns `image`, `annotation` and, where given, `id`.
 
     Args:
         dataset_name (`str`, *optional*):
-            "scenes" (the default): the embedded street scenes; or a local folder; or a dataset of the Hub.
+            "scenes" (the default): the embedded street scenes; or a local folder in a layout of `folder_layouts.py`, or one that
+            `save_to_disk` wrote; or a dataset of the Hub.
         splits (sequence of `str`, *optional*, defaults to `("train", "validation")`):
             Splits to load.
         dataset_config (`str`, *optional*):
-            Configuration of a Hub dataset; or, of a VOC folder with two kinds of masks, the folder of those to load.
+            Configuration of a Hub dataset; or, of a folder with two kinds of masks, the kind: see `load_folder`.
         revision (`str`, *optional*):
             Branch, tag or commit of a Hub dataset.
-        image_column (`str`, *optional*, defaults to `"image"`):
-            Column of the images, for parquet files, metadata and the Hub.
-        label_column (`str`, *optional*, defaults to `"annotation"`):
-            Column of the masks, for parquet files, metadata and the Hub.
+        image_column (`str`, *optional*), label_column (`str`, *optional*):
+            Columns of the images and of the masks, for parquet files, metadata and the Hub; found by `find_columns`.
         validation_fraction (`float`, *optional*):
             Where there is no validation split, this share of the train split becomes one. Without it, that is an error.
         scenes_size (`tuple[int, int]`, *optional*, defaults to `(128, 160)`):
             Height and width of the embedded scenes, in pixels.
-        scenes_train (`int`, *optional*, defaults to 500):
-            Number of embedded scenes in the train split.
-        scenes_validation (`int`, *optional*, defaults to 100):
-            Number of embedded scenes in the validation split. No scene is in both.
+        scenes_train (`int`, *optional*, defaults to 500), scenes_validation (`int`, *optional*, defaults to 100):
+            Number of embedded scenes in each split. No scene is in both.
         seed (`int`, *optional*, defaults to 0):
             Seed of the embedded scenes and of the split by `validation_fraction`.
         streaming (`bool`, *optional*, defaults to `False`):
@@ -85,61 +80,88 @@ def load_segmentation_datasets(
 
     Returns:
         `dict[str, datasets.Dataset]` (of `datasets.IterableDataset` if `streaming`): the splits by name. The columns hold
-        encoded images, `{"bytes", "path"}`: read rows with `decode_example`.
+        encoded images, `{"bytes", "path"}`: read rows with `decode_example`. `dataset_label_set` gives the classes, where
+        the dataset names them.
 
     Raises:
-        `ValueError`: If a split, its masks or a column are missing, both columns are one, images and masks do not
+        FileNotFoundError: If `dataset_name` is a path that is no folder.
+        OSError: If the Hub dataset cannot be reached.
+        ValueError: If a split, its masks or a column are missing, both columns are one, images and masks do not
             pair up, or metadata name files outside of the folder.
-        `FileNotFoundError`: If `dataset_name` is a path that is no folder.
-        `OSError`: If the Hub dataset cannot be reached.
     """
-    if image_column == label_column:
-        raise ValueError(
-            f"Expected two columns, one of images and one of masks, got {image_column!r} for both. Name them with "
-            "--image_column and --label_column."
-        )
-    without_masks, folders = {}, ()
+    columns = (image_column, label_column)
     if dataset_name in (None, "scenes"):
         sizes = {"train": scenes_train, "validation": scenes_validation}
-        found = {
-            split: embedded_scenes(num_images, scenes_size, seed=2 * seed + (split == "validation"))
-            for split, num_images in sizes.items()
-            if split in splits
-        }
-    elif Path(dataset_name).is_dir():
-        found, without_masks = load_folder(
-            Path(dataset_name),
-            splits,
-            dataset_config=dataset_config,
-            image_column=image_column,
-            label_column=label_column,
-            streaming=streaming,
-        )
-        folders = folders_of(Path(dataset_name))
+        source = _Source(_load_scenes({name: sizes[name] for name in sizes if name in splits}, scenes_size, seed))
     else:
-        check_name(dataset_name)
-        folders = HUB_FOLDERS
-        found = dict(load_from_hub(dataset_name, dataset_config, revision, streaming))
+        source = _load_source(dataset_name, splits, columns, dataset_config, revision, streaming)
+    found = _with_validation_split(source.splits, splits, validation_fraction, seed)
+    _check_splits(dataset_name or "scenes", splits, found, source.notes)
+    kept = {}
+    for split in splits:
+        names = find_columns(found[split], *columns)
+        kept[split] = keep_columns(
+            found[split], dict(zip(names, ("image", "annotation"))), source.folders, source.label_set
+        )
+        if streaming and isinstance(kept[split], datasets.Dataset):
+            kept[split] = kept[split].to_iterable_dataset()
+    return kept
 
-    if "validation" in splits and "validation" not in found and "train" in found and validation_fraction is not None:
-        if isinstance(found["train"], datasets.IterableDataset):
-            raise ValueError("validation_fraction needs a dataset of known length: load it without streaming.")
-        found["train"], found["validation"] = split_train_validation(found["train"], validation_fraction, seed)
-    missing = [split for split in splits if split not in found]
-    if missing:
-        advice = "".join(f" {without_masks[split]}." for split in missing if split in without_masks)
-        if missing == ["validation"]:
-            advice += " Give a validation_fraction to split off a part of train."
-        available = sorted(found) if dataset_name not in (None, "scenes") else ["train", "validation"]
-        raise ValueError(f"{dataset_name or 'scenes'} has no split {missing}, only {available}.{advice}")
-    columns = {image_column: "image", label_column: "annotation"}
-    kept = {split: keep_columns(found[split], columns, folders) for split in splits}
-    if not streaming:
-        return kept
+
+def _load_scenes(sizes: Mapping[str, int], scenes_size: tuple[int, int], seed: int) -> dict[str, AnyDataset]:
     return {
-        split: dataset.to_iterable_dataset() if isinstance(dataset, datasets.Dataset) else dataset
-        for split, dataset in kept.items()
+        split: embedded_scenes(num_images, scenes_size, seed=2 * seed + (split == "validation"))
+        for split, num_images in sizes.items()
     }
+
+
+def _load_source(
+    name: str,
+    splits: Sequence[str],
+    columns: tuple[str | None, str | None],
+    config: str | None,
+    revision: str | None,
+    streaming: bool,
+) -> _Source:
+    """Every split of a local folder or of a dataset of the Hub."""
+    root = Path(name)
+    if not root.is_dir():
+        check_name(name)
+        return _Source(dict(load_from_hub(name, config, revision, streaming)), folders=HUB_FOLDERS)
+    if is_saved_dataset(root):
+        return _Source(load_saved_dataset(root), label_set=folder_label_set(root), folders=folders_of(root))
+    loaded = load_folder(
+        root,
+        splits,
+        dataset_config=config,
+        image_column=columns[0],
+        label_column=columns[1],
+        streaming=streaming,
+    )
+    return _Source(loaded.splits, loaded.notes, loaded.label_set, folders_of(root))
+
+
+def _with_validation_split(
+    found: dict[str, AnyDataset], splits: Sequence[str], fraction: float | None, seed: int
+) -> dict[str, AnyDataset]:
+    """The splits, with a part of train as validation split where there is none and a fraction is given."""
+    if fraction is None or "validation" not in splits or "validation" in found or "train" not in found:
+        return found
+    if isinstance(found["train"], datasets.IterableDataset):
+        raise ValueError("`validation_fraction` needs a dataset of known length: load it without `streaming`.")
+    train, validation = split_train_validation(found["train"], fraction, seed)
+    return {**found, "train": train, "validation": validation}
+
+
+def _check_splits(name: str, splits: Sequence[str], found: Mapping[str, AnyDataset], notes: Mapping[str, str]) -> None:
+    missing = [split for split in splits if split not in found]
+    if not missing:
+        return
+    advice = "".join(f" {notes[split]}." for split in missing if split in notes)
+    if missing == ["validation"]:
+        advice += " Give a `validation_fraction` to split off a part of train."
+    available = sorted(found) if name != "scenes" else ["train", "validation"]
+    raise ValueError(f"{name} has no split {missing}, only {available}.{advice}")
 
 
 def load_split(
@@ -148,8 +170,10 @@ def load_split(
     *,
     dataset_config: str | None = None,
     dataset_revision: str | None = None,
-    image_column: str = "image",
-    label_column: str = "annotation",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    validation_fraction: float | None = None,
+    data_seed: int = 0,
     max_samples: int | None = None,
 ) -> AnyDataset:
     """Load one split, or its first images, as [`load_segmentation_datasets`] does.
@@ -157,6 +181,7 @@ def load_split(
     Args:
         dataset_name (`str`), dataset_config (`str`), dataset_revision (`str`), image_column (`str`), label_column (`str`):
             Where and how the images are found: see [`load_segmentation_datasets`].
+        validation_fraction (`float`, *optional*), data_seed (`int`, defaults to 0): How the split was made: its `seed` there.
         split (`str`): The split.
         max_samples (`int`, *optional*): Keep the first so many images only.
 
@@ -170,6 +195,8 @@ def load_split(
         revision=dataset_revision,
         image_column=image_column,
         label_column=label_column,
+        validation_fraction=validation_fraction,
+        seed=data_seed,
     )
     return first_rows(loaded[split], max_samples)
 
@@ -177,7 +204,7 @@ def load_split(
 def split_train_validation(
     dataset: datasets.Dataset, fraction: float = 0.1, seed: int = 0
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Splits a dataset at random into a train and a validation part, and logs the sizes.
+    """Split a dataset at random into a train and a validation part, and logs the sizes.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -191,7 +218,7 @@ def split_train_validation(
         `tuple[datasets.Dataset, datasets.Dataset]`: train and validation.
 
     Raises:
-        `ValueError`: If `fraction` is not in (0, 1) or the dataset has fewer than two examples.
+        ValueError: If `fraction` is not in (0, 1) or the dataset has fewer than two examples.
     """
     if not 0 < fraction < 1 or len(dataset) < 2:
         raise ValueError(
@@ -212,10 +239,10 @@ def split_train_validation(
 
 
 def check_name(name: str) -> None:
-    """Refuses a name that can only be a path, where there is no folder.
+    """Refuse a name that can only be a path, where there is no folder.
 
     Raises:
-        `FileNotFoundError`: If there is none.
+        FileNotFoundError: If there is none.
     """
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(("./", "../", "~"))):
         raise FileNotFoundError(f"{name}: no such folder. Expected a folder, a Hub dataset or 'scenes'.")
@@ -251,13 +278,13 @@ def folders_of(root: Path) -> tuple[str, ...]:
     return os.path.abspath(root), os.path.realpath(root), *CACHES
 
 
-def column_names(dataset: AnyDataset) -> list[str]:
-    """The columns of a dataset; those of its first row where a stream does not say."""
-    return dataset.column_names or list(next(iter(dataset), {}))
-
-
-def keep_columns(dataset: AnyDataset, columns: Mapping[str, str], folders: tuple[str, ...] = ()) -> AnyDataset:
-    """Keeps columns of images under new names, and `id` where there is one.
+def keep_columns(
+    dataset: AnyDataset,
+    columns: Mapping[str, str],
+    folders: tuple[str, ...] = (),
+    label_set: LabelSet | None = None,
+) -> AnyDataset:
+    """Keep columns of images under new names, and `id` where there is one.
 
     Decoding is left to `decode_example`, as `datasets.Image` would turn a mask by an EXIF tag that its image lacks.
 
@@ -268,23 +295,19 @@ def keep_columns(dataset: AnyDataset, columns: Mapping[str, str], folders: tuple
             New name of each column, `image` or `annotation`.
         folders (`tuple[str, ...]`, *optional*):
             Where the files that rows name must lie: see `RowImage`. By default anywhere.
+        label_set (`LabelSet`, *optional*):
+            The classes that came with the dataset.
 
     Raises:
-        `ValueError`: If a column is missing.
+        ValueError: If a column is missing.
     """
-    present = column_names(dataset)
-    missing = [column for column in columns if column not in present]
-    if missing:
-        options = {"image": "--image_column", "annotation": "--label_column"}
-        raise ValueError(
-            f"The dataset has no column {' or '.join(map(repr, missing))}, only {present}. "
-            f"Name the columns with {' and '.join(options[name] for name in columns.values())}."
-        )
-    dataset = dataset.select_columns([*columns, *(["id"] if "id" in present else [])])
+    arguments = {"image": "image_column", "annotation": "label_column"}
+    check_columns(dataset, {column: arguments[name] for column, name in columns.items()})
+    dataset = dataset.select_columns([*columns, *(["id"] if "id" in column_names(dataset) else [])])
     dataset = dataset.rename_columns({old: new for old, new in columns.items() if old != new})
-    feature = RowImage(folders=folders) if folders else datasets.Image(decode=False)
     for column in columns.values():
-        dataset = dataset.cast_column(column, feature)
+        feature = RowImage(folders=folders, label_set=label_set if column == "annotation" else None)
+        dataset = dataset.cast_column(column, feature if folders else datasets.Image(decode=False))
     return dataset
 
 

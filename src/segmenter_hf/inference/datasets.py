@@ -17,8 +17,9 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..data.columns import find_image_column
 from ..data.encoded_images import encoded_bytes
-from ..data.folder_layouts import check_names
+from ..data.folder_layouts import check_names, split_images
 from ..data.loading import (
     HUB_FOLDERS,
     AnyDataset,
@@ -29,6 +30,7 @@ from ..data.loading import (
     load_local,
     load_segmentation_datasets,
 )
+from ..data.saved_datasets import is_saved_dataset, load_saved_dataset
 from ..models.image_io import decode_image
 from ..utils.atomic_files import locked_directory
 from ..utils.http import translate_http_errors
@@ -93,19 +95,23 @@ def load_image_dataset(
     *,
     dataset_config: str | None = None,
     revision: str | None = None,
-    image_column: str = "image",
+    image_column: str | None = None,
+    validation_fraction: float | None = None,
+    data_seed: int = 0,
     streaming: bool = True,
 ) -> AnyDataset:
     """Load the images of a split, which needs no masks.
 
     Args:
         dataset_name (`str`): A data set of the Hub; a folder of parquet files; a folder of pictures, where a split is
-            the folder `images/SPLIT`, `SPLIT/images` or `SPLIT`, and "train" may also be `images` or all of it; or
-            "scenes".
+            the folder `images/SPLIT`, `SPLIT/images` or `SPLIT`, and "train" may also be `images` or all of it; a folder of
+            images and masks as for training; or "scenes".
         split (`str`, defaults to `"train"`): The split.
         dataset_config (`str`, *optional*): Configuration of a Hub data set.
         revision (`str`, *optional*): Branch, tag or commit of a Hub data set.
-        image_column (`str`, defaults to `"image"`): Column of the images, for parquet files and the Hub.
+        image_column (`str`, *optional*): Column of the images, for parquet files and the Hub; it is found by default.
+        validation_fraction (`float`, *optional*), data_seed (`int`, defaults to 0): How the validation split was made, where
+            there is none: see `load_segmentation_datasets`.
         streaming (`bool`, defaults to `True`): Whether Hub and parquet files are read as they are needed, in place of
             being downloaded and prepared first.
 
@@ -118,22 +124,46 @@ def load_image_dataset(
         FileNotFoundError: If `dataset_name` is a path that is no folder, or the folder holds no picture.
         OSError: If the Hub data set cannot be reached.
     """
-    root, folders = Path(dataset_name), ()
+    try:
+        dataset, folders = _load_images(dataset_name, split, dataset_config, revision, streaming)
+    except ValueError:
+        if split != "validation" or validation_fraction is None:
+            raise
+        loaded = load_segmentation_datasets(
+            dataset_name,
+            splits=[split],
+            dataset_config=dataset_config,
+            revision=revision,
+            image_column=image_column,
+            validation_fraction=validation_fraction,
+            seed=data_seed,
+        )
+        return loaded[split].remove_columns("annotation")
+    return keep_columns(dataset, {image_column or find_image_column(dataset): "image"}, folders)
+
+
+def _load_images(
+    dataset_name: str, split: str, dataset_config: str | None, revision: str | None, streaming: bool
+) -> tuple[AnyDataset, tuple[str, ...]]:
+    """A split with all its columns, and where files that its rows name may lie."""
+    root = Path(dataset_name)
     if dataset_name == "scenes":
-        dataset = load_segmentation_datasets(dataset_name, splits=[split])[split]
-    elif root.is_dir() and not any(root.rglob("*.parquet")):
-        pictures = find_images([_picture_folder(root, split)])
-        check_names(pictures.values())
-        columns = {image_column: [str(path) for path in pictures.values()], "id": list(pictures)}
-        features = datasets.Features({image_column: datasets.Image(), "id": datasets.Value("string")})
-        dataset = datasets.Dataset.from_dict(columns, features=features)
-    elif root.is_dir():
-        dataset, folders = load_local(root, split, dataset_config, streaming), folders_of(root)
-    else:
+        return load_segmentation_datasets(dataset_name, splits=[split])[split], ()
+    if not root.is_dir():
         check_name(dataset_name)
-        dataset = load_from_hub(dataset_name, dataset_config, revision, streaming, split)
-        folders = HUB_FOLDERS
-    return keep_columns(dataset, {image_column: "image"}, folders)
+        return load_from_hub(dataset_name, dataset_config, revision, streaming, split), HUB_FOLDERS
+    if is_saved_dataset(root):
+        saved = load_saved_dataset(root)
+        if split not in saved:
+            raise ValueError(f"{root} has no split {split!r}, only {sorted(saved)}.")
+        return saved[split], folders_of(root)
+    if any(root.rglob("*.parquet")):
+        return load_local(root, split, dataset_config, streaming), folders_of(root)
+    images = split_images(root, split, dataset_config) or find_images([_picture_folder(root, split)])
+    check_names(images.values())
+    columns = {"image": [str(path) for path in images.values()], "id": list(images)}
+    features = datasets.Features({"image": datasets.Image(), "id": datasets.Value("string")})
+    return datasets.Dataset.from_dict(columns, features=features), ()
 
 
 def _picture_folder(root: Path, split: str) -> Path:

@@ -112,8 +112,8 @@ class DataArguments:
     validation_fraction: float | None = field(
         default=None, metadata={"help": "Share of the train split to evaluate on where there is no validation split."}
     )
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(default="annotation", metadata={"help": "Column of the label maps."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images. By default it is found."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the masks. By default it is found."})
     label_set: str | None = field(
         default=None,
         metadata={

@@ -1,0 +1,88 @@
+"""Files of a folder: images by name, paths that must stay inside, JSON of bounded size."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..models.image_io import IMAGE_SUFFIXES
+
+
+MAX_JSON_BYTES = 2**31
+NUM_SHOWN = 5
+
+
+class FolderSplit(NamedTuple):
+    """The files of a split.
+
+    Args:
+        images (`dict[str, Path]`): By the name that pairs them.
+        masks (`dict[str, Path | dict]`): By the same names: files, or encoded masks as `described_masks.describe` makes them.
+        expected (`str`): Where masks were looked for, in words.
+        names (`tuple[str, ...]`): The classes that the annotations name, where they do.
+    """
+
+    images: dict[str, Path]
+    masks: dict[str, Path | dict[str, Any]]
+    expected: str
+    names: tuple[str, ...] = ()
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and those below it, sorted; hidden ones are left out."""
+    if not folder.is_dir():
+        return []
+    paths = sorted(folder.rglob("[!.]*"))
+    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
+
+
+def files_by_stem(folder: Path) -> dict[str, Path]:
+    """The images in a folder and below it, by their path there without the suffix.
+
+    Raises:
+        ValueError: If two have one name.
+    """
+    files: dict[str, Path] = {}
+    for path in image_files(folder):
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in files:
+            raise ValueError(f"{folder}: two files have one name, {files[stem].name} and {path.name}. Keep one.")
+        files[stem] = path
+    return files
+
+
+def path_inside(root: Path, folder: Path, name: str, where: str) -> Path:
+    """The path of a file that a dataset names. One that leads out of its folder would read a file of the user.
+
+    Raises:
+        ValueError: If it is absolute or leads out of `root`; `where` says what names it.
+    """
+    path = Path(os.path.abspath(folder / name))
+    if os.path.isabs(name) or "\0" in name or not path.is_relative_to(os.path.abspath(root)):
+        raise ValueError(f"{where}: expected a relative path that stays in {root}, got {name!r}.")
+    return path
+
+
+def check_existence(source: Path, paths: Iterable[Path]) -> None:
+    """Refuse a list of files of which some are missing.
+
+    Raises:
+        ValueError: If one does not exist; `source` is what names them.
+    """
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise ValueError(f"{source} names {len(missing)} files that do not exist: {', '.join(missing[:NUM_SHOWN])}.")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of at most `MAX_JSON_BYTES`.
+
+    Raises:
+        ValueError: If it is larger, or no JSON.
+    """
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: expected JSON of at most {MAX_JSON_BYTES} bytes, got {path.stat().st_size}.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got a file that is not: {error}") from error

@@ -1,0 +1,46 @@
+"""Folders that `datasets.save_to_disk` wrote."""
+
+from pathlib import Path
+
+import datasets
+
+from .folder_files import check_existence, path_inside, read_json
+
+
+_SPLITS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
+
+
+def is_saved_dataset(root: Path) -> bool:
+    """Whether a folder was written by `save_to_disk` of a dataset, or of a dictionary of them."""
+    return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
+
+
+def load_saved_dataset(root: Path) -> dict[str, datasets.Dataset]:
+    """Load the splits of a folder that `save_to_disk` wrote; a single dataset is the train split.
+
+    Raises:
+        ValueError: If a file is missing, or one is named that lies outside of the folder.
+    """
+    if not (root / "dataset_dict.json").is_file():
+        return {"train": _load(root, root)}
+    file = root / "dataset_dict.json"
+    content = read_json(file)
+    splits = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+        raise ValueError(f"{file}: expected a list of `splits`, got {content!r:.200}.")
+    return {_SPLITS.get(split, split): _load(root, path_inside(root, root, split, str(file))) for split in splits}
+
+
+def _load(root: Path, folder: Path) -> datasets.Dataset:
+    state = folder / "state.json"
+    check_existence(root, [state, folder / "dataset_info.json"])
+    content = read_json(state)
+    files = content.get("_data_files") if isinstance(content, dict) else None
+    names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{state}: expected a list of `_data_files`, got {files!r:.200}.")
+    check_existence(state, [path_inside(root, folder, name, str(state)) for name in names])
+    try:
+        return datasets.load_from_disk(str(folder))
+    except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: expected a dataset as `save_to_disk` writes it: {error}") from error

@@ -1,0 +1,48 @@
+"""Every format gives the same scenes, whatever its files look like."""
+
+import numpy as np
+import pytest
+
+from segmenter_hf.data.decoding import decode_example
+from segmenter_hf.data.label_resolution import resolve_label_set
+from segmenter_hf.data.loading import load_segmentation_datasets
+from segmenter_hf.data.mask_checks import check_masks
+
+from . import formats
+
+
+WITH_SPLITS = [
+    *(formats.two_folders, formats.folders_in_splits, formats.one_folder_per_split, formats.masks_with_endings),
+    *(
+        formats.segnet_camvid,
+        formats.voc,
+        formats.cityscapes,
+        formats.metadata,
+        formats.parquet,
+        formats.saved_to_disk,
+    ),
+    *(formats.colors_json, formats.coco_polygons, formats.coco_run_lengths, formats.coco_panoptic, formats.labelme),
+]
+WITHOUT_SPLITS = [
+    *(formats.one_folder, formats.singular_folders, formats.deepglobe, formats.voc_without_lists, formats.cvat_voc),
+]
+
+
+@pytest.mark.parametrize("write", WITH_SPLITS + WITHOUT_SPLITS, ids=lambda write: write.__name__)
+def test_every_format_gives_the_same_scenes(tmp_path, write):
+    write(tmp_path)
+    fraction = 0.4 if write in WITHOUT_SPLITS else None
+    found = load_segmentation_datasets(str(tmp_path), validation_fraction=fraction)
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 3, "validation": 2}
+    label_set = resolve_label_set(found["train"])
+    assert label_set.labels in (formats.NAMES, ("class 0", "class 1", "class 2"))
+    seeds = []
+    for rows in found.values():
+        check_masks(rows, 3, label_set, show_progress=False).raise_if_impossible()
+        for row in rows:
+            seed = int(row["id"].removesuffix("_sat")[-1])
+            seeds.append(seed)
+            image, mask = decode_example(row, label_set)
+            assert np.array_equal(mask, formats.scene_ids(seed))
+            assert image.shape == (formats.HEIGHT, formats.WIDTH, 3)
+    assert sorted(seeds) == list(range(5))
