@@ -273,3 +273,18 @@ def test_the_space_is_complete(loaded, tmp_path, monkeypatch) -> None:
     assert (ROOT / "space" / "requirements.txt").read_text().split() == setup["options"]["install_requires"].split()
     least = setup["options.extras_require"]["demo"].strip().partition(">=")[2].partition(",")[0]
     assert front_matter["sdk"] == "gradio" and front_matter["sdk_version"].startswith(f"{least}.")
+
+
+def test_a_plain_client_asks_the_api_of_the_page(address, loaded, picture_path) -> None:
+    with picture_path.open("rb") as file:
+        (uploaded,) = httpx.post(f"{address}gradio_api/upload", files={"files": file}).json()
+    asked = {"data": [{"path": uploaded, "meta": {"_type": "gradio.FileData"}}, "tiny", False]}
+    event = httpx.post(f"{address}gradio_api/call/segment", json=asked).raise_for_status().json()["event_id"]
+    answer = httpx.get(f"{address}gradio_api/call/segment/{event}", timeout=120).raise_for_status().text
+    kind, _, told = answer.strip().rpartition("\n")
+    assert kind.endswith("event: complete")
+    (found,) = json.loads(told.removeprefix("data: "))
+    expected = describe_segmentation(loaded, open_upload(picture_path, MAX_IMAGE_PIXELS))
+    assert found["value"]["classes"] == json.loads(json.dumps(expected["classes"]))
+    label_map = np.asarray(from_data_url(found["value"]["label_map"]))
+    np.testing.assert_array_equal(label_map, np.asarray(from_data_url(expected["label_map"])))

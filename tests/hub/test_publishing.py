@@ -51,6 +51,7 @@ CODE = {
 REPOSITORY = CODE | {
     "README.md",
     "config.json",
+    "handler.py",
     "label_set.json",
     "model.safetensors",
     "model_card.json",

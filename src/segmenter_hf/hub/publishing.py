@@ -24,6 +24,7 @@ from ..utils.atomic_files import MODEL_FILES, atomic_directory, check_replaceabl
 from .model_card import SAMPLE_PICTURE, CardFacts, check_result, read_card_facts, recorded_result, write_model_card
 
 
+HANDLER_FILE = "handler.py"  # what Inference Endpoints run
 PREDICTIONS_PICTURE = "predictions.png"
 # What a repository may hold from before and the new directory does not: it goes in the same commit.
 _OUTDATED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.py", ".eval_results/*")
@@ -106,8 +107,8 @@ def build_repository(
 ) -> Path:
     """Write the directory that would be pushed, and nothing else than what belongs there.
 
-    It holds the weights as safetensors, the configuration, the image processor, the label set, the model files, the
-    card, and pictures: `sample.png` for its examples, and `predictions.png` if the model was trained here or on the
+    It holds the weights as safetensors, the configuration, the image processor, the label set, the model files,
+    `handler.py` for Inference Endpoints, the card, and pictures: `sample.png` for its examples, and `predictions.png` if the model was trained here or on the
     embedded scenes.
 
     Args:
@@ -136,6 +137,7 @@ def build_repository(
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         label_set.save(temporary / LABEL_SET_FILE)
+        shutil.copyfile(Path(__file__).parent / HANDLER_FILE, temporary / HANDLER_FILE)
         if (checkpoint_dir / SAMPLE_PICTURE).exists():
             shutil.copyfile(checkpoint_dir / SAMPLE_PICTURE, temporary / SAMPLE_PICTURE)
         picture = temporary / PREDICTIONS_PICTURE

@@ -43,6 +43,7 @@ MODEL_FILES = (
     *("model*.safetensors", "model.safetensors.index.json", "sample.png", "predictions.png", ".eval_results"),
     *(
         "configuration_*.py",
+        "handler.py",
         "modeling_*.py",
         "image_*.py",
         "pipeline_*.py",
