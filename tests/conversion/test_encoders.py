@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -156,3 +157,75 @@ def test_real_weights_of_dinov2_give_the_tokens_of_transformers(tmp_path) -> Non
     processor = AutoImageProcessor.from_pretrained(output_dir)
     assert (processor.patch_size, processor.window_size, processor.window_stride) == (14, 504, 504)
     assert list(processor.image_mean) == [0.485, 0.456, 0.406]
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"),
+    [
+        ("deit3", 0.485),
+        ("dinov2_registers", 0.485),
+        ("dinov2_giant", 0.485),
+        ("siglip", 0.5),
+        ("clip", 0.4815),
+        ("dinov3", 0.485),
+        ("dinov3_plus", 0.485),
+    ],
+)
+@torch.no_grad()
+def test_tokens_of_directories_of_timm_are_those_of_timm(name, mean, tmp_path) -> None:
+    folder = FIXTURES / "timm" / name
+    output_dir = convert_checkpoint(folder, tmp_path / "encoder", verify=True)
+    model, arrays = AutoModel.from_pretrained(output_dir).eval(), np.load(folder / "expected.npz")
+    for index in range(2):
+        tokens = model(torch.from_numpy(arrays[f"pixel_values_{index}"]).float()).last_hidden_state
+        torch.testing.assert_close(tokens, torch.from_numpy(arrays[f"tokens_{index}"]), rtol=0, atol=1e-5)
+    assert AutoImageProcessor.from_pretrained(output_dir).image_mean[0] == pytest.approx(mean, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("blocks.0.attn.relative_position_bias_table", "relative position biases, as BEiT"),
+        ("blocks.0.attn.q_proj.weight", "as EVA-02"),
+        ("layers.0.blocks.0.attn.qkv.weight", "several resolutions"),
+        ("stages.0.blocks.0.conv_dw.weight", "several resolutions"),
+    ],
+)
+def test_backbones_that_are_no_plain_vits_are_refused_with_the_reason(key, message, tmp_path) -> None:
+    torch.save({"cls_token": torch.zeros(1, 1, 64), key: torch.zeros(64, 64)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=rf"other\.pth: expected a plain ViT, got one with .*{message}"):
+        convert_checkpoint(tmp_path / "other.pth", tmp_path / "encoder")
+
+
+@torch.no_grad()
+def test_files_of_dino_v1_mae_and_deit3_are_told_apart_by_their_tensors(tmp_path) -> None:
+    weights = load_file(FIXTURES / "timm" / "deit3" / "model.safetensors")
+    weights = {key: value for key, value in weights.items() if not key.startswith("head")}
+    plain = {key: value for key, value in weights.items() if ".ls" not in key}
+    plain["pos_embed"] = torch.cat([torch.randn(1, 1, 64), plain["pos_embed"]], dim=1)
+    deit3 = {key.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): v for key, v in weights.items()}
+    for name, content, source, offset in (
+        ("dino_deitsmall16_pretrain", plain, "facebookresearch/dino", 0.1),
+        (
+            "mae_pretrain_vit_base",
+            {"model": {**plain, "decoder_pred.bias": torch.zeros(8)}},
+            "facebookresearch/mae",
+            0.0,
+        ),
+        ("deit_3_small_224_21k", {"model": deit3}, "facebookresearch/deit", 0.0),
+    ):
+        torch.save(content, tmp_path / f"{name}.pth")
+        output_dir = convert_checkpoint(tmp_path / f"{name}.pth", tmp_path / name)
+        config = AutoModel.from_pretrained(output_dir).config
+        assert config.provenance["source"] == source
+        assert (config.position_embedding_interpolation, config.position_embedding_offset) == ("bicubic", offset)
+        assert AutoImageProcessor.from_pretrained(output_dir).image_mean[0] == pytest.approx(0.485)
+
+
+def test_a_grid_and_channels_are_changed_with_positions_of_any_kind(tmp_path) -> None:
+    for name, patch_size in (("dinov2/registers", 14), ("dinov3/vit7b16", 16)):
+        source, size = golden(name) / "checkpoint.pth", 5 * patch_size
+        output_dir = convert_checkpoint(source, tmp_path / name.replace("/", "-"), image_size=size, num_channels=4)
+        model = AutoModel.from_pretrained(output_dir)
+        assert model.config.image_size == size
+        assert model(torch.randn(1, 4, size, size)).last_hidden_state.shape[1] == 1 + 4 + 25

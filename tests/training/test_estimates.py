@@ -1,5 +1,7 @@
 """Estimates against what can be counted by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from segmenter_hf import SegmenterConfig, SetrConfig
@@ -44,3 +46,39 @@ def test_setr_is_estimated_too_and_other_optimisers_are_refused() -> None:
 def test_numbers_of_an_estimate_are_positive_and_finite(wrong) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be positive and finite"):
         estimate_training(BASE, 512, **{"steps": 1, "per_device_batch_size": 1, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "crop"),
+    [
+        ("DINOv2 S", {"patch_size": 14, "image_size": 518, "layerscale_value": 1.0}, 504),
+        (
+            "DINOv3 S",
+            {
+                "num_register_tokens": 4,
+                "position_embedding_type": "rotary",
+                "image_size": 224,
+                "layerscale_value": 1.0,
+            },
+            512,
+        ),
+        ("ViT (AugReg) S", {"image_size": 224}, 512),
+    ],
+)
+def test_the_table_of_encoders_has_the_computed_numbers(row, fields, crop) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "encoders.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {row} |")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    config = SegmenterConfig(
+        hidden_size=384,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        decoder_type="linear",
+        num_labels=150,
+        drop_path_rate=0.0,
+        **fields,
+    )
+    one, two = (estimate_training(config, crop, steps=1, per_device_batch_size=size) for size in (1, 2))
+    assert cells[1] == f"{one.parameters / 1e6:.1f}"
+    assert cells[5] == f"{one.forward_flops / 1e9:.0f}"
+    assert cells[6] == f"{(two.memory_bytes - one.memory_bytes) / 2**30:.2f}"

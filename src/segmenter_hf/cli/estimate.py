@@ -1,6 +1,7 @@
 """Estimate the memory and time of a training from parameter and operation counts, before renting anything.
 
     segmenter-hf estimate --recipe segmenter_ade20k --model_size base --num_devices 8 --num_images 20210
+    segmenter-hf estimate --recipe segmenter_ade20k --model_name_or_path facebook/dinov2-base --crop_size 504 --num_images 20210
 
 Peaks in bfloat16 by NVIDIA's data sheets: 312 for an A100, 989 for an H100 or H200 (without sparsity). Two fifths of the peak
 is a usual share for a ViT of this size. Nothing here is measured.
@@ -10,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..conversion.pretrained import resolve_model
 from ..data.label_sets import load_label_set
 from ..training.arguments import resolve_batch_size
 from ..training.estimates import estimate_training
@@ -27,6 +29,11 @@ class Arguments:
 
     recipe: str = field(metadata={"help": "Recipe whose training is estimated."})
     model_size: str | None = field(default=None, metadata={"help": "Size of the model, if not that of the recipe."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Encoder or model to start from, instead of a new model of a size."}
+    )
+    decoder_type: str | None = field(default=None, metadata={"help": "Decoder, if not that of the recipe."})
+    crop_size: int | None = field(default=None, metadata={"help": "Side of the crops, if not that of the recipe."})
     num_images: int | None = field(
         default=None, metadata={"help": "Images of the training set, for recipes in epochs."}
     )
@@ -41,8 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the estimate."""
     (args,) = parse_arguments(build_parser("estimate", __doc__, [Arguments]), argv)
     values = {"recipe": args.recipe, "output_dir": "", "use_cpu": True}
-    values |= {"model_size": args.model_size} if args.model_size else {}
+    for name in ("model_size", "decoder_type", "crop_size"):
+        values |= {} if getattr(args, name) is None else {name: getattr(args, name)}
+    if args.crop_size is not None:
+        values["window_stride"] = args.crop_size
     model_args, data_args, training_args = resolve_training_arguments(values)
+    if args.model_name_or_path is not None:
+        model_args.model_name_or_path = resolve_model(args.model_name_or_path, model_args.model_type)
     model, _ = build_model_and_processor(model_args, data_args, load_label_set(data_args.label_set or "scenes"))
     total = training_args.total_batch_size
     per_device, accumulation = resolve_batch_size(total, args.num_devices, args.per_device_train_batch_size)
