@@ -106,6 +106,17 @@ def test_the_merge_equals_the_naive_loop_in_float64(data) -> None:
     assert torch.equal(without_scores[clear], expected.argmax(0)[clear])
 
 
+@pytest.mark.parametrize("padding", ["end", "center"])
+def test_the_plain_merge_is_the_definition_of_the_fast_one_with_either_padding(padding) -> None:
+    windows = describe(0, 0, 0, [(0, 0), (0, 13)], (30, 27), (30, 40), (35, 47))
+    windows += describe(0, 1, 1, [(0, 0), (0, 13)], (30, 27), (30, 40), (35, 47))
+    logits = torch.randn(4, 1, 4, 4)  # of one class
+    ((class_map, scores),) = merge_windows(logits, torch.tensor(windows), 8, return_scores=True, padding=padding)
+    plain_map, plain_scores = plain_merge_windows(logits.double(), windows, 8, padding=padding)
+    torch.testing.assert_close(scores.double(), plain_scores, rtol=0, atol=1e-6)
+    assert plain_scores.shape == (2, 35, 47) and (class_map == plain_map).float().mean() > 0.999
+
+
 @pytest.mark.parametrize(("height", "width"), [(50, 77), (77, 50)])
 def test_a_whole_image_that_patches_do_not_fill_is_cut_after_upsampling(height, width) -> None:
     rows = describe(0, 0, 0, [(0, 0)], (height, width), (height, width), (height, width))

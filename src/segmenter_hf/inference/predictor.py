@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.label_sets import LabelSet
 from ..models.image_io import read_image
-from ..models.image_processing_segmenter import ImageWindows
+from ..models.image_windows import ImageWindows
 from ..models.sliding_window import WindowMerger
 from ..models.window_geometry import Window
 from .model_loading import check_label_set, is_out_of_memory, load_model
@@ -257,9 +257,7 @@ class _WindowBatch:
         # From top to bottom in all views at once, so that rows can be merged and forgotten.
         windows = sorted(source.windows, key=lambda window: window.top / window.view_height)
         processor = self.predictor.processor
-        merger = WindowMerger(
-            windows, processor.patch_size, None, self.return_scores, self.dtype, getattr(processor, "padding", "end")
-        )
+        merger = WindowMerger(windows, processor.patch_size, None, self.return_scores, self.dtype, processor.padding)
         self._pending.append(_Pending(key, merger, None))
         for window in windows:
             pixels = source.pixel_values(window)

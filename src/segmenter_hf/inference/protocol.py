@@ -21,6 +21,7 @@ PIXEL_FIELDS = (
     "image_std",
     "do_split_windows",
     "do_resize_to_window",
+    "padding",
 )
 
 

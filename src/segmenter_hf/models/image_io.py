@@ -6,11 +6,12 @@ import io
 import os
 import threading
 import urllib.request
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import torch
 from transformers.image_utils import ChannelDimension
 
 
@@ -57,6 +58,82 @@ def pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
         image = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
     array = np.array(image)
     return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+
+
+def image_to_array(
+    image: Any, do_convert_rgb: bool, input_data_format: "str | ChannelDimension | None", num_channels: int
+) -> np.ndarray:
+    """Bring an image of any kind to (channels, height, width), contiguous, uint8 or float32.
+
+    Args:
+        image (PIL image, numpy array or torch tensor): The image.
+        do_convert_rgb (`bool`): Whether it becomes RGB.
+        input_data_format (`ChannelDimension`, *optional*): Where an array has its channels.
+        num_channels (`int`): How many channels are expected, by which they are found where that is not said.
+
+    Returns:
+        `np.ndarray`: The pixels.
+
+    Raises:
+        ValueError: If it is no image.
+    """
+    if isinstance(image, PIL.Image.Image):
+        image, input_data_format = pil_to_array(image, do_convert_rgb), ChannelDimension.FIRST
+    if isinstance(image, torch.Tensor):
+        image = image.detach().to("cpu")
+        image = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array, input_data_format = array[None], ChannelDimension.FIRST
+    if array.ndim != 3:
+        raise ValueError(f"An image must have two or three dimensions, got the shape {array.shape}.")
+    if not (array.dtype == np.bool_ or issubclass(array.dtype.type, (np.integer, np.floating))):
+        raise ValueError(f"An image must hold integers, floats or booleans, got {array.dtype}.")
+    if input_data_format is None:
+        input_data_format = channel_axis(array.shape, num_channels)
+    if input_data_format == ChannelDimension.LAST:
+        array = np.moveaxis(array, -1, 0)
+    if np.issubdtype(array.dtype, np.floating):
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError("The image holds NaN or infinite values: replace them before processing.")
+    else:
+        array = to_uint8(array)
+    if do_convert_rgb and len(array) == 1:
+        array = np.repeat(array, 3, axis=0)
+    elif do_convert_rgb and len(array) == 4:
+        array = array[:3]
+    flags = array.flags
+    if not (flags.c_contiguous and flags.writeable and min(array.strides) >= 0):  # -1 in a mirrored single column
+        array = array.copy()
+    return array
+
+
+def label_map_to_array(label_map: Any, do_reduce_labels: bool) -> np.ndarray:
+    """Bring a label map of any kind to (height, width), int64.
+
+    Args:
+        label_map (PIL image, numpy array or torch tensor): The label map.
+        do_reduce_labels (`bool`): Whether label 0 becomes 255 and the others shift down by one.
+
+    Returns:
+        `np.ndarray`: The labels.
+
+    Raises:
+        ValueError: If it is no map of integers.
+    """
+    array = np.array(label_map.detach().cpu() if isinstance(label_map, torch.Tensor) else label_map)
+    if not (array.dtype == np.bool_ or issubclass(array.dtype.type, np.integer)):
+        raise ValueError(f"A segmentation map must hold integers, got {array.dtype}. Convert it to class ids first.")
+    labels = array.astype(np.int64)
+    if labels.ndim == 3 and 1 in (labels.shape[0], labels.shape[-1]):
+        labels = labels.squeeze(0 if labels.shape[0] == 1 else -1)
+    if labels.ndim != 2:
+        raise ValueError(
+            f"A segmentation map must have the shape (height, width), got {labels.shape}. Convert colour-coded masks to "
+            "class ids first."
+        )
+    return np.where((labels == 0) | (labels == 255), 255, labels - 1) if do_reduce_labels else labels
 
 
 def read_image(source: "str | os.PathLike", max_pixels: int | None = None) -> PIL.Image.Image:
@@ -178,6 +255,8 @@ __all__ = [
     "PIXELS_AT_ONCE",
     "channel_axis",
     "decode_image",
+    "image_to_array",
+    "label_map_to_array",
     "pil_to_array",
     "read_image",
     "to_uint8",

@@ -1,11 +1,10 @@
 """Image processor of Segmenter and SETR: resize, windows, normalisation, and the merge of the model's outputs."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import PIL.Image
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
@@ -14,21 +13,19 @@ from transformers.image_processing_backends import PilBackend, TorchvisionBacken
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
-    ChannelDimension,
     ImageInput,
     PILImageResampling,
     SizeDict,
-    is_torch_tensor,
     is_valid_image,
     make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import ModelOutput, TensorType
 
-from .image_io import channel_axis, pil_to_array, read_image, to_uint8
-from .resampling import resize_image, resize_labels, resized_size
+from .image_io import image_to_array, label_map_to_array, read_image
+from .image_windows import ImageWindows, Normalization, ScaledImage, scaled_size
+from .resampling import resize_image, resize_labels
 from .sliding_window import merge_windows
-from .window_geometry import Window, window_corners
 
 
 INTERPOLATION = {
@@ -36,9 +33,6 @@ INTERPOLATION = {
     PILImageResampling.BILINEAR: "bilinear",
     PILImageResampling.BICUBIC: "bicubic",
 }
-# What an image may be resized to, and enlarged to as float32 where it is shorter than a window: what is far beyond any
-# real use would only fill the memory.
-MAX_RESIZED_PIXELS, MAX_ENLARGED_PIXELS = 2**30, 2**26
 LARGEST_FACTOR = 1e12  # of pixel values, so that they stay finite in float32
 
 
@@ -84,43 +78,75 @@ def _value_errors() -> Iterator[None]:
         raise ValueError(f"{error.__cause__ or error}") from error
 
 
-class ScaledImage(NamedTuple):
-    """An image (channels, height, width) at one scale, what normalises parts of it, and its labels (height, width)."""
+def check_window_fields(
+    do_resize: bool,
+    size: SizeDict | None,
+    window_size: int,
+    window_stride: int,
+    patch_size: int,
+    padding: str,
+    scales: Sequence[float],
+) -> None:
+    """Check that sizes, windows and scales fit each other.
 
-    pixels: torch.Tensor
-    normalize: Callable[[torch.Tensor], torch.Tensor] | None
-    labels: torch.Tensor | None
-
-
-class ImageWindows:
-    """The windows of an image, whose pixel values are made when they are asked for.
-
-    Args:
-        windows (`list[Window]`): All windows of all views of the image.
-        scaled_images (`list[ScaledImage]`): The image at each scale.
-        views_per_scale (`int`): 2 with flips, otherwise 1.
+    Raises:
+        ValueError: If they do not.
     """
+    edges = [] if size is None else [size.shortest_edge, size.longest_edge]
+    edges = [edge for edge in edges if edge is not None]
+    if not all(type(edge) is int and edge > 0 for edge in edges) or (do_resize and not size.shortest_edge):
+        raise ValueError(
+            '`size` must have a "shortest_edge" and may have a "longest_edge", in pixels, positive integers; got '
+            f"{dict(size)}."
+        )
+    if patch_size < 1 or window_size < 1 or padding == "end" and window_size % patch_size:
+        raise ValueError(
+            f"`window_size` must be a positive multiple of the model's `patch_size`, got {window_size} and {patch_size}."
+        )
+    if not 1 <= window_stride <= window_size:
+        raise ValueError(
+            f"`window_stride` must be from 1 to `window_size` ({window_size}), or pixels are left out; got {window_stride}."
+        )
+    if len(scales) == 0 or not all(0 < scale <= 16 for scale in scales):
+        raise ValueError(f"`scales` must be one or more factors above 0 and up to 16, got {scales}.")
 
-    def __init__(self, windows: list[Window], scaled_images: list[ScaledImage], views_per_scale: int) -> None:
-        self.windows = windows
-        self._scaled_images = scaled_images
-        self._views_per_scale = views_per_scale
 
-    def pixel_values(self, window: Window) -> torch.Tensor:
-        """The normalised pixels (channels, height, width) of a window, float32."""
-        scaled = self._scaled_images[window.view // self._views_per_scale]
-        pixels = self._cut(scaled.pixels, window)
-        return pixels if scaled.normalize is None else scaled.normalize(pixels)
+def check_pixel_fields(resample: PILImageResampling, factors: dict[str, Any]) -> None:
+    """Check that resampling and normalisation are possible; `factors` are those that are used.
 
-    def labels(self, window: Window) -> torch.Tensor:
-        """The labels (height, width) of a window, int64."""
-        return self._cut(self._scaled_images[window.view // self._views_per_scale].labels, window)
+    Raises:
+        ValueError: If they are not.
+    """
+    if not isinstance(resample, int) or resample not in INTERPOLATION:
+        names = [method.name for method in INTERPOLATION]
+        raise ValueError(f"`resample` must be one of {names}, got {resample!r}.")
+    for name, value in factors.items():
+        smallest = -LARGEST_FACTOR if name == "image_mean" else 1 / LARGEST_FACTOR
+        numbers = value if isinstance(value, (list, tuple)) and name != "rescale_factor" else [value]
+        fitting = [
+            isinstance(n, (int, float)) and type(n) is not bool and smallest <= n <= LARGEST_FACTOR for n in numbers
+        ]
+        if not (fitting and all(fitting)):
+            kind = "be a number" if name == "rescale_factor" else "be made of numbers"
+            raise ValueError(f"`{name}` must {kind} from {smallest:g} to {LARGEST_FACTOR:g}, got {value!r:.200}.")
 
-    @staticmethod
-    def _cut(array: torch.Tensor, window: Window) -> torch.Tensor:
-        left = window.view_width - window.left - window.width if window.flip else window.left
-        part = array[..., window.top : window.top + window.height, left : left + window.width]
-        return part.flip(-1) if window.flip else part
+
+def check_label_maps(image_sizes: Sequence[Sequence[int]], map_sizes: Sequence[Sequence[int]]) -> None:
+    """Check that each image has one label map of its size.
+
+    Raises:
+        ValueError: If not.
+    """
+    if len(map_sizes) != len(image_sizes):
+        raise ValueError(
+            f"{len(image_sizes)} image(s) need as many segmentation maps of the shape (height, width), got "
+            f"{len(map_sizes)}. Convert a colour-coded mask to class ids first."
+        )
+    if list(map(tuple, image_sizes)) != list(map(tuple, map_sizes)):
+        raise ValueError(
+            "Each image needs one segmentation map of its (height, width); got images of "
+            f"{list(map(tuple, image_sizes))} and maps of {list(map(tuple, map_sizes))}."
+        )
 
 
 class _SegmenterImageProcessing:
@@ -192,16 +218,18 @@ class _SegmenterImageProcessing:
         Raises:
             ValueError: If an argument, an image or a label map is not as described.
         """
-        kwargs["return_tensors"] = return_tensors
         if segmentation_maps is not None and not kwargs.keys() & {"do_split_windows", "scales", "do_flip"}:
-            kwargs = {
-                "do_resize_to_window": True,
-                "do_split_windows": False,
-                "scales": [1.0],
-                "do_flip": False,
-            } | kwargs
-        with _value_errors():
-            return super().preprocess(images, segmentation_maps, **kwargs)
+            training = {"do_resize_to_window": True, "do_split_windows": False, "scales": [1.0], "do_flip": False}
+            kwargs = {**training, **kwargs}
+        images_windows = self._split_windows(images, segmentation_maps, return_tensors=return_tensors, **kwargs)
+        pairs = [(image, window) for image in images_windows for window in image.windows]
+        data = {
+            "pixel_values": [image.pixel_values(window) for image, window in pairs],
+            "window_offsets": [torch.tensor(window) for _, window in pairs],
+        }
+        if segmentation_maps is not None:
+            data["labels"] = [image.labels(window) for image, window in pairs]
+        return BatchFeature(data=data, tensor_type=return_tensors)
 
     def lazy_windows(self, image: ImageInput, **kwargs: Unpack[SegmenterImageProcessorKwargs]) -> ImageWindows:
         """The windows that `preprocess` gives for one image, each made when it is asked for.
@@ -216,51 +244,16 @@ class _SegmenterImageProcessing:
         Raises:
             ValueError: If an argument or the image is not as described in `preprocess`.
         """
-        arguments = {"image_like_kwargs": {"lazily": True}, "return_tensors": "pt", **kwargs}
-        with _value_errors():
-            (windows,) = super().preprocess(image, None, **arguments)
+        (windows,) = self._split_windows(image, None, **kwargs)
         return windows
 
-    def _validate_preprocess_kwargs(self, **kwargs) -> None:
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
-        size, window_size, stride = kwargs["size"], kwargs["window_size"], kwargs["window_stride"]
-        patch_size, scales = kwargs["patch_size"], kwargs["scales"]
-        edges = [] if size is None else [size.shortest_edge, size.longest_edge]
-        edges = [edge for edge in edges if edge is not None]
-        if not all(type(edge) is int and edge > 0 for edge in edges) or (
-            kwargs["do_resize"] and not size.shortest_edge
-        ):
-            raise ValueError(
-                '`size` must have a "shortest_edge" and may have a "longest_edge", in pixels, positive integers; got '
-                f"{dict(size)}."
-            )
-        if patch_size < 1 or window_size < 1 or kwargs["padding"] == "end" and window_size % patch_size:
-            raise ValueError(
-                f"`window_size` must be a positive multiple of the model's `patch_size`, got {window_size} and {patch_size}."
-            )
-        if not 1 <= stride <= window_size:
-            raise ValueError(
-                f"`window_stride` must be from 1 to `window_size` ({window_size}), or pixels are left out; got {stride}."
-            )
-        if len(scales) == 0 or not all(0 < scale <= 16 for scale in scales):
-            raise ValueError(f"`scales` must be one or more factors above 0 and up to 16, got {scales}.")
-        if not isinstance(kwargs["resample"], int) or kwargs["resample"] not in INTERPOLATION:
-            names = [method.name for method in INTERPOLATION]
-            raise ValueError(f"`resample` must be one of {names}, got {kwargs['resample']!r}.")
-        largest = LARGEST_FACTOR
-        for name, used, smallest in (
-            ("rescale_factor", kwargs["do_rescale"], 1 / largest),
-            ("image_mean", kwargs["do_normalize"], -largest),
-            ("image_std", kwargs["do_normalize"], 1 / largest),
-        ):
-            value = kwargs[name]
-            numbers = value if isinstance(value, (list, tuple)) and name != "rescale_factor" else [value]
-            fitting = [
-                isinstance(n, (int, float)) and type(n) is not bool and smallest <= n <= largest for n in numbers
-            ]
-            if used and not (fitting and all(fitting)):
-                kind = "be a number" if name == "rescale_factor" else "be made of numbers"
-                raise ValueError(f"`{name}` must {kind} from {smallest:g} to {largest:g}, got {value!r:.200}.")
+        names = ("do_resize", "size", "window_size", "window_stride", "patch_size", "padding", "scales")
+        check_window_fields(**{name: kwargs[name] for name in names})
+        used = ["rescale_factor"] if kwargs["do_rescale"] else []
+        used += ["image_mean", "image_std"] if kwargs["do_normalize"] else []
+        check_pixel_fields(kwargs["resample"], {name: kwargs[name] for name in used})
 
     def fetch_images(self, image_url_or_urls: ImageInput) -> ImageInput:
         """Read paths and URLs; images pass through."""
@@ -288,218 +281,70 @@ class _SegmenterImageProcessing:
             images = given if isinstance(images, (list, tuple)) else given[0]
         return make_flat_list_of_images(images, expected_ndims=expected_ndims)
 
-    def process_image(
-        self,
-        image: ImageInput,
-        do_convert_rgb: bool | None = None,
-        input_data_format: str | ChannelDimension | None = None,
-        device: "str | torch.device | None" = None,
-        **kwargs,
-    ) -> torch.Tensor:
+    def process_image(self, image: ImageInput, **kwargs: Any) -> torch.Tensor:
         """Bring one image to (channels, height, width), uint8 or float32."""
-        if isinstance(image, PIL.Image.Image):
-            image, input_data_format = pil_to_array(image, bool(do_convert_rgb)), ChannelDimension.FIRST
-        if is_torch_tensor(image):
-            image = image.detach().to("cpu")
-            image = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
-        array = np.asarray(image)
-        if array.ndim == 2:
-            array, input_data_format = array[None], ChannelDimension.FIRST
-        if array.ndim != 3:
-            raise ValueError(f"An image must have two or three dimensions, got the shape {array.shape}.")
-        if not (array.dtype == np.bool_ or issubclass(array.dtype.type, (np.integer, np.floating))):
-            raise ValueError(f"An image must hold integers, floats or booleans, got {array.dtype}.")
-        if input_data_format is None:
-            channels = len(self.image_mean) if isinstance(self.image_mean, Sequence) else 3
-            input_data_format = channel_axis(array.shape, channels)
-        if input_data_format == ChannelDimension.LAST:
-            array = np.moveaxis(array, -1, 0)
-        if np.issubdtype(array.dtype, np.floating):
-            array = array.astype(np.float32)
-            if not np.isfinite(array).all():
-                raise ValueError("The image holds NaN or infinite values: replace them before processing.")
-        else:
-            array = to_uint8(array)
-        if do_convert_rgb and len(array) == 1:
-            array = np.repeat(array, 3, axis=0)
-        elif do_convert_rgb and len(array) == 4:
-            array = array[:3]
-        flags = array.flags
-        if not (flags.c_contiguous and flags.writeable and min(array.strides) >= 0):  # -1 in a mirrored single column
-            array = array.copy()
-        return torch.from_numpy(array).to(device or "cpu")
+        mean, device = self.image_mean, kwargs.get("device") or "cpu"
+        num_channels = len(mean) if isinstance(mean, Sequence) else 3
+        array = image_to_array(
+            image, bool(kwargs.get("do_convert_rgb")), kwargs.get("input_data_format"), num_channels
+        )
+        return torch.from_numpy(array).to(device)
 
     def process_segmentation_map(self, segmentation_map: ImageInput, do_reduce_labels: bool) -> torch.Tensor:
         """Bring one label map to (height, width), int64."""
-        array = np.array(segmentation_map.detach().cpu() if is_torch_tensor(segmentation_map) else segmentation_map)
-        if not (array.dtype == np.bool_ or issubclass(array.dtype.type, np.integer)):
-            raise ValueError(
-                f"A segmentation map must hold integers, got {array.dtype}. Convert it to class ids first."
-            )
-        labels = torch.from_numpy(array.astype(np.int64))
-        if labels.ndim == 3 and 1 in (labels.shape[0], labels.shape[-1]):
-            labels = labels.squeeze(0 if labels.shape[0] == 1 else -1)
-        if labels.ndim != 2:
-            raise ValueError(
-                f"A segmentation map must have the shape (height, width), got {tuple(labels.shape)}. Convert colour-coded "
-                "masks to class ids first."
-            )
-        if do_reduce_labels:
-            labels = torch.where((labels == 0) | (labels == 255), 255, labels - 1)
-        return labels
+        return torch.from_numpy(label_map_to_array(segmentation_map, do_reduce_labels))
 
-    def _preprocess_image_like_inputs(
-        self,
-        images: ImageInput,
-        segmentation_maps: ImageInput | None,
-        do_convert_rgb: bool,
-        do_reduce_labels: bool,
-        input_data_format: ChannelDimension | None,
-        return_tensors: str | TensorType | None,
-        device: "str | torch.device | None" = None,
-        lazily: bool = False,
-        **kwargs,
-    ) -> BatchFeature | list[ImageWindows]:
-        images = self._prepare_image_like_inputs(
-            images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, device=device
-        )
-        maps = [None] * len(images)
+    def _split_windows(
+        self, images: ImageInput, segmentation_maps: ImageInput | None, **kwargs: Any
+    ) -> list[ImageWindows]:
+        """The windows of each image."""
+        with _value_errors():
+            validate_typed_dict(self.valid_kwargs, kwargs)
+            fields = {name: getattr(self, name, None) for name in self._valid_kwargs_names} | kwargs
+            fields = self._standardize_kwargs(**fields)
+            self._validate_preprocess_kwargs(**fields)
+        convert = {name: fields[name] for name in ("do_convert_rgb", "input_data_format", "device")}
+        arrays = [self.process_image(image, **convert) for image in self._prepare_images_structure(images)]
+        maps: list[torch.Tensor | None] = [None] * len(arrays)
         if segmentation_maps is not None:
-            maps = self._prepare_images_structure(segmentation_maps, expected_ndims=2)
-            if len(maps) != len(images):
-                raise ValueError(
-                    f"{len(images)} image(s) need as many segmentation maps of the shape (height, width), got {len(maps)}. "
-                    "Convert a colour-coded mask to class ids first."
-                )
-            maps = [self.process_segmentation_map(labels, do_reduce_labels).to(device or "cpu") for labels in maps]
-            sizes = [tuple(image.shape[-2:]) for image in images]
-            if sizes != [tuple(labels.shape) for labels in maps]:
-                raise ValueError(
-                    "Each image needs one segmentation map of its (height, width); got images of "
-                    f"{sizes} and maps of {[tuple(labels.shape) for labels in maps]}."
-                )
-        prepared = [
-            self._preprocess(image, labels, index, **kwargs) for index, (image, labels) in enumerate(zip(images, maps))
+            given = self._prepare_images_structure(segmentation_maps, expected_ndims=2)
+            maps = [self.process_segmentation_map(labels, fields["do_reduce_labels"]) for labels in given]
+            check_label_maps([array.shape[-2:] for array in arrays], [labels.shape for labels in maps])
+            maps = [labels.to(array.device) for labels, array in zip(maps, arrays)]
+        return [
+            ImageWindows.split(
+                self._scale(array, labels, fields),
+                index,
+                array.shape[-2:],
+                fields["do_flip"],
+                fields["window_size"] if fields["do_split_windows"] else None,
+                fields["window_stride"],
+            )
+            for index, (array, labels) in enumerate(zip(arrays, maps))
         ]
-        if lazily:
-            return prepared
-        pairs = [(image, window) for image in prepared for window in image.windows]
-        data = {
-            "pixel_values": [image.pixel_values(window) for image, window in pairs],
-            "window_offsets": [torch.tensor(window) for _, window in pairs],
-        }
-        if segmentation_maps is not None:
-            data["labels"] = [image.labels(window) for image, window in pairs]
-        return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def _preprocess(
-        self,
-        image: torch.Tensor,
-        labels: torch.Tensor | None,
-        image_index: int,
-        *,
-        do_split_windows: bool,
-        window_size: int,
-        window_stride: int,
-        scales: Sequence[float],
-        do_flip: bool,
-        **kwargs,
-    ) -> ImageWindows:
-        """The windows of all views of one image."""
-        smallest_side = window_size if do_split_windows else 1
-        kwargs["fixed_side"] = window_size if kwargs.pop("do_resize_to_window") else None
-        scaled_images = [self._scale(image, labels, scale, smallest_side, **kwargs) for scale in scales]
-        windows = []
-        for index, scaled in enumerate(scaled_images):
-            height, width = scaled.pixels.shape[-2:]
-            size = (window_size, window_size) if do_split_windows else (height, width)
-            corners = window_corners(height, width, window_size, window_stride) if do_split_windows else [(0, 0)]
-            for flip in range(1 + do_flip):
-                view = (image_index, index * (1 + do_flip) + flip, flip)
-                windows += [Window(*view, *corner, *size, height, width, *image.shape[-2:]) for corner in corners]
-        return ImageWindows(windows, scaled_images, 1 + do_flip)
-
-    def _scale(
-        self,
-        image: torch.Tensor,
-        labels: torch.Tensor | None,
-        scale: float,
-        smallest_side: int,
-        *,
-        do_resize: bool,
-        size: SizeDict,
-        fixed_side: int | None,
-        resample: PILImageResampling,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: float | Sequence[float],
-        image_std: float | Sequence[float],
-        **kwargs,
-    ) -> ScaledImage:
-        """An image (channels, height, width) and its labels (height, width) at one scale, at least `smallest_side`."""
-        if do_rescale and image.is_floating_point() and 0 < image.max() <= 1:
+    def _scale(self, image: torch.Tensor, labels: torch.Tensor | None, fields: dict[str, Any]) -> list[ScaledImage]:
+        """An image (channels, height, width) and its labels (height, width) at each scale."""
+        if fields["do_rescale"] and image.is_floating_point() and 0 < image.max() <= 1:
             raise ValueError(
                 "The image holds floats up to 1, but `do_rescale=True` expects 0 to 255: pass `do_rescale=False`."
             )
-        height, width = image.shape[-2:]
-        if do_resize and fixed_side is not None:
-            height = width = max(int(fixed_side * scale), 1)
-        elif do_resize:
-            longest_edge = None if size.longest_edge is None else int(size.longest_edge * scale)
-            height, width = resized_size(height, width, int(size.shortest_edge * scale), longest_edge)
-        else:
-            height, width = resized_size(height, width, min(height, width) * scale)
-        if height * width > max(MAX_RESIZED_PIXELS, image.shape[-2] * image.shape[-1]):
-            raise ValueError(
-                f"An image of {image.shape[-2]} x {image.shape[-1]} pixels would become one of {height} x {width}, expected at "
-                f'most {MAX_RESIZED_PIXELS} pixels: lower `size` or `scales`, or give `size` a "longest_edge".'
-            )
-        pixels = resize_image(image, (height, width), INTERPOLATION[resample])
-        labels = None if labels is None else resize_labels(labels, (height, width))
-
-        def normalize(part: torch.Tensor) -> torch.Tensor:
-            return self.rescale_and_normalize(part, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-
-        if min(height, width) >= smallest_side:
-            return ScaledImage(pixels, normalize, labels)
-        # The protocol enlarges after normalisation, and cuts the longer side to whole pixels instead of rounding.
-        if height < width:
-            height, width = smallest_side, int(width / height * smallest_side)
-        else:
-            height, width = int(height / width * smallest_side), smallest_side
-        if height * width > MAX_ENLARGED_PIXELS:
-            raise ValueError(
-                f"An image of {image.shape[-2]} x {image.shape[-1]} pixels is too thin for windows of {smallest_side}: it "
-                f"would become one of {height} x {width}, expected at most {MAX_ENLARGED_PIXELS} pixels. Crop or pad it."
-            )
-        labels = None if labels is None else resize_labels(labels, (height, width))
-        return ScaledImage(resize_image(normalize(pixels), (height, width)), None, labels)
-
-    def rescale_and_normalize(
-        self,
-        image: torch.Tensor,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: float | Sequence[float],
-        image_std: float | Sequence[float],
-    ) -> torch.Tensor:
-        """(image * rescale_factor - mean) / std of (channels, height, width), in float32."""
-        image = image.to(torch.float32, copy=True)
-        if do_rescale:
-            image.mul_(rescale_factor)
-        if do_normalize:
-            mean, std = (
-                torch.as_tensor(v, device=image.device).float().reshape(-1, 1, 1) for v in (image_mean, image_std)
-            )
-            if len(mean) not in (1, len(image)) or len(std) not in (1, len(image)):
-                raise ValueError(
-                    f"`image_mean` and `image_std` must have one value for each of the {len(image)} channels of the "
-                    f"image, got {image_mean} and {image_std}."
-                )
-            image.sub_(mean).div_(std)
-        return image
+        normalize = Normalization(
+            fields["rescale_factor"] if fields["do_rescale"] else None,
+            *((fields["image_mean"], fields["image_std"]) if fields["do_normalize"] else (None, None)),
+        )
+        edges, fixed_side = fields["size"] if fields["do_resize"] else None, None
+        if edges is not None:
+            fixed_side = fields["window_size"] if fields["do_resize_to_window"] else None
+            edges = (edges.shortest_edge, edges.longest_edge)
+        scaled_images = []
+        for scale in fields["scales"]:
+            size = scaled_size(image.shape[-2:], scale, edges, fixed_side)
+            pixels = resize_image(image, size, INTERPOLATION[fields["resample"]])
+            scaled = ScaledImage(pixels, normalize, None if labels is None else resize_labels(labels, size))
+            smallest_side = fields["window_size"] if fields["do_split_windows"] else 1
+            scaled_images.append(scaled.enlarged(smallest_side, image.shape[-2:]))
+        return scaled_images
 
     def post_process_semantic_segmentation(
         self,

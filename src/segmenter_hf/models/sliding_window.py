@@ -43,7 +43,11 @@ def tile_size(size: tuple[int, int], num_labels: int, device: torch.device) -> t
 
 
 def plain_merge_windows(
-    logits: torch.Tensor, windows: Sequence[Window], patch_size: int, size: tuple[int, int] | None = None
+    logits: torch.Tensor,
+    windows: Sequence[Window],
+    patch_size: int,
+    size: tuple[int, int] | None = None,
+    padding: str = "end",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of the merge for one image, one window after the other; holds the upsampled logits.
 
@@ -52,6 +56,7 @@ def plain_merge_windows(
         windows (`Sequence[Window]`): What each row of the logits is.
         patch_size (`int`): Side in pixels to whose multiple the model pads its input.
         size (`tuple[int, int]`, *optional*): (height, width) in pixels of the map; the original size by default.
+        padding (`"end"` or `"center"`, defaults to `"end"`): As for [`WindowMerger`].
 
     Returns:
         `tuple[torch.LongTensor, torch.FloatTensor]`: The class map (height, width) and the class probabilities (num_labels,
@@ -64,10 +69,12 @@ def plain_merge_windows(
         first = windows[indices[0]]
         total = logits.new_zeros(logits.shape[1], first.view_height, first.view_width)
         count = logits.new_zeros(first.view_height, first.view_width)
-        padded = [-(-side // patch_size) * patch_size for side in (first.height, first.width)]
+        spanned = [first.height, first.width]
+        if padding == "end":
+            spanned = [-(-side // patch_size) * patch_size for side in spanned]
         for index in indices:
             _, _, _, top, left, height, width, *_ = windows[index]
-            pixels = interpolate(logits[index][None], size=padded, mode="bilinear")[0]
+            pixels = interpolate(logits[index][None], size=spanned, mode="bilinear")[0]
             total[:, top : top + height, left : left + width] += pixels[:, :height, :width]
             count[top : top + height, left : left + width] += 1
         map_size = (first.image_height, first.image_width) if size is None else size
