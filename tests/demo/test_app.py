@@ -38,6 +38,7 @@ from segmenter_hf.demo.app import (  # noqa: E402
     launch_page,
     load_models,
     open_upload,
+    short_names,
     train_scenes_model,
 )
 
@@ -255,7 +256,7 @@ def test_the_default_model_is_trained_into_the_directory_asked_for(tmp_path) -> 
     (tmp_path / "small.json").write_text(json.dumps(demo | small), encoding="utf-8")
     train_scenes_model(tmp_path / "small.json", tmp_path / "model")
     ((name, loaded),) = load_models([tmp_path / "model"]).items()
-    assert name == str(tmp_path / "model") and loaded.label_set == load_label_set("scenes")
+    assert name == f"{tmp_path.name}/model" and loaded.label_set == load_label_set("scenes")
     assert (tmp_path / "model" / "results.json").is_file()
 
 
@@ -288,3 +289,30 @@ def test_a_plain_client_asks_the_api_of_the_page(address, loaded, picture_path) 
     assert found["value"]["classes"] == json.loads(json.dumps(expected["classes"]))
     label_map = np.asarray(from_data_url(found["value"]["label_map"]))
     np.testing.assert_array_equal(label_map, np.asarray(from_data_url(expected["label_map"])))
+
+
+def test_models_have_short_names_that_differ(tmp_path) -> None:
+    for folder in ("a/streets/model", "b/streets/model", "fields"):
+        (tmp_path / folder).mkdir(parents=True)
+    streets, other, fields = (str(tmp_path / name) for name in ("a/streets/model", "b/streets/model", "fields"))
+    assert list(short_names([streets, fields, "owner/name"]).values()) == ["streets/model", "fields", "owner/name"]
+    assert list(short_names([streets, other, streets]).values()) == ["a/streets/model", "b/streets/model"]
+
+
+def test_drawings_are_offered_only_to_models_of_their_classes(loaded, tmp_path) -> None:
+    config = SegmenterConfig(**tiny_scenes_config().to_dict() | {"id2label": {0: "a", 1: "b"}, "num_labels": 2})
+    SegmenterForSemanticSegmentation(config).save_pretrained(tmp_path / "other")
+    tiny_scenes_processor().save_pretrained(tmp_path / "other")
+    (other,) = load_models([tmp_path / "other"]).values()
+    for models, visible in (({"scenes": loaded, "other": other}, True), ({"other": other, "scenes": loaded}, False)):
+        page = build_page(models)
+        (group,) = (block for block in page.blocks.values() if isinstance(block, gr.Group))
+        assert group.visible is visible
+        (change,) = (fn for fn in page.fns.values() if fn.outputs == [group])
+        assert [change.fn(name)["visible"] for name in ("scenes", "other")] == [True, False]
+
+
+def test_long_class_names_are_shown_whole() -> None:
+    css = (ROOT / "src" / "segmenter_hf" / "demo" / "app.css").read_text(encoding="utf-8")
+    (rule,) = (part for part in css.split("}") if part.strip().startswith(".legend .name"))
+    assert "overflow-wrap: anywhere" in rule and "ellipsis" not in css

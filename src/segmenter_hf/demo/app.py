@@ -6,6 +6,7 @@ The server sends what it found once; opacity, hover, confidence, highlights and 
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ try:
 except ImportError as error:
     raise ImportError("The page needs Gradio: `pip install segmenter-hf[demo]`.") from error
 
+from ..data.label_sets import load_label_set
 from ..data.synthetic_scenes import draw_scene
 from ..inference.attention import class_attention, has_class_attention, patch_attention
 from ..inference.predictor import Predictor
@@ -36,6 +38,8 @@ MAX_SHOWN_SIDE = 1280  # pixels; larger pictures are reduced before they are seg
 MAX_PROFILE_BYTES = 65_000  # of the colors of a photograph, which go to the browser with it
 KEEP_UPLOADS = 3600  # seconds
 MAX_WAITING = 200  # events in the queue; who comes later is told to try again
+
+UNTOLD = ("model", "best", "final")  # names of directories that do not say which model it is
 
 TEMPLATES = Path(__file__).parent
 INTRODUCTION = """# What is where in this picture?
@@ -81,6 +85,8 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
         return gr.update(value=None, attention=None)
 
     names = list(models)
+    scenes = load_label_set("scenes").labels
+    fits_drawings = {name: predictor.label_set.labels == scenes for name, predictor in models.items()}
     with GuardedBlocks(title="What is where?", analytics_enabled=False, delete_cache=(600, KEEP_UPLOADS)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
@@ -94,7 +100,8 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
                     value=False,
                     label="How thoroughly?",
                 )
-                gr.Examples([[draw_scene(seed)[0]] for seed in range(4)], upload, label="Or one of these drawings")
+                with gr.Group(visible=fits_drawings[names[0]]) as drawings:
+                    gr.Examples([[draw_scene(seed)[0]] for seed in range(4)], upload, label="Or one of these drawings")
             with gr.Column(scale=3, min_width=280):
                 viewer = gr.HTML(
                     value=None,
@@ -104,6 +111,14 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
                     js_on_load=(TEMPLATES / "app.js").read_text(encoding="utf-8"),
                     apply_default_css=False,
                 )
+        model.change(
+            lambda name: gr.update(visible=fits_drawings[name]),
+            model,
+            drawings,
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
         network = {"concurrency_limit": 1, "concurrency_id": "network", "trigger_mode": "always_last"}
         segmenting = gr.on(
             [upload.change, model.change, thoroughness.change],
@@ -137,16 +152,46 @@ def launch_page(page: gr.Blocks, **kwargs: Any) -> None:
 
 
 def load_models(names: Sequence[str | Path], device: str | None = None) -> dict[str, Predictor]:
-    """Load models for `build_page`.
+    """Load models for `build_page`, by names that are short and differ.
 
     Args:
         names (`Sequence` of `str` or `Path`): Directories or Hub names.
         device (`str`, *optional*): Where the models go; by default a GPU where there is one.
 
     Returns:
-        `dict[str, Predictor]`: The models by these names.
+        `dict[str, Predictor]`: The models by the names that the page shows.
     """
-    return {str(name): Predictor.from_pretrained(name, device=device) for name in names}
+    shown = short_names(names)
+    return {shown[name]: Predictor.from_pretrained(name, device=device) for name in shown}
+
+
+def short_names(names: Sequence[str | Path]) -> dict[str | Path, str]:
+    """Return what the page calls each model: the last parts of its path, as many as tell the models apart.
+
+    A name on the Hub stays whole. Directories that training always calls alike say nothing by themselves, so that
+    `outputs/streets/model` becomes `streets/model`.
+
+    Args:
+        names (`Sequence` of `str` or `Path`): Directories or Hub names; each is taken once.
+
+    Returns:
+        `dict[str | Path, str]`: The name to show of each, in their order.
+    """
+    parts = {
+        name: list(Path(name).resolve().parts if Path(name).is_dir() else Path(str(name)).parts)
+        for name in dict.fromkeys(names)
+    }
+    lengths = {name: 2 if path[-1] in UNTOLD or not Path(name).is_dir() else 1 for name, path in parts.items()}
+
+    def shown(name: str | Path) -> str:
+        return "/".join(parts[name][-lengths[name] :])
+
+    longest = max(map(len, parts.values()), default=0)
+    for _ in range(longest):
+        counts = Counter(map(shown, parts))
+        for name in [name for name in parts if counts[shown(name)] > 1]:
+            lengths[name] += 1
+    return {name: shown(name) for name in parts}
 
 
 def train_scenes_model(config_path: str | Path, output_dir: str | Path) -> None:
