@@ -17,6 +17,7 @@ from segmenter_hf.training.recipes import (
 from segmenter_hf.training.run import build_model_and_processor
 
 
+FINE_TUNING = ("probe", "finetune_small_dataset", "camvid_dinov2")
 PAPERS = sorted(name for name in load_recipes() if name.startswith(("segmenter", "setr")))
 
 
@@ -27,7 +28,7 @@ def parse(tmp_path, *words: str):
 def test_every_family_and_data_set_has_its_recipe() -> None:
     setr = [f"setr_{decoder}_{dataset}" for decoder in ("naive", "pup", "mla") for dataset in ("ade20k", "cityscapes")]
     segmenter = ["segmenter_ade20k", "segmenter_pascal_context", "segmenter_cityscapes"]
-    assert sorted(load_recipes()) == sorted([*segmenter, *setr, "camvid", "scenes"])
+    assert sorted(load_recipes()) == sorted([*segmenter, *setr, "camvid", "scenes", *FINE_TUNING])
     assert all(recipe["source"] and recipe["description"] for recipe in load_recipes().values())
 
 
@@ -35,11 +36,12 @@ def test_every_family_and_data_set_has_its_recipe() -> None:
 def test_a_recipe_is_made_of_arguments_and_makes_a_model(name, tmp_path) -> None:
     known = {field.name for each in ARGUMENTS for field in fields(each)}
     assert load_recipes()[name]["arguments"].keys() <= known
-    model_args, data_args, training_args = parse(tmp_path, "--recipe", name, "--model_size", "tiny")
+    more = ["--config_overrides", "patch_size=14"] if name == "camvid_dinov2" else []  # as its encoder
+    model_args, data_args, training_args = parse(tmp_path, "--recipe", name, "--model_size", "tiny", *more)
     assert training_args.effective_batch_size == load_recipes()[name]["arguments"]["total_batch_size"]
     label_set = load_label_set(data_args.label_set or "scenes")
     model, processor = build_model_and_processor(model_args, data_args, label_set)
-    assert model.config.model_type == name.partition("_")[0] or name in ("camvid", "scenes")
+    assert model.config.model_type == name.partition("_")[0] or name in ("camvid", "scenes", *FINE_TUNING)
     assert model.config.num_labels == label_set.num_labels
     assert processor.window_size == data_args.crop_size and data_args.crop_size % model.config.patch_size == 0
     if name.startswith("setr"):

@@ -47,6 +47,10 @@ class SegmentationAugmentation:
         pad_value (`int` or `tuple[int, int, int]`, *optional*, defaults to 127):
             Colour of the padding on the right and at the bottom. The original pads with 0 after the normalisation, which
             is the mean colour before it: give `255 * image_mean`, rounded. The default fits a mean of 0.5 (127.5).
+        vertical_flip_probability (`float`, *optional*, defaults to 0.0):
+            Probability of a flip from top to bottom, for images without an up, such as those from above or of tissue.
+        right_angle_rotations (`bool`, *optional*, defaults to `False`):
+            Whether to turn by 0, 90, 180 or 270 degrees, each as likely; the crop must be square.
 
     Raises:
         `ValueError`: If a field is out of range.
@@ -61,6 +65,8 @@ class SegmentationAugmentation:
     photometric_distortion: bool = True
     ignore_index: int = 255
     pad_value: int | tuple[int, int, int] = 127
+    vertical_flip_probability: float = 0.0
+    right_angle_rotations: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.crop_size, int):
@@ -76,6 +82,10 @@ class SegmentationAugmentation:
                 "cat_max_ratio must be in (0, 1] and flip_probability in [0, 1], "
                 f"got {self.cat_max_ratio} and {self.flip_probability}."
             )
+        if not 0 <= self.vertical_flip_probability <= 1:
+            raise ValueError(f"vertical_flip_probability must be in [0, 1], got {self.vertical_flip_probability}.")
+        if self.right_angle_rotations and self.crop_size[0] != self.crop_size[1]:
+            raise ValueError(f"right_angle_rotations need a square crop, got crop_size {self.crop_size}.")
         if np.min(self.pad_value) < 0 or np.max(self.pad_value) > 255:
             raise ValueError(f"pad_value must be in [0, 255], got {self.pad_value}.")
 
@@ -106,6 +116,11 @@ class SegmentationAugmentation:
         image, mask = resize_image(image, size, window), resize_mask(mask, size, window)
         if rng.random() < self.flip_probability:
             image, mask = horizontal_flip(image, mask)
+        if self.vertical_flip_probability and rng.random() < self.vertical_flip_probability:
+            image, mask = image[::-1], mask[::-1]
+        if self.right_angle_rotations:
+            turns = int(rng.integers(4))
+            image, mask = np.rot90(image, turns), np.rot90(mask, turns)
         if self.photometric_distortion:
             image = photometric_distortion(image, rng)
         return pad_to_crop(image, mask, self.crop_size, self.pad_value, self.ignore_index)

@@ -110,6 +110,11 @@ class VitEncoderConfig(PreTrainedConfig):
         semantic_loss_label_smoothing (`float`, defaults to 0.0): Share of each label that is spread over all classes.
         semantic_loss_dice_weight (`float`, defaults to 0.0): Weight of a soft Dice loss beside the cross-entropy, for tasks
             with few classes; it holds the upsampled logits in memory.
+        semantic_loss_focal_gamma (`float`, defaults to 0.0): With a positive one, the cross-entropy of a pixel is multiplied
+            by (1 - probability of its class)^gamma (focal loss, Lin et al., ICCV 2017); it holds the upsampled logits in
+            memory, as the next one.
+        semantic_loss_ohem_fraction (`float`, defaults to 1.0): Below 1, only this share of the valid pixels of a batch
+            counts, those of the highest loss (online hard example mining, Shrivastava et al., CVPR 2016).
         semantic_loss_normalization (`"valid_pixels"` or `"all_pixels"`, defaults to `"valid_pixels"`): What the sum of the
             cross-entropy over the valid pixels is divided by: their number (with class weights, the sum of their weights), or
             the number of all pixels of the labels, ignored ones included, as mmsegmentation does by default
@@ -163,6 +168,8 @@ class VitEncoderConfig(PreTrainedConfig):
     semantic_loss_class_weights: list[float | int] | tuple[float | int, ...] | None = None
     semantic_loss_label_smoothing: float | int = 0.0
     semantic_loss_dice_weight: float | int = 0.0
+    semantic_loss_focal_gamma: float | int = 0.0
+    semantic_loss_ohem_fraction: float | int = 1.0
     semantic_loss_normalization: Literal["valid_pixels", "all_pixels"] = "valid_pixels"
     use_tiled_loss: bool = True
     use_single_logit: bool = False
@@ -305,6 +312,14 @@ class VitEncoderConfig(PreTrainedConfig):
         if not usable or weights is not None and len(weights) != expected:
             raise ValueError(
                 f"`semantic_loss_class_weights` must be {expected} finite numbers, none below 0 and one above, got {weights}."
+            )
+        if not 0 <= self.semantic_loss_focal_gamma < math.inf:
+            raise ValueError(
+                f"`semantic_loss_focal_gamma` must be at least 0 and finite, got {self.semantic_loss_focal_gamma}."
+            )
+        if not 0 < self.semantic_loss_ohem_fraction <= 1:
+            raise ValueError(
+                f"`semantic_loss_ohem_fraction` must be above 0 and at most 1, got {self.semantic_loss_ohem_fraction}."
             )
         if not 0 <= self.semantic_loss_label_smoothing <= 1:
             raise ValueError(

@@ -7,6 +7,7 @@ What DINOv2, DINOv3, CLIP and others add to them are options of the configuratio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,7 @@ from .segmentation_loss import (
     total_label_weight,
     upsampled_cross_entropy,
     upsampled_dice_loss,
+    upsampled_hard_pixel_loss,
 )
 from .sliding_window import with_background
 
@@ -519,6 +521,9 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
         weights = self.config.semantic_loss_class_weights
         weights = None if weights is None else logits.new_tensor(weights, dtype=torch.float32)
         loss_function = upsampled_cross_entropy if self.config.use_tiled_loss else plain_upsampled_cross_entropy
+        focal_gamma, ohem_fraction = self.config.semantic_loss_focal_gamma, self.config.semantic_loss_ohem_fraction
+        if focal_gamma or ohem_fraction < 1:
+            loss_function = partial(upsampled_hard_pixel_loss, focal_gamma=focal_gamma, ohem_fraction=ohem_fraction)
         loss = loss_function(
             logits,
             labels,

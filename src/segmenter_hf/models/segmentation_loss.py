@@ -88,6 +88,58 @@ def plain_upsampled_cross_entropy(
     return torch.where((labels != ignore_index).any(), loss, upsampled.sum() * 0.0)
 
 
+def upsampled_hard_pixel_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int = 255,
+    class_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    ohem_fraction: float = 1.0,
+) -> torch.Tensor:
+    """Mean cross-entropy that pixels of a high loss rule: focal loss and online hard example mining.
+
+    The loss of a pixel whose class t has the probability p[t] is (1 - p[t])^gamma times its cross-entropy (Lin et al., ICCV
+    2017, equation 4). Of the valid pixels of the batch the `ohem_fraction` of the highest losses counts (Shrivastava et al.,
+    CVPR 2016). The sum is divided by the class weights of the pixels that count. Holds the upsampled logits.
+
+    Args:
+        logits, labels, ignore_index, class_weights, label_smoothing: As in [`upsampled_cross_entropy`].
+        focal_gamma (`float`, defaults to 0.0): The exponent; 0 is the cross-entropy.
+        ohem_fraction (`float`, defaults to 1.0): Share of the valid pixels that counts, rounded up; 1 is all of them.
+
+    Returns:
+        `torch.FloatTensor` of shape `()`: The loss; 0 with a zero gradient if all pixels are ignored.
+
+    Raises:
+        ValueError: If shapes or options do not fit.
+    """
+    check_arguments(logits, labels, class_weights, label_smoothing)
+    if not focal_gamma >= 0 or not 0 < ohem_fraction <= 1:
+        raise ValueError(
+            f"`focal_gamma` must be at least 0 and `ohem_fraction` from 0 to 1, got {focal_gamma} and {ohem_fraction}."
+        )
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    upsampled = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    valid = labels != ignore_index
+    scores = upsampled.movedim(1, -1)[valid]  # (valid pixels, labels)
+    targets = labels[valid].long()
+    if not len(targets):
+        return upsampled.sum() * 0.0
+    weights = None if class_weights is None else class_weights.to(scores)
+    losses = nn.functional.cross_entropy(
+        scores, targets, weight=weights, label_smoothing=label_smoothing, reduction="none"
+    )
+    if focal_gamma:
+        of_target = scores.log_softmax(1).gather(1, targets[:, None])[:, 0].exp()
+        losses = losses * (1 - of_target).clamp(min=1e-7) ** focal_gamma
+    divisors = torch.ones_like(losses) if weights is None else weights[targets]
+    if ohem_fraction < 1:
+        losses, chosen = losses.topk(math.ceil(ohem_fraction * len(losses)))
+        divisors = divisors[chosen]
+    return losses.sum() / divisors.sum().clamp(min=1e-12)
+
+
 def upsampled_dice_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = 255) -> torch.Tensor:
     """Soft Dice loss: 1 - 2 sum(p t) / (sum(p) + sum(t)), as a mean over the classes that occur.
 
@@ -391,4 +443,5 @@ __all__ = [
     "total_label_weight",
     "upsampled_cross_entropy",
     "upsampled_dice_loss",
+    "upsampled_hard_pixel_loss",
 ]

@@ -73,6 +73,13 @@ class ModelArguments:
     dice_weight: float | None = field(
         default=None, metadata={"help": "Weight of a Dice loss beside the cross-entropy, for few classes."}
     )
+    focal_gamma: float | None = field(
+        default=None, metadata={"help": "Focal loss: pixels weigh (1 - probability of their class)^gamma, as 2."}
+    )
+    ohem_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share of the pixels of a batch, those of the highest loss, that count, as 0.25."},
+    )
     loss_normalization: str = field(
         default="valid_pixels",
         metadata={
@@ -145,6 +152,15 @@ class DataArguments:
     min_scale: float = field(default=0.5, metadata={"help": "Least factor of the random resize."})
     max_scale: float = field(default=2.0, metadata={"help": "Greatest factor of the random resize."})
     cat_max_ratio: float = field(default=0.75, metadata={"help": "Greatest share of one class in a training crop."})
+    horizontal_flip_probability: float = field(
+        default=0.5, metadata={"help": "How often crops are flipped left to right."}
+    )
+    vertical_flip_probability: float = field(
+        default=0.0, metadata={"help": "How often crops are flipped top to bottom, for images without an up."}
+    )
+    right_angle_rotations: bool = field(
+        default=False, metadata={"help": "Turn crops by 0, 90, 180 or 270 degrees, for images without an up."}
+    )
     photometric_distortion: bool = field(default=True, metadata={"help": "Change colours at random in training."})
     window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network in evaluation."})
 
@@ -171,6 +187,52 @@ class SegmentationTrainingArguments(TrainingArguments):
     min_learning_rate: float = field(default=1e-6, metadata={"help": "Where the polynomial schedule ends."})
     head_learning_rate_factor: float = field(
         default=1.0, metadata={"help": "Factor of the learning rate of the decoder and the auxiliary heads."}
+    )
+    layer_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor of the learning rate from each layer of the encoder to the one below it, as 0.75; 1: none."
+        },
+    )
+    freeze_encoder: bool = field(
+        default=False, metadata={"help": "Train the decoder alone, on features computed without gradients."}
+    )
+    unfreeze_at_step: int | None = field(
+        default=None, metadata={"help": "With freeze_encoder: the step from which the encoder is trained too."}
+    )
+    cache_feature_epochs: int = field(
+        default=0,
+        metadata={
+            "help": "With freeze_encoder: epochs of crops whose features are kept on disk and repeated; 0 keeps none."
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Average the weights over the steps with this decay, as 0.999; evaluated and saved."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "End the training after so many evaluations without a better one."}
+    )
+    decoder_warm_start: str = field(
+        default="none",
+        metadata={
+            "help": "Make the decoder from a linear probe of seconds on frozen features before training.",
+            "choices": ["none", "linear_probe"],
+        },
+    )
+    warm_start_crops: int = field(default=256, metadata={"help": "Training crops that the linear probe is fitted to."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train low-rank updates of the encoder of this rank in place of its weights."}
+    )
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Scale of the low-rank updates, divided by the rank; twice the rank by default."},
+    )
+    lora_targets: str = field(
+        default="q_proj,k_proj,v_proj,o_proj",
+        metadata={
+            "help": "Linear layers of each encoder layer that get low-rank updates; fc1 and fc2 are the others."
+        },
     )
     per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": "Crops at once on a device; 8 by default, or what total_batch_size leaves."}
@@ -227,7 +289,33 @@ class SegmentationTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`--metric_for_best_model` must be one of {', '.join(METRICS)}, got {self.metric_for_best_model!r}."
             )
+        self._check_tools()
         self._share_out_batch()
+
+    def _check_tools(self) -> None:
+        """The options of fine-tuning are in range and fit together."""
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"`layer_decay` must be above 0 and at most 1, got {self.layer_decay}.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be at least 0 and below 1, got {self.ema_decay}.")
+        at_least = {
+            "unfreeze_at_step": 1,
+            "cache_feature_epochs": 0,
+            "early_stopping_patience": 1,
+            "warm_start_crops": 1,
+            "lora_rank": 1,
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if not self.freeze_encoder and (self.unfreeze_at_step is not None or self.cache_feature_epochs):
+            raise ValueError("`unfreeze_at_step` and `cache_feature_epochs` need `freeze_encoder`.")
+        if self.unfreeze_at_step is not None and self.cache_feature_epochs:
+            raise ValueError("Features can be kept only while the encoder is frozen: leave out `unfreeze_at_step`.")
+        if self.lora_rank is not None and self.freeze_encoder:
+            raise ValueError("`lora_rank` trains updates of the encoder, which `freeze_encoder` forbids: give one.")
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError("`early_stopping_patience` needs `load_best_model_at_end`, and evaluations.")
 
     @property
     def num_devices(self) -> int:

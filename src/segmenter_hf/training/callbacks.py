@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..hub.publishing import PREDICTIONS_PICTURE
 from ..inference.visualization import training_curves
 from ..utils.atomic_files import atomic_write
+from .averaging import WeightAverage
 from .checkpoints import remove_partial_checkpoints
 from .recipes import save_recipe
 
@@ -57,6 +58,27 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader: DataLoader | None = None, **kwargs) -> None:
         if hasattr(train_dataloader.dataset, "set_epoch"):
             train_dataloader.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class AverageWeights(TrainerCallback):
+    """Averages the weights after each step, and ends the training with the average in the model."""
+
+    def __init__(self, trainer: "SegmentationTrainer", decay: float) -> None:
+        self.trainer = trainer
+        self.decay = decay
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        trainer = self.trainer
+        trainer.average = WeightAverage(trainer.model, self.decay)
+        if trainer.resumed_from is not None:
+            trainer.average.load(trainer.resumed_from)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.trainer.average.update(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.trainer.average.copy_to_model()
+        self.trainer.average = None
 
 
 class StopAtNan(TrainerCallback):

@@ -59,6 +59,8 @@ def _chosen_fields(model_args: ModelArguments, weights: list[float] | None) -> d
         "semantic_loss_class_weights": weights,
         "semantic_loss_label_smoothing": model_args.label_smoothing or 0.0,
         "semantic_loss_dice_weight": model_args.dice_weight or 0.0,
+        "semantic_loss_focal_gamma": model_args.focal_gamma or 0.0,
+        "semantic_loss_ohem_fraction": 1.0 if model_args.ohem_fraction is None else model_args.ohem_fraction,
         "semantic_loss_normalization": model_args.loss_normalization,
     }
     for name in ("decoder_type", "drop_path_rate"):

@@ -1,8 +1,10 @@
 """Groups of parameters with learning rates of their own, the schedules of these rates, and what a batch weighs."""
 
 from functools import partial
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..models.configuration_vit_encoder import VitEncoderConfig
 from ..models.segmentation_loss import total_label_weight
@@ -17,38 +19,73 @@ def is_head(name: str) -> bool:
     return any(part in HEADS for part in name.split("."))
 
 
-def parameter_groups(
-    model: torch.nn.Module, args: SegmentationTrainingArguments, decayed: set[str]
-) -> list[dict[str, object]]:
-    """Group the trainable parameters by whether they are of a head, which has its own learning rate, and whether they decay.
+def decays(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether weight decay is for this parameter: for matrices and kernels, not for norms, biases, LayerScale, tokens, positions."""
+    leaf = name.rpartition(".")[2]
+    return parameter.ndim > 1 and not leaf.endswith(("token", "tokens", "embeddings"))
+
+
+def depth_from_top(name: str, encoder_name: str, num_layers: int) -> int:
+    """How many layers a parameter lies below the heads: 0 for heads and the final norm, most for the embeddings.
 
     Args:
-        model (`torch.nn.Module`): The model.
-        args (`SegmentationTrainingArguments`): Has the learning rate, its factor for the heads, and the weight decay.
-        decayed (`set[str]`): Names of the parameters that decay.
+        name (`str`): Name of the parameter in the model.
+        encoder_name (`str`): Name of the encoder in the model: its `base_model_prefix`.
+        num_layers (`int`): Layers of the encoder.
 
     Returns:
-        `list[dict]`: Groups of an optimizer of torch.
+        `int`: 0 for what is not of the encoder and for its final norm; 1 for the last layer; `num_layers` for the first one;
+        `num_layers + 1` for the embeddings.
     """
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    part, _, rest = name.partition(f"{encoder_name}.")[2].partition(".")
+    if not name.startswith(f"{encoder_name}."):
+        return 0
+    if part == "layers":
+        return num_layers - int(rest.partition(".")[0])
+    return num_layers + 1 if part == "embeddings" else 0
+
+
+def has_own_rates(args: TrainingArguments) -> bool:
+    """Whether groups of parameters have learning rates of their own."""
+    return getattr(args, "head_learning_rate_factor", 1.0) != 1 or getattr(args, "layer_decay", 1.0) != 1
+
+
+def parameter_groups(model: PreTrainedModel, args: SegmentationTrainingArguments) -> list[dict[str, Any]]:
+    """Group the trainable parameters by their learning rate and by whether they decay.
+
+    The rate of a head is `learning_rate * head_learning_rate_factor`; that of an encoder layer is `learning_rate *
+    layer_decay**depth` with its depth below the heads (layer-wise decay, as BEiT, https://arxiv.org/abs/2106.08254, and
+    EoMT fine-tune).
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        args (`SegmentationTrainingArguments`): The learning rate, its factors, and the weight decay.
+
+    Returns:
+        `list[dict]`: Groups of an optimizer of torch, those of the highest rate of the encoder first, whose rate is logged.
+        `layer_factor` is the factor of the layer-wise decay.
+    """
+    groups: dict[tuple[bool, int, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((is_head(name), name in decayed), []).append(parameter)
-    rate = args.learning_rate
+            depth = depth_from_top(name, model.base_model_prefix, model.config.num_hidden_layers)
+            depth = 0 if args.layer_decay == 1 else depth
+            groups.setdefault((is_head(name), depth, not decays(name, parameter)), []).append(parameter)
     return [
         {
-            "params": parameters,
-            "lr": rate * args.head_learning_rate_factor if of_head else rate,
-            "weight_decay": args.weight_decay if decays else 0.0,
+            "params": groups[of_head, depth, spared],
+            "lr": args.learning_rate * args.layer_decay**depth * (args.head_learning_rate_factor if of_head else 1.0),
+            "weight_decay": 0.0 if spared else args.weight_decay,
+            "layer_factor": args.layer_decay**depth,
         }
-        for (of_head, decays), parameters in groups.items()
+        for of_head, depth, spared in sorted(groups)
     ]
 
 
 def polynomial_scheduler(
     optimizer: torch.optim.Optimizer, args: SegmentationTrainingArguments, num_training_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Make the polynomial schedule by which the rates of all groups end at the same value.
+    """Make the polynomial schedule by which the rates of all groups end at the same value, times their layer-wise decay.
 
     That is the law of mmsegmentation's `PolyLR`, whose `eta_min` holds for every group of parameters.
 
@@ -68,7 +105,7 @@ def polynomial_scheduler(
             num_steps=num_training_steps,
             num_warmup_steps=warmup_steps,
             power=shape["power"],
-            final_factor=shape["lr_end"] / group["lr"],
+            final_factor=shape["lr_end"] * group["layer_factor"] / group["lr"],
         )
         for group in optimizer.param_groups
     ]

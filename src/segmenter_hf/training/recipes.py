@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -22,6 +22,17 @@ TRAINER_ARGUMENTS = (
     "optim_args",
     "learning_rate",
     "head_learning_rate_factor",
+    "layer_decay",
+    "freeze_encoder",
+    "unfreeze_at_step",
+    "cache_feature_epochs",
+    "ema_decay",
+    "early_stopping_patience",
+    "decoder_warm_start",
+    "warm_start_crops",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
     "lr_scheduler_type",
     "poly_power",
     "min_learning_rate",
@@ -137,6 +148,12 @@ def save_recipe(directory: str | Path, recipe: dict[str, Any]) -> None:
     write_json(Path(directory) / RECIPE_FILE, recipe)
 
 
+def _defaults() -> dict[str, Any]:
+    """The defaults of the arguments that have a plain one."""
+    known = (field for each in ARGUMENTS for field in fields(each))
+    return {field.name: field.default for field in known if field.default is not MISSING}
+
+
 def check_same_run(directory: str | Path, recipe: dict[str, Any]) -> None:
     """What a directory was trained with is what is about to be trained there again.
 
@@ -147,7 +164,8 @@ def check_same_run(directory: str | Path, recipe: dict[str, Any]) -> None:
     before, now = read_json_object(path).get("arguments"), recipe["arguments"]
     if not isinstance(before, dict):
         raise ValueError(f"{path}: expected the arguments of a run, got {before!r:.200}. Give another --output_dir.")
-    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    before = _defaults() | before  # a run of an earlier version does not name the arguments that it did not have
+    differing = sorted(name for name in now if before.get(name) != now[name])
     if differing:
         shown = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in differing[:5])
         raise ValueError(

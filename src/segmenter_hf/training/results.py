@@ -84,6 +84,11 @@ def training_facts(trainer: SegmentationTrainer, recipe: dict[str, Any]) -> dict
         "class weights": arguments["class_weights"],
         "label smoothing": arguments["label_smoothing"],
         "Dice weight": arguments["dice_weight"],
+        "gamma of the focal loss": arguments["focal_gamma"],
+        "share of the hardest pixels that count": arguments["ohem_fraction"],
+        "flips": f"left to right {arguments['horizontal_flip_probability']}, top to bottom "
+        f"{arguments['vertical_flip_probability']}",
+        "rotations": "by right angles" if arguments["right_angle_rotations"] else None,
         "precision": "bf16" if arguments["bf16"] else "fp16" if arguments["fp16"] else "fp32",
         "seed": arguments["seed"],
     }
@@ -91,4 +96,23 @@ def training_facts(trainer: SegmentationTrainer, recipe: dict[str, Any]) -> dict
         facts["betas of Adam"] = f"{arguments['adam_beta1']}, {arguments['adam_beta2']}"
     if arguments["lr_scheduler_type"] == "polynomial":
         facts["schedule"] = f"polynomial, power {arguments['poly_power']}, to {arguments['min_learning_rate']}"
+    facts |= fine_tuning_facts(arguments)
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def fine_tuning_facts(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the card says of the tools of fine-tuning; `None` for those that were not used."""
+    facts: dict[str, Any] = {
+        "layer-wise decay of the learning rate": arguments["layer_decay"] if arguments["layer_decay"] != 1 else None,
+        "averaged weights": None if arguments["ema_decay"] is None else f"decay {arguments['ema_decay']}",
+    }
+    if arguments["freeze_encoder"]:
+        until = arguments["unfreeze_at_step"]
+        facts["encoder"] = "frozen" if until is None else f"frozen for {until} steps"
+    if arguments["decoder_warm_start"] == "linear_probe":
+        facts["start of the decoder"] = f"a linear probe of {arguments['warm_start_crops']} crops"
+    if arguments["lora_rank"] is not None:
+        alpha = 2 * arguments["lora_rank"] if arguments["lora_alpha"] is None else arguments["lora_alpha"]
+        targets = ", ".join(name.strip() for name in arguments["lora_targets"].split(","))
+        facts["low-rank updates"] = f"rank {arguments['lora_rank']}, alpha {alpha}, of {targets}, merged"
+    return facts

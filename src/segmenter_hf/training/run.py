@@ -1,21 +1,26 @@
 """Fine-tuning from arguments to a finished directory: data, model, Trainer, results, card."""
 
+import shutil
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
 from ..evaluation.evaluate import EvaluationDataset, evaluate_segmentation
 from ..utils.atomic_files import locked_directory
+from .adapters import add_adapters, merge_adapters
 from .arguments import DataArguments, ModelArguments, SegmentationTrainingArguments
 from .callbacks import StartRun
 from .checkpoints import find_checkpoint
 from .datasets import TrainDataset, build_train_dataset
+from .features import FEATURES_FOLDER, cache_features
 from .model_building import build_model_and_processor, override_config, parse_overrides
 from .recipes import resolved_recipe
 from .results import save_trained_model
 from .splits import class_weights, find_label_set, load_splits, scan_masks
 from .trainer import SegmentationTrainer
+from .warm_start import warm_start_decoder
 
 
 def train_segmenter(
@@ -59,6 +64,8 @@ def _train(
     report = scan_masks(train_set, validation_set, label_set, data_args)
     weights = class_weights(model_args.class_weights, report)
     model, processor = build_model_and_processor(model_args, data_args, one_class, weights)
+    if training_args.lora_rank is not None:
+        add_adapters(model, training_args.lora_rank, training_args.lora_alpha, training_args.lora_targets)
     if training_args.ddp_find_unused_parameters is None:
         # Only the class token of a model that goes without it is unused.
         training_args.ddp_find_unused_parameters = not model.config.use_class_token
@@ -72,11 +79,40 @@ def _train(
         window_batch_size=data_args.window_batch_size,
         callbacks=[StartRun(recipe, alone)],
     )
+    prepare_decoder(trainer, is_new=checkpoint is None)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if training_args.lora_rank is not None:
+        merge_adapters(trainer.model)
     unwrapped_model = trainer.unwrapped_model(mixed_precision=False)
     results = evaluate_segmentation(trainer.predictor(unwrapped_model), validation_set)
     save_trained_model(trainer, unwrapped_model, results, recipe, data_args)
+    if training_args.should_save:
+        shutil.rmtree(Path(training_args.output_dir) / FEATURES_FOLDER, ignore_errors=True)
     return results
+
+
+def prepare_decoder(trainer: SegmentationTrainer, is_new: bool) -> None:
+    """Before the first step: make the decoder from a linear probe, and compute the features of a frozen encoder.
+
+    Args:
+        trainer (`SegmentationTrainer`): The Trainer, whose arguments say what is wanted.
+        is_new (`bool`): Whether the run starts; one that is resumed has its decoder already.
+    """
+    args = trainer.args
+    if is_new and args.decoder_warm_start == "linear_probe":
+        crops, model = args.warm_start_crops, trainer.model
+        probe = warm_start_decoder(model, trainer.train_dataset, num_crops=crops, seed=args.seed)
+        if trainer.is_world_process_zero():
+            print(
+                f"The decoder starts from a linear probe of {crops} crops, right in {100 * probe.accuracy:.1f} % of its pixels."
+            )
+    if args.cache_feature_epochs:
+        if is_new and trainer.is_world_process_zero():
+            shutil.rmtree(Path(args.output_dir) / FEATURES_FOLDER, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        trainer.train_dataset = cache_features(
+            trainer.model, trainer.train_dataset, args.cache_feature_epochs, Path(args.output_dir)
+        )
 
 
 __all__ = [

@@ -3,7 +3,7 @@
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,14 @@ import torch
 from huggingface_hub import CommitInfo
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModelForSemanticSegmentation, EvalPrediction, PreTrainedModel, Trainer
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
@@ -22,9 +29,12 @@ from ..hub.publishing import publish_model
 from ..inference.predictor import Predictor
 from ..inference.protocol import InferenceProtocol
 from ..utils.atomic_files import move_directory
-from .callbacks import SetEpoch, ShowProgress, StopAtNan, nan_message
+from .averaging import WeightAverage
+from .callbacks import AverageWeights, SetEpoch, ShowProgress, StopAtNan, nan_message
 from .checkpoints import explain_writing_errors
-from .optimization import loss_weight, parameter_groups, polynomial_scheduler
+from .features import encoder_replaced_by
+from .freezing import FreezeEncoder, get_encoder
+from .optimization import decays, has_own_rates, loss_weight, parameter_groups, polynomial_scheduler
 
 
 class SegmentationTrainer(Trainer):
@@ -47,28 +57,42 @@ class SegmentationTrainer(Trainer):
         self.counts = ConfusionMatrix(label_set.num_labels, label_set.ignore_index)
         self._partial: Path | None = None
         self._whole_model: PreTrainedModel | None = None
+        self.resumed_from: str | None = None  # the checkpoint, once it is loaded
         super().__init__(compute_metrics=self.update_metric, **kwargs)
-        for callback in (SetEpoch(), StopAtNan(), ShowProgress(self)):
+        self.average: WeightAverage | None = None
+        self._freezing: FreezeEncoder | None = None
+        for callback in (SetEpoch(), StopAtNan(), ShowProgress(self), *self._callbacks_of_arguments()):
             self.add_callback(callback)
 
+    def _callbacks_of_arguments(self) -> Iterator[TrainerCallback]:
+        """What the arguments want done at some steps."""
+        if getattr(self.args, "freeze_encoder", False):
+            self._freezing = FreezeEncoder(get_encoder(self.model), self.args.unfreeze_at_step)
+            yield self._freezing
+        if getattr(self.args, "ema_decay", None) is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("`ema_decay` averages whole weights, which sharded models do not have: leave it out.")
+            yield AverageWeights(self, self.args.ema_decay)
+        if getattr(self.args, "early_stopping_patience", None) is not None:
+            yield EarlyStoppingCallback(self.args.early_stopping_patience)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Parameters that weight decay is for: see [`decays`]."""
+        return [name for name, parameter in model.named_parameters() if decays(name, parameter)]
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's optimizer, with a learning rate of their own for the heads where the arguments say so."""
-        if self.optimizer is None and self._has_head_rate:
+        """Trainer's optimizer, with learning rates of their own for heads and layers where the arguments say so."""
+        if self.optimizer is None and has_own_rates(self.args):
             model = self.model if model is None else model
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
-            decayed = set(self.get_decay_parameter_names(model))
-            self.optimizer = optimizer_class(parameter_groups(model, self.args, decayed), **arguments)
+            self.optimizer = optimizer_class(parameter_groups(model, self.args), **arguments)
         return super().create_optimizer(model)
-
-    @property
-    def _has_head_rate(self) -> bool:
-        return getattr(self.args, "head_learning_rate_factor", 1.0) != 1
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Trainer's schedule. Where groups have rates of their own, all those of the polynomial one end at the same value."""
-        if self.lr_scheduler is None and self.args.lr_scheduler_type == "polynomial" and self._has_head_rate:
+        if self.lr_scheduler is None and self.args.lr_scheduler_type == "polynomial" and has_own_rates(self.args):
             optimizer = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = polynomial_scheduler(optimizer, self.args, num_training_steps)
             self._created_lr_scheduler = True
@@ -109,7 +133,13 @@ class SegmentationTrainer(Trainer):
         A step then follows the mean over the pixels of the effective batch, however it is divided among processes and
         accumulated batches: Trainer averages over both.
         """
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if self._freezing is not None:
+            self._freezing.keep_in_eval_mode()
+        if "features" in inputs:
+            with encoder_replaced_by(self.accelerator.unwrap_model(model), inputs) as of_features:
+                loss, outputs = super().compute_loss(model, of_features, return_outputs=True)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if num_items_in_batch is not None:
             parts = self.current_gradient_accumulation_steps * self.args.world_size
             weight = loss_weight(inputs["labels"], self.model.config)
@@ -150,9 +180,14 @@ class SegmentationTrainer(Trainer):
         self.counts.reset()
         self._whole_model = self.unwrapped_model()
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            with self.averaged_weights():
+                return super().evaluation_loop(*args, **kwargs)
         finally:
             self._whole_model = None
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """The model with the averaged weights, where they are averaged, and with its own ones afterwards."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def prediction_step(
         self,
@@ -182,7 +217,8 @@ class SegmentationTrainer(Trainer):
 
     def save_predictions(self, model: PreTrainedModel, path: Path) -> None:
         """Draw the first images of the evaluation set with truth and prediction of a whole model."""
-        save_prediction_grid(self.predictor(model), self.eval_dataset, path)
+        with self.averaged_weights():
+            save_prediction_grid(self.predictor(model), self.eval_dataset, path)
 
     def push_to_hub(
         self,
@@ -225,6 +261,15 @@ class SegmentationTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.resumed_from = resume_from_checkpoint
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.load(self.state.best_model_checkpoint)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save a checkpoint under another name, and give it its own when all processes have written their part."""
         run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -240,6 +285,8 @@ class SegmentationTrainer(Trainer):
                     self.state.best_model_checkpoint = str(run_dir / name)
                 if self.args.should_save:
                     self.state.save_to_json(str(self._partial / name / TRAINER_STATE_NAME))
+                    if self.average is not None:
+                        self.average.save(self._partial / name)
                     move_directory(self._partial / name, run_dir / name, self._partial / "old")
             finally:
                 if self.args.should_save:
