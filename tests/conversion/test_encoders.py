@@ -229,3 +229,25 @@ def test_a_grid_and_channels_are_changed_with_positions_of_any_kind(tmp_path) ->
         model = AutoModel.from_pretrained(output_dir)
         assert model.config.image_size == size
         assert model(torch.randn(1, 4, size, size)).last_hidden_state.shape[1] == 1 + 4 + 25
+
+
+@torch.no_grad()
+def test_weights_in_several_files_are_read_together(tmp_path) -> None:
+    source = randomized(FAMILIES["dinov3"]())
+    source.save_pretrained(tmp_path / "source", max_shard_size="60KB")
+    assert len(list((tmp_path / "source").glob("model-*-of-*.safetensors"))) > 1
+    model = AutoModel.from_pretrained(
+        convert_checkpoint(tmp_path / "source", tmp_path / "encoder", verify=True)
+    ).eval()
+    pixel_values = torch.randn(1, 3, 48, 32)
+    expected = tokens_of_transformers("dinov3", source, pixel_values)
+    torch.testing.assert_close(model(pixel_values).last_hidden_state, expected, rtol=0, atol=1e-5)
+    index = tmp_path / "source" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    for name, error, message in (
+        ("../model.safetensors", ValueError, "beside it"),
+        ("model-9.safetensors", FileNotFoundError, "no model-9.safetensors"),
+    ):
+        index.write_text(json.dumps({"weight_map": {**content["weight_map"], "norm.weight": name}}))
+        with pytest.raises(error, match=message):
+            convert_checkpoint(tmp_path / "source", tmp_path / "other")

@@ -8,10 +8,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from .adaptation import ENCODERS
 from .convert import CONVERSION_VERSION, convert_checkpoint, detect_format
-from .safe_loading import read_checkpoint, read_json, sha256_of, weights_file
+from .safe_loading import INDEX_FILE, read_checkpoint, read_json, sha256_of, weights_file
 
 
-HUB_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
+HUB_FILES = ["config.json", "preprocessor_config.json", "model.safetensors", INDEX_FILE, "model-*-of-*.safetensors"]
 
 
 def resolve_model(

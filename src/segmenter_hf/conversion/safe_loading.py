@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
+INDEX_FILE = "model.safetensors.index.json"  # of weights in several files
 MAX_TEXT_BYTES = 1 << 20  # a configuration
 MAX_JSON_BYTES = 1 << 24  # a configuration with the names of 21,000 classes
 MAX_ARCHIVE_BYTES = 64 << 30  # all arrays of an .npz, unpacked
@@ -63,7 +64,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Args:
         path (`Path`): A `.pth`, `.pt`, `.bin`, `.safetensors`, `.npz` or `.pdparams` file, or a directory that holds
-            `model.safetensors`, `pytorch_model.bin` or `checkpoint.pth`.
+            `model.safetensors` (also in parts, with their index), `pytorch_model.bin` or `checkpoint.pth`.
 
     Returns:
         `Checkpoint`: Its contents.
@@ -80,6 +81,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise FileNotFoundError(f"{path}: no such file. Give the path of a checkpoint.")
     readers = {".npz": _read_npz, ".pdparams": _read_pdparams, ".safetensors": _read_safetensors}
     readers |= dict.fromkeys((".pth", ".pt", ".bin"), _read_torch)
+    if path.name == INDEX_FILE:
+        readers[path.suffix] = _read_parts
     if path.suffix not in readers:
         raise ValueError(
             f"{path}: expected a file that ends in {', '.join(readers)}, got {path.suffix or 'no ending'!r}."
@@ -92,9 +95,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not state_dict or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(f"{path}: expected weights under their names, got the keys {list(state_dict)[:5]}.")
     size = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values() if is_dense(tensor))
-    if path.suffix != ".npz" and size > MAX_SHARING * path.stat().st_size:
+    num_bytes = sum(part.stat().st_size for part in _parts(path))
+    if path.suffix != ".npz" and size > MAX_SHARING * num_bytes:
         raise ValueError(
-            f"{path}: its tensors would fill {size} bytes, expected about the {path.stat().st_size} of the file: they repeat "
+            f"{path}: its tensors would fill {size} bytes, expected about the {num_bytes} of the file: they repeat "
             "what is in it. If you trust its author, save clones of the tensors."
         )
     meta = content.get("meta") if wrapper else None
@@ -115,7 +119,7 @@ def weights_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    names = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
+    names = ("model.safetensors", INDEX_FILE, "pytorch_model.bin", "checkpoint.pth")
     files = [path / name for name in names if (path / name).is_file()]
     if not files:
         raise FileNotFoundError(f"{path}: expected a directory with one of {', '.join(names)}; it has none of them.")
@@ -123,11 +127,12 @@ def weights_file(path: Path) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Hexadecimal SHA-256 of a file; of the index of parts, that of the parts one after the other."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for part in _parts(path):
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -318,6 +323,35 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected safetensors, got {_describe(path)} ({error}).") from error
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of weights that an index names, in order; of any other file itself.
+
+    Raises:
+        FileNotFoundError: If one of them is missing.
+        ValueError: If it is no index, or names files that do not lie beside it.
+    """
+    if path.name != INDEX_FILE:
+        return [path]
+    names = lookup(read_json(path), "weight_map", dict, path).values()
+    wrong = [name for name in names if not (isinstance(name, str) and re.fullmatch(r"[\w-]+\.safetensors", name))]
+    if wrong or not names:
+        raise ValueError(f"{path}: expected the names of safetensors files beside it, got {reprlib.repr(wrong)}.")
+    parts = [path.with_name(name) for name in sorted({*names})]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise FileNotFoundError(f"{path}: expected its parts beside it, but there is no {', '.join(missing[:5])}.")
+    return parts
+
+
+def _read_parts(path: Path) -> dict[str, torch.Tensor]:
+    content: dict[str, torch.Tensor] = {}
+    for part in _parts(path):
+        tensors = _read_safetensors(part)
+        if twice := content.keys() & tensors.keys():
+            raise ValueError(f"{part}: expected tensors of its own, got {sorted(twice)[:5]} of another part.")
+        content |= tensors
+    return content
 
 
 # ---- configurations ----
