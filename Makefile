@@ -69,4 +69,4 @@ format: $(VENV)/installed  ## mend style
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) $(VENV)-* outputs .cache build dist site *.egg-info src/*.egg-info
-	cd demo/web && rm -rf node_modules dist build .test-build
+	cd demo/web && rm -rf node_modules examples/*/node_modules dist build .test-build

@@ -351,3 +351,32 @@ def test_the_package_holds_what_it_says(built) -> None:
     page = (WEB / "page" / "index.html").read_text()
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
     assert os.path.getsize(built / "build" / "page.js") < 50_000
+
+
+@pytest.mark.parametrize("name", ["several", "one_class"])
+def test_transformers_js_loads_the_export(name, models, tmp_path) -> None:
+    if not (shutil.which("node") and shutil.which("npm")):
+        pytest.skip("there is no node or npm: install Node.js 20 or later")
+    example = WEB / "examples" / "transformers"
+    folder = tmp_path / "example"
+    shutil.copytree(example, folder, ignore=shutil.ignore_patterns("node_modules"))
+    if (example / "node_modules").is_dir():
+        (folder / "node_modules").symlink_to(example / "node_modules")
+    else:
+        installed = run(["npm", "ci", "--prefer-offline"], folder)
+        if installed.returncode and NO_NETWORK.search(installed.stderr):
+            pytest.skip("the npm registry cannot be reached: run `npm ci` in demo/web/examples/transformers once")
+        assert installed.returncode == 0, installed.stderr
+    model, processor = models[0][name]
+    path = tmp_path / "image.png"  # of the size that the processor resizes to
+    image = Image.open(models[1] / "images" / "151x83.png").crop((0, 0, 60, 44))
+    image.save(path)
+    finished = run(["node", "segment.mjs", str(models[1]), name, str(path)], folder)
+    shutil.rmtree(folder)
+    assert finished.returncode == 0, finished.stderr
+    with torch.no_grad():
+        logits = model(processor(image, scales=[1.0], do_flip=False)["pixel_values"][:1]).logits[0]
+    classes = (logits[0] > 0).long() if name == "one_class" else logits.argmax(0)
+    names = ["background", "road"] if name == "one_class" else list(SCENES.labels)
+    expected = classes.flatten().bincount(minlength=len(names)).tolist()
+    assert json.loads(finished.stdout) == dict(zip(names, expected))

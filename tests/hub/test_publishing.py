@@ -42,11 +42,15 @@ CODE = {
     "configuration_vit_encoder.py",
     "image_processing_segmenter.py",
     "image_io.py",
+    "image_windows.py",
     "modeling_segmenter.py",
     "modeling_vit_encoder.py",
+    "resampling.py",
     "segmentation_loss.py",
     "pipeline_segmenter.py",
     "sliding_window.py",
+    "window_geometry.py",
+    "worker_threads.py",
 }
 REPOSITORY = CODE | {
     "README.md",

@@ -50,6 +50,7 @@ MODEL_FILES = (
         "segmentation_loss.py",
         "sliding_window.py",
     ),
+    *sorted(path.name for path in (Path(__file__).parents[1] / "models").glob("[a-z]*.py")),
 )
 
 
