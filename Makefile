@@ -13,10 +13,10 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, evaluate, segment pictures
-	$(PY) scripts/train.py src/segmenter_hf/training/demo.json
-	$(PY) scripts/evaluate.py --model_name_or_path $(DEMO)/model --dataset_name scenes --output_dir $(DEMO)/evaluation
-	$(PY) scripts/draw_scenes.py --num_images 6 --seed 1000 --output_dir $(DEMO)/pictures
-	$(PY) scripts/predict.py --model_name_or_path $(DEMO)/model --images $(DEMO)/pictures/images --output_dir $(DEMO)/predictions
+	$(VENV)/bin/segmenter-hf train src/segmenter_hf/training/demo.json
+	$(VENV)/bin/segmenter-hf evaluate --model_name_or_path $(DEMO)/model --dataset_name scenes --output_dir $(DEMO)/evaluation
+	$(VENV)/bin/segmenter-hf draw-scenes --num_images 6 --seed 1000 --output_dir $(DEMO)/pictures
+	$(VENV)/bin/segmenter-hf predict --model_name_or_path $(DEMO)/model --images $(DEMO)/pictures/images --output_dir $(DEMO)/predictions
 	@echo "Look at $(DEMO)/predictions and $(DEMO)/model/README.md."
 
 test: $(VENV)/installed  ## install and run all tests

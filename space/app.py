@@ -1,4 +1,4 @@
-"""The page of `scripts/demo.py` as a Hugging Face Space."""
+"""The page of `segmenter-hf demo` as a Hugging Face Space."""
 
 import os
 from pathlib import Path

@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import segmenter_hf
+from segmenter_hf.cli.main import SUBCOMMANDS
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.data.synthetic_scenes import save_scenes
 
-from .script_help import help_of, run_script
+from .script_help import help_of, run_command, run_script
 from .tiny_models import save_tiny_scenes_model
 
 
@@ -29,10 +30,11 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The commands of a text that run a script, in words from the script on, with continued lines joined."""
+    """The commands of a text: the console command and what Python runs, in words from the name on, continued lines joined."""
     joined = re.sub(r"\\\s*\n\s*", " ", text)
-    starts = r"\$\(PY\)|\s*(?:\S+/)?python|\s*accelerate launch"
-    found = re.findall(rf"^(?:{starts}) .*?\b((?:scripts|outputs/demo/onnx)/\w+\.py.*)$", joined, re.MULTILINE)
+    console = r"(?:\$\(VENV\)/bin/|\s*)segmenter-hf |\s*(?:accelerate launch|torchrun) .*?-m segmenter_hf "
+    found = [f"segmenter-hf {words}" for words in re.findall(rf"^(?:{console})(.*)$", joined, re.MULTILINE)]
+    found += re.findall(r"^\s*python .*?\b(outputs/demo/onnx/\w+\.py.*)$", joined, re.MULTILINE)
     return [shlex.split(command.partition("#")[0]) for command in found]
 
 
@@ -72,7 +74,7 @@ NOT_RUN = {
     "ADEChallengeData2016": "needs a data set that is not free",
     "--dataset_name camvid": "needs a data set that is not free",
     "--recipe": "needs a data set of the Hub, or minutes",
-    "scripts/demo.py": "serves a page until it is stopped; see test_demo.py",
+    "segmenter-hf demo": "serves a page until it is stopped; see test_app.py",
     "benchmarks/benchmark.py": "takes minutes; see test_benchmark.py",
     "tests/fuzz/fuzz.py": "takes minutes",
     "NAME": "stands for several commands",
@@ -81,8 +83,7 @@ SHORT = (
     "--max_steps 1 --use_cpu --image_size 40 --crop_size 32 --eval_strategy no --save_strategy no --disable_tqdm true"
 )
 SHORT += " --load_best_model_at_end false"
-PUBLISHING = "scripts/publish.py"  # runs where it only writes a directory
-FRESH = ("scripts/convert_checkpoint.py", "scripts/train.py")  # the page may start from what they make further down
+FRESH = ("convert", "train")  # the page may start from what they make further down
 
 
 @pytest.mark.parametrize(
@@ -90,29 +91,29 @@ FRESH = ("scripts/convert_checkpoint.py", "scripts/train.py")  # the page may st
 )
 def test_commands_run_as_they_stand(path, workplace, monkeypatch) -> None:
     monkeypatch.chdir(workplace)
-    for script, *arguments in (words for block in blocks(path, "shell") for words in commands(block)):
-        line = " ".join([script, *arguments, ""])
-        if any(part in line for part in NOT_RUN) and "scripts/estimate.py" not in line:
+    for program, *argv in (words for block in blocks(path, "shell") for words in commands(block)):
+        line = " ".join([program, *argv, ""])
+        if any(part in line for part in NOT_RUN) and argv[0] != "estimate":
             continue
-        if script == PUBLISHING and "--dry_run" not in arguments:
+        if argv[0] == "publish" and "--dry_run" not in argv:  # which only writes a directory
             continue
-        if script in FRESH and "--output_dir" in arguments:
-            shutil.rmtree(arguments[arguments.index("--output_dir") + 1], ignore_errors=True)
-        path = ROOT / script if script.startswith("scripts/") else Path(script)
-        run_script(path, arguments + (SHORT.split() if script == "scripts/train.py" else []))
+        if program != "segmenter-hf":
+            run_script(Path(program), argv)
+            continue
+        if argv[0] in FRESH and "--output_dir" in argv:
+            shutil.rmtree(argv[argv.index("--output_dir") + 1], ignore_errors=True)
+        run_command(argv + (SHORT.split() if argv[0] == "train" else []))
 
 
-def test_commands_have_the_flags_that_pages_and_scripts_show() -> None:
+def test_commands_have_the_options_that_pages_and_help_show() -> None:
     texts = [block for path in PAGES for block in blocks(path, "shell")]
-    texts += [path.read_text(encoding="utf-8").split('"""')[1] for path in sorted((ROOT / "scripts").glob("*.py"))]
+    texts += [help_of(name) for name in SUBCOMMANDS]
     texts += [(ROOT / "Makefile").read_text(encoding="utf-8").replace("\t", "")]
-    shown = [words for text in texts for words in commands(text) if words[0].startswith("scripts/")]
-    scripts = sorted({words[0] for words in shown})
-    assert len(shown) > 30 and {"scripts/train.py", "scripts/convert_checkpoint.py"} <= set(scripts)
-    known = {script: help_of(ROOT / script) for script in scripts}
-    for words in shown:
-        for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
-            assert re.search(rf"{re.escape(flag)}\b", known[words[0]]), f"{words[0]} has no {flag}"
+    shown = [words[1:] for text in texts for words in commands(text) if words[0] == "segmenter-hf"]
+    assert len(shown) > 40 and {subcommand for subcommand, *_ in shown} == set(SUBCOMMANDS)
+    for subcommand, *argv in shown:
+        for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
+            assert re.search(rf"{re.escape(option)}\b", help_of(subcommand)), f"{subcommand} has no {option}"
 
 
 def test_configurations_of_the_papers_can_be_made() -> None:

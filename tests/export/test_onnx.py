@@ -318,7 +318,7 @@ def test_only_an_earlier_export_is_replaced_and_only_when_told_to(exported, tmp_
     checkpoint, export = exported("linear")
     directory = tmp_path / "onnx"
     shutil.copytree(export.directory, directory)
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(FileExistsError, match="`overwrite`"):
         export_onnx(checkpoint, directory)
     for name in ("model.safetensors", "onnx/notes.txt"):
         (directory / name).touch()

@@ -70,5 +70,5 @@ def test_an_unknown_name_is_answered_with_those_that_look_like_it() -> None:
         get_published_model("seg-b-mask-ade20k")
     with pytest.raises(ValueError, match="Did you mean seg-l-mask-16-ade20k or seg-l-"):
         get_published_model("seg-l")
-    with pytest.raises(ValueError, match="'resnet'. --list prints"):
+    with pytest.raises(ValueError, match="No published model is called 'resnet'.$"):
         get_published_model("resnet")

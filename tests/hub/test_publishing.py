@@ -232,7 +232,7 @@ def test_building_from_a_built_repository_gives_it_again(repository, tmp_path) -
 
 def test_a_directory_that_holds_something_is_kept(checkpoint, repository, tmp_path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(FileExistsError, match="`overwrite`"):
         build_repository(repository, tmp_path)
     with pytest.raises(ValueError, match="holds the checkpoint"):
         build_repository(checkpoint, checkpoint.parent, overwrite=True)
@@ -298,7 +298,7 @@ def test_recorded_runs_come_into_the_card(repository, tmp_path) -> None:
     assert "| scenes | validation[:2] | single scale | 25.00 | 2 |" in card.text
     assert "| images per second | 3 |" in card.text
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="scripts/evaluate.py"):
+    with pytest.raises(ValueError, match="the results.json of an evaluation"):
         read_recorded_result(tmp_path / "results.json")
 
 

@@ -83,7 +83,17 @@ def test_two_processes_count_what_one_counts_of_three_images(runs) -> None:
 
 def test_the_script_for_evaluation_gives_the_same_results_in_two_processes(runs) -> None:
     launched, alone = (runs["one"].parent / name for name in ("launched", "alone"))
-    common = ["scripts/evaluate.py", "--model_name_or_path", str(runs["one"]), "--max_samples", "3", "--device", "cpu"]
+    common = [
+        "-m",
+        "segmenter_hf",
+        "evaluate",
+        "--model_name_or_path",
+        str(runs["one"]),
+        "--max_samples",
+        "3",
+        "--device",
+        "cpu",
+    ]
     printed = launch(*common, "--output_dir", str(launched))
     subprocess.run(
         [sys.executable, *common, "--output_dir", str(alone)], cwd=ROOT, check=True, capture_output=True, timeout=500

@@ -111,7 +111,7 @@ def test_a_directory_with_another_run_is_refused_and_the_difference_named(tmp_pa
     recipe = resolved_recipe(*parse(tmp_path, "--recipe", "scenes"))
     save_recipe(tmp_path, recipe)
     check_same_run(tmp_path, resolved_recipe(*parse(tmp_path, "--recipe", "scenes", "--logging_steps", "7")))
-    with pytest.raises(ValueError, match=r"\(learning_rate 0.0008 -> 0.1\).*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"\(learning_rate 0.0008 -> 0.1\).*`overwrite_output_dir`"):
         check_same_run(tmp_path, resolved_recipe(*parse(tmp_path, "--recipe", "scenes", "--learning_rate", "0.1")))
 
 
@@ -137,7 +137,7 @@ def test_what_cannot_be_is_refused(tmp_path) -> None:
         parse(tmp_path, "--total_batch_size", "10", "--per_device_train_batch_size", "4")
     with pytest.raises(ValueError, match="must be positive, got `total_batch_size` 10, 1 devices"):
         parse(tmp_path, "--total_batch_size", "10", "--per_device_train_batch_size", "0")
-    with pytest.raises(ValueError, match="use `--label_smoothing`"):
+    with pytest.raises(ValueError, match="use `label_smoothing`"):
         parse(tmp_path, "--label_smoothing_factor", "0.1")
 
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_is_refused(tmp_path) -> None:
         ("metric_for_best_model", "foo", "must be one of mean_iou, .*, got 'foo'"),
         ("gradient_accumulation_steps", "0", "must be positive, .*`gradient_accumulation_steps` 0"),
         ("per_device_train_batch_size", "0", "must be positive, .*`per_device_train_batch_size` 0"),
-        ("num_train_epochs", "-1", "give a positive `--num_train_epochs`"),
+        ("num_train_epochs", "-1", "give a positive `num_train_epochs`"),
         ("max_steps", "0", "Nothing would be trained"),
     ],
 )

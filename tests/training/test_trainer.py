@@ -200,7 +200,7 @@ def test_a_killed_run_goes_on_with_the_same_command_and_ends_alike(undisturbed, 
     again = start(output_dir)
     printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0, printed
-    assert "Going on from" in printed
+    assert "Resuming from" in printed
     assert same_weights(output_dir, undisturbed)
     assert not list(output_dir.glob(".*partial"))
 

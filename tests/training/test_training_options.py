@@ -70,7 +70,7 @@ def test_a_stream_is_trained_on(tmp_path) -> None:
     results = train(tmp_path / "model", *more, "--max_steps", "7", "--dataloader_num_workers", "2")
     assert results["num_images"] == 2
     assert "| images | a stream |" in (tmp_path / "model" / "README.md").read_text()
-    with pytest.raises(ValueError, match="give the number of steps with --max_steps"):
+    with pytest.raises(ValueError, match="give the number of steps with `max_steps`"):
         train(tmp_path / "other", *more, "--max_steps", "-1")
 
 
@@ -105,7 +105,7 @@ def write_parquet(folder: Path, rows: int = 2, **columns) -> None:
     ("rows", "columns", "more", "message"),
     [
         (0, {}, [], "the split 'train' has no rows"),
-        (2, {}, ["--label_column", "mask"], "has no column 'mask'.*--image_column and --label_column"),
+        (2, {}, ["--label_column", "mask"], "has no column 'mask'.*`image_column` and `label_column`"),
         (2, {}, ["--validation_split", "dev"], "has no split"),
         (2, {"annotation": [None, None]}, [], "the row has no annotation. Give it one"),
         (2, {"annotation": [Image.new("L", (64, 48), 255)] * 2}, [], "all are 255"),
@@ -123,7 +123,7 @@ def test_data_that_cannot_be_trained_on_is_named(rows, columns, more, message, t
 
 def test_a_recipe_without_a_free_data_set_asks_for_one(tmp_path) -> None:
     given = ["--recipe", "segmenter_cityscapes", "--output_dir", str(tmp_path), "--use_cpu"]
-    with pytest.raises(ValueError, match="names no data set.*--dataset_name"):
+    with pytest.raises(ValueError, match="names no data set.*`dataset_name`"):
         train_segmenter(*parse_training_arguments(given))
 
 
@@ -149,7 +149,7 @@ def test_classes_are_counted_where_no_label_set_is_named(leaves) -> None:
 def test_another_run_starts_anew_where_it_may_overwrite(tmp_path) -> None:
     saving = ["--save_strategy", "steps", "--save_steps", "1"]
     train(tmp_path, *saving)
-    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+    with pytest.raises(ValueError, match="`overwrite_output_dir`"):
         train(tmp_path, *saving, "--learning_rate", "0.1")
     train(tmp_path, *saving, "--learning_rate", "0.1", "--overwrite_output_dir", "--max_scanned_masks", "0")
     assert json.loads((tmp_path / "recipe.json").read_text())["arguments"]["learning_rate"] == 0.1
@@ -188,7 +188,7 @@ def test_the_checkpoint_to_go_on_from_is_not_deleted(finished) -> None:
 
 def test_files_that_are_of_no_run_are_not_replaced(tmp_path) -> None:
     (tmp_path / "config.json").write_text("mine")
-    with pytest.raises(FileExistsError, match="of no run: config.json.*--overwrite_output_dir"):
+    with pytest.raises(FileExistsError, match="of no run: config.json.*`overwrite_output_dir`"):
         train(tmp_path)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 

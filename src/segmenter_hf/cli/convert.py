@@ -86,7 +86,10 @@ def convert(args: ConversionArguments) -> tuple[Path, PublishedModel | None]:
     published, checkpoint_path, label_set = None, args.checkpoint_path, args.label_set
     encoder_path = args.encoder_path
     if args.model is not None:
-        published = get_published_model(args.model)
+        try:
+            published = get_published_model(args.model)
+        except ValueError as error:
+            raise ValueError(f"{error} `segmenter-hf models` lists all of them.") from error
         label_set = label_set or published.dataset
         # before a long download
         check_output(Path(args.output_dir), args.overwrite, cache_folder(published, args.cache_dir))

@@ -1,6 +1,8 @@
 """Draw synthetic street scenes as a folder of images and masks, which is also an example of a dataset folder.
 
-segmenter-hf draw-scenes --num_images 6 --output_dir outputs/scenes
+    segmenter-hf draw-scenes --num_images 6 --output_dir outputs/scenes
+
+The same seed gives the same scenes.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,8 @@
 """List the published models with the mean IoU that their sources report, and how to get them.
 
-segmenter-hf models
+    segmenter-hf models
+
+mIoU is in percent: "ss" is single scale, "ms+flip" is multi-scale + flip.
 """
 
 from collections.abc import Sequence

@@ -115,7 +115,7 @@ def _find_by_hand(model: PublishedModel, folder: Path, command: str) -> Path:
     if model.share_url is None:
         raise ValueError(
             f"{model.name} is known by its numbers only: {model.source} publishes no weights"
-            f"{f' ({model.note})' if model.note else ''}. Choose one of --list that is had by name."
+            f"{f' ({model.note})' if model.note else ''}. Choose a published model that is available by name."
         )
     folder.mkdir(parents=True, exist_ok=True)
     files = sorted(path for path in folder.iterdir() if path.suffix in CHECKPOINT_SUFFIXES)

@@ -163,7 +163,7 @@ def rename_weights(conversion: Conversion, path: Path) -> dict[str, Weight]:
     if leftovers:
         raise ValueError(
             f"{path}: these keys have no place in a {conversion.source} model: {listing(leftovers)}. It is a variant that "
-            "is not supported, or another format: see --source_format."
+            "is not supported, or another format: see `source_format`."
         )
     return renamed
 

@@ -143,7 +143,7 @@ def compare_with_model(model: PreTrainedModel, path: Path) -> dict[Shape, float]
         if not difference <= limit:
             raise ValueError(
                 f"For an input {shape} the exported model differs from the model by {difference:.2g}, more than "
-                f"{limit:.2g}. Nothing was kept: try another `--opset`, or other versions of torch and onnxscript."
+                f"{limit:.2g}. Nothing was kept: try another `opset`, or other versions of torch and onnxscript."
             )
         differences[shape] = difference
     return differences

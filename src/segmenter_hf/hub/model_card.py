@@ -152,7 +152,7 @@ def check_result(where: str | Path, result: dict[str, Any]) -> None:
     """
     types = {**_RESULT_TYPES, **dict.fromkeys(("hub_dataset", "label_set"), str | None)}
     if missing := [name for name in _RESULT_TYPES if name not in result]:
-        raise ValueError(f"{where}: expected a results.json of scripts/evaluate.py, got no {', '.join(missing)}.")
+        raise ValueError(f"{where}: expected the results.json of an evaluation, got no {', '.join(missing)}.")
     check_types(where, result, types)
     check_types(where, {"protocol.name": result["protocol"].get("name")}, {"protocol.name": str})
 

@@ -51,7 +51,7 @@ class PublishedModel:
     @property
     def command(self) -> str:
         """The command that brings the model here."""
-        return f"python scripts/convert_checkpoint.py --model {self.name} --output_dir outputs/{self.name}"
+        return f"segmenter-hf convert --model {self.name} --output_dir outputs/{self.name}"
 
 
 @cache
@@ -71,7 +71,7 @@ def get_published_model(name: str) -> PublishedModel:
     if name not in models:
         close = get_close_matches(name, models, n=3) or [known for known in models if name in known][:3]
         hint = f"Did you mean {' or '.join(close)}? " if close else ""
-        raise ValueError(f"No published model is called {name!r}. {hint}--list prints all of them.")
+        raise ValueError(f"No published model is called {name!r}. {hint}".rstrip())
     return models[name]
 
 

@@ -91,7 +91,7 @@ def check_push(hub_model_id: str, token: str | None = None) -> None:
             f"`hub_model_id` must be owner/name, got {hub_model_id!r}: put your name or organization first."
         )
     if constants.is_offline_mode():
-        raise PublishingError("HF_HUB_OFFLINE is set: unset it to push, or write the directory only with `--dry_run`.")
+        raise PublishingError("HF_HUB_OFFLINE is set: unset it to push, or only build the repository.")
     if (token or get_token()) is None:
         raise PublishingError(_login_advice("There is no token for the Hub"))
 
@@ -197,7 +197,7 @@ def measure(
 
 
 def read_recorded_result(path: str | Path) -> dict[str, Any]:
-    """A `results.json` that training or `scripts/evaluate.py` wrote, for [`CardFacts.with_results`].
+    """A `results.json` that training or an evaluation wrote, for [`CardFacts.with_results`].
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -218,7 +218,7 @@ def _load_whole_model(directory: Path) -> tuple[PreTrainedModel, BaseImageProces
         (["config.json"], "give the directory of a trained or converted model"),
         (
             ["model.safetensors", "model.safetensors.index.json"],
-            "save it with `save_pretrained`, or convert the checkpoint with scripts/convert_checkpoint.py",
+            "save it with `save_pretrained`, or convert the checkpoint with `convert_checkpoint`",
         ),
         (["preprocessor_config.json"], "save the image processor there with `save_pretrained`"),
     ):

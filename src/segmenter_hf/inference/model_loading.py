@@ -25,7 +25,7 @@ from ..utils.processes import process_state
 # What libraries say instead of raising `MemoryError` or `torch.OutOfMemoryError`, in lower case.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "bad_alloc")
 _compiled_models = itertools.count()
-REMEDY = "Download or save it again, or convert the checkpoint with scripts/convert_checkpoint.py."
+REMEDY = "Download or save it again, or convert the checkpoint with `convert_checkpoint`."
 
 
 def load_model(

@@ -183,7 +183,7 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> PI
         ) from error
     raise ValueError(
         f"{name}: {image.width} x {image.height} pixels are more than {max_pixels}, which guards against files made to "
-        "fill the memory. If the picture is meant to be that large, raise `--max_image_pixels` of scripts/predict.py, or "
+        "fill the memory. If the picture is meant to be that large, raise `max_image_pixels`, or "
         "`PIL.Image.MAX_IMAGE_PIXELS`."
     )
 

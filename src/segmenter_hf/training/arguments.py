@@ -30,7 +30,7 @@ def check_finite(arguments: Any) -> None:
     """
     for name, value in vars(arguments).items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"`--{name}` must be a finite number, got {value}.")
+            raise ValueError(f"`{name}` must be a finite number, got {value}.")
 
 
 @dataclass
@@ -112,7 +112,7 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     streaming: bool = field(
-        default=False, metadata={"help": "Read the data set while training instead of first; needs --max_steps."}
+        default=False, metadata={"help": "Read the data set while training instead of first; needs max_steps."}
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
@@ -265,7 +265,7 @@ class SegmentationTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Delete the checkpoints of an earlier run in output_dir, replace its other files, start anew."
+            "help": "Delete the checkpoints of an earlier run in output_dir, replace its other files, start again."
         },
     )
 
@@ -274,20 +274,20 @@ class SegmentationTrainingArguments(TrainingArguments):
         if self.max_steps < 1 and (self.max_steps != -1 or self.num_train_epochs <= 0):
             raise ValueError(
                 f"Nothing would be trained in {self.num_train_epochs} epochs or {self.max_steps} steps: give a positive "
-                "`--num_train_epochs` or `--max_steps`."
+                "`num_train_epochs` or `max_steps`."
             )
         if wrong := [item for item in (self.optim_args or "=").split(",") if item.count("=") != 1]:
-            raise ValueError(f'`--optim_args` must be as in "momentum=0.9,nesterov=true", got {wrong[0]!r}.')
+            raise ValueError(f'`optim_args` must be as in "momentum=0.9,nesterov=true", got {wrong[0]!r}.')
         if self.label_smoothing_factor:
             raise ValueError(
-                "`label_smoothing_factor` is for text: use `--label_smoothing`, which leaves ignored pixels out."
+                "`label_smoothing_factor` is for text: use `label_smoothing`, which leaves ignored pixels out."
             )
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"power": self.poly_power, "lr_end": self.min_learning_rate}
         super().__post_init__()
         if self.metric_for_best_model is not None and self.metric_for_best_model.removeprefix("eval_") not in METRICS:
             raise ValueError(
-                f"`--metric_for_best_model` must be one of {', '.join(METRICS)}, got {self.metric_for_best_model!r}."
+                f"`metric_for_best_model` must be one of {', '.join(METRICS)}, got {self.metric_for_best_model!r}."
             )
         self._check_tools()
         self._share_out_batch()
@@ -367,7 +367,7 @@ def resolve_batch_size(
     if not accumulation or num_devices * per_device * accumulation != total_batch_size:
         raise ValueError(
             f"`total_batch_size` {total_batch_size} is not {num_devices} devices x a whole batch: got {per_device} crops per "
-            f"device and {accumulation} accumulated batches. Give other values of `--per_device_train_batch_size`, "
-            "`--gradient_accumulation_steps` or `--total_batch_size`."
+            f"device and {accumulation} accumulated batches. Give other values of `per_device_train_batch_size`, "
+            "`gradient_accumulation_steps` or `total_batch_size`."
         )
     return per_device, accumulation

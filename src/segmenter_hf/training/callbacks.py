@@ -137,6 +137,6 @@ def _report_picture(trainer: "SegmentationTrainer", path: Path, step: int) -> No
 
 def nan_message(what: str) -> str:
     return (
-        f"{what} No checkpoint was written since. Start again in another --output_dir with a lower --learning_rate, with "
-        "--warmup_steps, with --max_grad_norm 1, or with --bf16 instead of --fp16."
+        f"{what} No checkpoint was written since. Start again in another `output_dir` with a lower `learning_rate`, with "
+        "`warmup_steps`, with a `max_grad_norm` of 1, or with `bf16` instead of `fp16`."
     )

@@ -29,20 +29,20 @@ def find_checkpoint(training_args: SegmentationTrainingArguments, recipe: dict[s
     output_dir, checkpoint = Path(training_args.output_dir), training_args.resume_from_checkpoint
     if training_args.overwrite_output_dir:
         if checkpoint is not None and Path(checkpoint).resolve().is_relative_to(output_dir.resolve()):
-            raise ValueError(f"--overwrite_output_dir would delete {checkpoint}, from which to go on: leave out one.")
+            raise ValueError(f"`overwrite_output_dir` would delete {checkpoint}, from which to resume: leave out one.")
         return checkpoint
     if not (output_dir / RECIPE_FILE).is_file():
         names = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
         if found := [name for name in names if not name.startswith(".") and name not in TRACKER_FOLDERS]:
             raise FileExistsError(
-                f"{output_dir} holds files that are of no run: {', '.join(found[:5])}. Give another --output_dir, or "
-                "--overwrite_output_dir to replace those whose names the run needs."
+                f"{output_dir} holds files that are of no run: {', '.join(found[:5])}. Give another `output_dir`, or "
+                "`overwrite_output_dir` to replace those whose names the run needs."
             )
     elif checkpoint is None:
         check_same_run(output_dir, recipe)
         checkpoint = last_checkpoint(output_dir)
         if checkpoint is not None and training_args.should_save:
-            print(f"Going on from {checkpoint}; --overwrite_output_dir starts anew.")
+            print(f"Resuming from {checkpoint}; `overwrite_output_dir` starts again.")
     return checkpoint
 
 

@@ -163,12 +163,12 @@ def check_same_run(directory: str | Path, recipe: dict[str, Any]) -> None:
     path = Path(directory) / RECIPE_FILE
     before, now = read_json_object(path).get("arguments"), recipe["arguments"]
     if not isinstance(before, dict):
-        raise ValueError(f"{path}: expected the arguments of a run, got {before!r:.200}. Give another --output_dir.")
+        raise ValueError(f"{path}: expected the arguments of a run, got {before!r:.200}. Give another `output_dir`.")
     before = _defaults() | before  # a run of an earlier version does not name the arguments that it did not have
     differing = sorted(name for name in now if before.get(name) != now[name])
     if differing:
         shown = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in differing[:5])
         raise ValueError(
-            f"{directory} holds a run with other arguments ({shown}). Give another --output_dir, or --overwrite_output_dir "
+            f"{directory} holds a run with other arguments ({shown}). Give another `output_dir`, or `overwrite_output_dir` "
             "to delete its checkpoints and start anew."
         )

@@ -22,10 +22,10 @@ def load_splits(
     if data_args.dataset_name is None:
         raise ValueError(
             f"The recipe {data_args.recipe!r} names no data set, since it cannot be downloaded freely: give its folder with "
-            "--dataset_name."
+            "`dataset_name`."
         )
     if data_args.streaming and training_args.max_steps < 1:
-        raise ValueError("The length of a stream is not known: give the number of steps with --max_steps.")
+        raise ValueError("The length of a stream is not known: give the number of steps with `max_steps`.")
     splits = (data_args.train_split, data_args.validation_split)
     loaded = load_segmentation_datasets(
         data_args.dataset_name,
@@ -105,7 +105,7 @@ def class_weights(text: str | None, report: MaskReport | None) -> list[float] | 
     if text == "balanced":
         if report is None:
             raise ValueError(
-                "`--class_weights balanced` needs the frequencies of the classes: leave --max_scanned_masks out."
+                '`class_weights` "balanced" needs the frequencies of the classes: leave `max_scanned_masks` out.'
             )
         counts = report.pixels_per_class
         weights = counts.sum() / (len(counts) * np.maximum(counts, 1))
@@ -113,4 +113,4 @@ def class_weights(text: str | None, report: MaskReport | None) -> list[float] | 
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f'`--class_weights` must be "balanced" or numbers as in "1,2.5,1", got {text!r}.') from error
+        raise ValueError(f'`class_weights` must be "balanced" or numbers as in "1,2.5,1", got {text!r}.') from error

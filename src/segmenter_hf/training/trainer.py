@@ -229,7 +229,7 @@ class SegmentationTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | None:
-        """Push the repository that `scripts/publish.py` makes of the output directory, in one commit."""
+        """Push the repository that [`build_repository`] makes of the output directory, in one commit."""
         token = token or self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)

@@ -194,7 +194,7 @@ def check_replaceable(directory: Path, overwrite: bool, names: Sequence[str]) ->
         raise FileExistsError(f"{directory} is not the directory of a model but a file: give a directory.")
     if not overwrite:
         raise FileExistsError(
-            f"{directory} exists and is not empty: give a new directory, or `--overwrite` to replace it."
+            f"{directory} exists and is not empty: give a new directory, or set `overwrite` to replace it."
         )
     held = sorted(path.name for path in directory.iterdir())
     others = [name for name in held if not any(fnmatch(name, pattern) for pattern in names)]
