@@ -149,7 +149,7 @@ def broken_trainer(output_dir: Path, value: float, logging_steps: int = 1) -> Se
 
 @pytest.mark.parametrize(("logging_steps", "step"), [(1, 1), (50, 3)])
 def test_a_loss_that_is_no_number_ends_the_run(logging_steps, step, tmp_path) -> None:
-    message = f"The loss became nan at or before step {step}. .* lower --learning_rate"
+    message = f"The loss became nan at or before step {step}. .* lower `learning_rate`"
     with pytest.raises(FloatingPointError, match=message):
         broken_trainer(tmp_path, float("nan"), logging_steps).train()
 
