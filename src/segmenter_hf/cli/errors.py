@@ -3,8 +3,11 @@
 import functools
 import gc
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -16,12 +19,17 @@ class UsageError(ValueError):
     """A command line that does not fit the options of its command."""
 
 
+class Terminated(BaseException):
+    """The process was told to end (SIGTERM, as Slurm and Kubernetes send it)."""
+
+
 def cli_main(main: Callable[..., None]) -> Callable[..., None]:
     """Make the `main` of a command end with `error: MESSAGE` and exit code 1 where its user can fix what is wrong.
 
     That is so for `FloatingPointError` (a training that diverged), `ImportError`, `MemoryError`, `OSError` and `ValueError`; a
     [`UsageError`] has exit code 2, as other wrong options have. All other errors are bugs and keep their traceback.
-    `SEGMENTER_HF_TRACEBACK=1` shows it for all.
+    `SEGMENTER_HF_TRACEBACK=1` shows it for all. Ctrl-C and SIGTERM drop what is not finished, remove its temporary files and end
+    with a line and exit code 130 or 143.
 
     Args:
         main (`Callable`): The function.
@@ -33,7 +41,14 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def ending(*args: Any, **kwargs: Any) -> None:
         try:
-            main(*args, **kwargs)
+            with _sigterm_as_exception():
+                main(*args, **kwargs)
+        except (KeyboardInterrupt, Terminated) as error:
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            is_terminated = isinstance(error, Terminated)
+            print("terminated" if is_terminated else "interrupted", file=sys.stderr)
+            raise SystemExit(128 + (signal.SIGTERM if is_terminated else signal.SIGINT)) from error
         except _user_errors() as error:
             if os.environ.get(TRACEBACK_VARIABLE):
                 raise
@@ -49,6 +64,25 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
             _leave_process_group(failed=sys.exc_info()[0] is not None)
 
     return ending
+
+
+@contextmanager
+def _sigterm_as_exception() -> Iterator[None]:
+    """Let SIGTERM raise [`Terminated`] in the block, so that it cleans up, where nothing else handles the signal."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the cleaning is not interrupted
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:
