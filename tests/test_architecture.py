@@ -68,6 +68,8 @@ COMMANDS = (
     "`--model ",
     " --cache_dir ",
     "`hf download ",
+    " --repo-type dataset ",  # the end of the same
+    " --output_dir outputs/",  # the end of the first
 )
 
 
