@@ -10,10 +10,12 @@ images and give exactly the numbers of one:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..data.loading import limited_split, load_split
+from ..data.label_resolution import fit_to_masks
+from ..data.label_sets import LabelSet
+from ..data.loading import AnyDataset, limited_split, load_split
 from ..evaluation.evaluate import (
     EvaluationDataset,
     as_percent,
@@ -26,6 +28,7 @@ from ..utils.processes import process_state
 from .errors import cli_main
 from .parsing import build_parser, parse_arguments
 from .prediction_arguments import EvaluationDataArguments, PredictionArguments
+from .remembered import recall_data_arguments
 
 
 @dataclass
@@ -35,8 +38,20 @@ class Arguments:
     _argument_group_name = "dataset and output"
 
     output_dir: str = field(metadata={"help": "Directory for results.json and the table of classes."})
-    dataset_name: str = field(default="scenes", metadata={"help": "Hub name or folder."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub name or folder; by default that of the training, or 'scenes'."}
+    )
+    ignore_index: int | None = field(
+        default=None, metadata={"help": "Label of pixels without a class; by default that of the model's label set."}
+    )
     num_worst: int = field(default=4, metadata={"help": "Show so many images of the lowest mean IoU in worst.png."})
+
+
+def _fit_label_set(label_set: LabelSet, dataset: AnyDataset, ignore_index: int | None) -> LabelSet:
+    """The label set for what the masks of the dataset store, with another ignore index where one is given."""
+    if ignore_index is not None:
+        label_set = replace(label_set, ignore_index=ignore_index)
+    return fit_to_masks(label_set, dataset, keep_ignored=ignore_index is not None)
 
 
 @cli_main
@@ -44,9 +59,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate the model, write the results and print the table."""
     parser = build_parser("evaluate", __doc__, [PredictionArguments, Arguments, EvaluationDataArguments])
     prediction_args, args, data_args = parse_arguments(parser, argv)
+    args.dataset_name = recall_data_arguments(
+        prediction_args.model_name_or_path, args.dataset_name, data_args, *vars(data_args)
+    )
+    args.dataset_name = args.dataset_name or "scenes"
+    data_args.split = data_args.split or "validation"
     predictor = prediction_args.load_predictor()
-    label_set = predictor.label_set
     dataset = load_split(args.dataset_name, **vars(data_args))
+    predictor.label_set = label_set = _fit_label_set(predictor.label_set, dataset, args.ignore_index)
     results = evaluate_segmentation(predictor, dataset, num_worst=args.num_worst)
     if not process_state().is_main_process:
         return

@@ -25,6 +25,7 @@ from ..utils.processes import process_state
 from .errors import cli_main
 from .parsing import build_parser, parse_arguments
 from .prediction_arguments import PredictionArguments
+from .remembered import recall_data_arguments
 
 
 @dataclass
@@ -42,6 +43,12 @@ class InputArguments:
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     image_column: str | None = field(
         default=None, metadata={"help": "Column of the images of the dataset. By default it is found."}
+    )
+    validation_fraction: float | None = field(
+        default=None, metadata={"help": "Share of train that is the validation split, as in the training by default."}
+    )
+    data_seed: int | None = field(
+        default=None, metadata={"help": "Seed of that split, as in the training by default."}
     )
     streaming: bool = field(default=True, metadata={"help": "Read the dataset as it is needed, not all at first."})
     full_resolution: bool = field(
@@ -93,12 +100,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         written = predict_files(predictor, input_args.images, output_dir, attention=output_args.attention)
         print(f"Wrote a label map and an overlay of {len(written)} images to {output_dir}.")
         return
+    names = ("dataset_config", "dataset_revision", "image_column", "validation_fraction", "data_seed")
+    recall_data_arguments(prediction_args.model_name_or_path, input_args.dataset_name, input_args, *names)
     dataset = load_image_dataset(
         input_args.dataset_name,
         input_args.split,
         dataset_config=input_args.dataset_config,
         revision=input_args.dataset_revision,
         image_column=input_args.image_column,
+        validation_fraction=input_args.validation_fraction,
+        data_seed=input_args.data_seed or 0,
         streaming=input_args.streaming,
     )
     result = predict_dataset(

@@ -51,11 +51,21 @@ class EvaluationDataArguments:
 
     _argument_group_name = "images of the dataset"
 
-    split: str = field(default="validation", metadata={"help": "Split to evaluate."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate; by default that of the training, validation."}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset, or the kind of masks of a folder with two."}
+    )
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images. By default it is found."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the masks. By default it is found."})
+    validation_fraction: float | None = field(
+        default=None, metadata={"help": "Share of train that is the validation split, as in the training by default."}
+    )
+    data_seed: int | None = field(
+        default=None, metadata={"help": "Seed of that split, as in the training by default."}
+    )
     max_samples: int | None = field(default=None, metadata={"help": "Evaluate the first so many images only."})
 
 

@@ -27,6 +27,7 @@ from ..utils.atomic_files import read_json_object
 from .errors import UsageError, cli_main
 from .parsing import build_parser, parse_arguments
 from .prediction_arguments import EvaluationDataArguments
+from .remembered import recall_data_arguments
 
 
 @dataclass
@@ -140,6 +141,9 @@ def collect_facts(checkpoint_dir: str, card_args: CardArguments, evaluation_args
         speed=read_json_object(card_args.speed) if card_args.speed else facts.speed,
     )
     facts = facts.with_results([read_recorded_result(path) for path in card_args.results or []])
+    if evaluation_args.evaluate is not None:
+        recall_data_arguments(checkpoint_dir, evaluation_args.evaluate, evaluation_args, *vars(evaluation_args))
+    evaluation_args.split = evaluation_args.split or "validation"
     options = vars(evaluation_args).copy()
     dataset_name = options.pop("evaluate")
     if dataset_name is not None:

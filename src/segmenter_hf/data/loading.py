@@ -5,14 +5,20 @@ Whatever the source, it has the columns `image` and `annotation`, which hold the
 into arrays, `mask_checks.py` counts what the masks hold.
 """
 
+import difflib
 import logging
 import os
+import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+from huggingface_hub import constants
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..utils.http import translate_http_errors
@@ -173,7 +179,7 @@ def load_split(
     image_column: str | None = None,
     label_column: str | None = None,
     validation_fraction: float | None = None,
-    data_seed: int = 0,
+    data_seed: int | None = None,
     max_samples: int | None = None,
 ) -> AnyDataset:
     """Load one split, or its first images, as [`load_segmentation_datasets`] does.
@@ -181,7 +187,7 @@ def load_split(
     Args:
         dataset_name (`str`), dataset_config (`str`), dataset_revision (`str`), image_column (`str`), label_column (`str`):
             Where and how the images are found: see [`load_segmentation_datasets`].
-        validation_fraction (`float`, *optional*), data_seed (`int`, defaults to 0): How the split was made: its `seed` there.
+        validation_fraction (`float`, *optional*), data_seed (`int`, *optional*): How the split was made: its `seed` there.
         split (`str`): The split.
         max_samples (`int`, *optional*): Keep the first so many images only.
 
@@ -196,7 +202,7 @@ def load_split(
         image_column=image_column,
         label_column=label_column,
         validation_fraction=validation_fraction,
-        seed=data_seed,
+        seed=data_seed or 0,
     )
     return first_rows(loaded[split], max_samples)
 
@@ -239,13 +245,39 @@ def split_train_validation(
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that can only be a path, where there is no folder.
+    """Refuse a name that cannot be that of a dataset of the Hub, or that nothing here knows while the Hub is out of reach.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no such folder, and it can only be one.
+        OSError: If the Hub cannot be reached and no copy of the dataset is here.
     """
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(("./", "../", "~"))):
-        raise FileNotFoundError(f"{name}: no such folder. Expected a folder, a Hub dataset or 'scenes'.")
+    near = difflib.get_close_matches(Path(name).name, [path.name for path in Path(name).parent.glob("*/")], n=1)
+    hint = f" Did you mean {Path(name).parent / near[0]}?" if near else ""
+    if Path(name).is_absolute() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise FileNotFoundError(f"{name}: no such folder. Expected a folder, a Hub dataset or 'scenes'.{hint}")
+    copies = (
+        Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}",
+        Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___"),
+        Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___").lower(),
+    )
+    if not any(copy.exists() for copy in copies) and not _is_hub_in_reach():
+        raise OSError(
+            f"Dataset {name!r} is no local folder, and could not be loaded from the Hub, which cannot be reached from here. "
+            f"Check the name and the connection.{hint}"
+        )
+
+
+def _is_hub_in_reach() -> bool:
+    """Whether the Hub has an address, or a proxy knows it: without this, every request is tried again for half a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def load_from_hub(

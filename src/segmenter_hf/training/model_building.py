@@ -143,6 +143,7 @@ def _new_config(
     model_args: ModelArguments, crop_size: int, labels: dict[str, Any], chosen: dict[str, Any]
 ) -> VitEncoderConfig:
     """Configuration of a new model of one of the named sizes."""
+    logger.warning("No `model_name_or_path`: training from random weights.")
     width, layers, heads = MODEL_SIZES[model_args.model_size]
     config_class = CONFIGS[model_args.model_type]
     sizes = {
