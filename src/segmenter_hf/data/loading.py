@@ -262,8 +262,9 @@ def check_name(name: str) -> None:
     )
     if not any(copy.exists() for copy in copies) and not _is_hub_in_reach():
         raise OSError(
-            f"Dataset {name!r} is no local folder, and could not be loaded from the Hub, which cannot be reached from here. "
-            f"Check the name and the connection.{hint}"
+            f"Dataset {name!r} is no local folder, and could not be loaded from the Hub, which cannot be reached from here."
+            f"{hint}\nCheck the name and the connection, or, where there is one, run "
+            f"`hf download {name} --repo-type dataset --local-dir FOLDER` and give that folder instead."
         )
 
 
