@@ -67,6 +67,7 @@ COMMANDS = (
     "segmenter-hf convert --model ",  # of a card
     "`--model ",
     " --cache_dir ",
+    " --output_dir outputs/",
     "`hf download ",
     " --repo-type dataset ",  # the end of the same
     " --output_dir outputs/",  # the end of the first

@@ -33,6 +33,9 @@ from .synthetic_scenes import embedded_scenes
 logger = logging.getLogger(__name__)
 
 HUB_FOLDERS = ("hf://", HF_HUB_CACHE, *CACHES)  # where files that rows of the Hub name may lie
+_DOWNLOAD_ADVICE = "Check the name and the connection, or, where there is one, run " + (
+    "`hf download %s --repo-type dataset --local-dir FOLDER` and give that folder instead."
+)
 
 
 class _Source(NamedTuple):
@@ -263,8 +266,7 @@ def check_name(name: str) -> None:
     if not any(copy.exists() for copy in copies) and not _is_hub_in_reach():
         raise OSError(
             f"Dataset {name!r} is no local folder, and could not be loaded from the Hub, which cannot be reached from here."
-            f"{hint}\nCheck the name and the connection, or, where there is one, run "
-            f"`hf download {name} --repo-type dataset --local-dir FOLDER` and give that folder instead."
+            f"{hint}\n{_DOWNLOAD_ADVICE % name}"
         )
 
 
@@ -290,9 +292,7 @@ def load_from_hub(
             return datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
     except OSError as error:  # no connection, offline mode, no such dataset: all are OSErrors
         raise OSError(
-            f"Dataset {name!r} is no local folder, and could not be loaded from the Hub: {error}\n"
-            "Check the name and the connection, or, where there is one, run "
-            f"`hf download {name} --repo-type dataset --local-dir FOLDER` and give that folder instead."
+            f"Dataset {name!r} is no local folder, and could not be loaded from the Hub: {error}\n{_DOWNLOAD_ADVICE % name}"
         ) from error
 
 
