@@ -15,7 +15,7 @@ from ..data.label_sets import load_label_set
 from ..data.synthetic_scenes import draw_scene
 from ..evaluation.evaluate import as_percent, per_class_table
 from ..utils.atomic_files import atomic_write, check_types, read_json_object, write_json, write_text
-from .published_models import PublishedModel, load_published_models
+from .published_models import PublishedModel, get_published_model, load_published_models
 
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -194,7 +194,7 @@ def write_model_card(
     output_dir, config = Path(output_dir), model.config
     published = None
     if facts.published_model is not None:
-        published = find_published_model(facts.published_model, config)
+        published = get_published_model(facts.published_model, config)
         facts = _with_published(facts, published)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     card = _render(
@@ -247,26 +247,6 @@ def write_published_model_cards(output_dir: str | Path) -> list[Path]:
         )
         written.append(_write_card(Path(output_dir) / name, card, (), published))
     return written
-
-
-def find_published_model(name: str, config: Any) -> PublishedModel:
-    """The published model of a name, once the configuration of a model shows that it can be that one.
-
-    Raises:
-        ValueError: If no published model has that name, or it is of another family, decoder or number of classes.
-    """
-    models = load_published_models()
-    if name not in models:
-        raise ValueError(f"No published model is called {name!r}; there are {', '.join(models)}.")
-    published = models[name]
-    expected = (published.family, published.decoder, load_label_set(published.dataset).num_labels)
-    got = (config.model_type, config.decoder_type.removesuffix("_transformer"), config.num_labels)
-    if got != expected:
-        raise ValueError(
-            f"{name} is a {expected[0]} with {expected[1]} decoder and {expected[2]} classes, the model a {got[0]} with "
-            f"{got[1]} decoder and {got[2]} classes: name the published model whose weights these are."
-        )
-    return published
 
 
 def results_table(results: Sequence[dict[str, Any]], published: PublishedModel | None = None) -> str:

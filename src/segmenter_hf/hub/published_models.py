@@ -1,11 +1,16 @@
 """The published models: where they are, and the numbers that their sources report."""
 
-import json
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..utils.atomic_files import read_json_object
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 PUBLISHED_MODELS = Path(__file__).parent / "published_models.json"
 
@@ -57,22 +62,41 @@ class PublishedModel:
 @cache
 def load_published_models() -> dict[str, PublishedModel]:
     """The published models by name, in the order of the file."""
-    models = json.loads(PUBLISHED_MODELS.read_text(encoding="utf-8"))["models"]
+    models = read_json_object(PUBLISHED_MODELS)["models"]
     return {model["name"]: PublishedModel(**model) for model in models}
 
 
-def get_published_model(name: str) -> PublishedModel:
+def get_published_model(name: str, config: "PreTrainedConfig | None" = None) -> PublishedModel:
     """The published model of a name.
 
+    Args:
+        name (`str`): The name.
+        config (`PreTrainedConfig`, *optional*): The configuration of a model that is said to be that one.
+
+    Returns:
+        `PublishedModel`: The published model.
+
     Raises:
-        ValueError: If there is none; the message has the names that look like it.
+        ValueError: If there is none, with the names that look like it, or the configuration is of another family, decoder
+            or number of classes.
     """
     models = load_published_models()
     if name not in models:
         close = get_close_matches(name, models, n=3) or [known for known in models if name in known][:3]
         hint = f"Did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"No published model is called {name!r}. {hint}".rstrip())
-    return models[name]
+    published = models[name]
+    if config is not None:
+        from ..data.label_sets import load_label_set  # takes a second, which a list of models needs not
+
+        expected = (published.family, published.decoder, load_label_set(published.dataset).num_labels)
+        got = (config.model_type, config.decoder_type.removesuffix("_transformer"), config.num_labels)
+        if got != expected:
+            raise ValueError(
+                f"{name} is a {expected[0]} with {expected[1]} decoder and {expected[2]} classes, the model a {got[0]} "
+                f"with {got[1]} decoder and {got[2]} classes: name the published model whose weights these are."
+            )
+    return published
 
 
 def list_published_models() -> str:

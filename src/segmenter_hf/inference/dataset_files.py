@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.loading import AnyDataset, column_names
-from ..utils.atomic_files import atomic_write, write_json
+from ..utils.atomic_files import atomic_write, read_json_object, write_json
 
 
 RECORD_FILE = "prediction.json"
@@ -40,6 +40,11 @@ class Row:
 @dataclass(frozen=True)
 class OutputLayout:
     """How the label maps of a split are stored.
+
+    - As parquet: `SPLIT-00012.parquet` for each chunk of rows, with the columns `index`, `id` where there is one, `image` if
+      wanted and `label_map`, a PNG of class ids.
+    - As PNG: one file for each row, named by its id or its place, and for each chunk `SPLIT-00012.json`: `index`, `id` and
+      `label_map` of its rows.
 
     Args:
         split (`str`, defaults to `"train"`): Name of the split, which names the files.
@@ -145,10 +150,10 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: If it is something else.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        record = error
-    if not isinstance(record, dict) or not record.keys() >= {"split", "format", "rows_per_file", "labels"}:
+        record = read_json_object(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected the record of an earlier run. {error} Give another folder.") from error
+    if not record.keys() >= {"split", "format", "rows_per_file", "labels"}:
         raise ValueError(f"{path}: expected the record of an earlier run, got {record!r:.100}. Give another folder.")
     return record
 
@@ -164,7 +169,7 @@ def read_chunk(path: Path) -> tuple[int, list[dict[str, Any]], list[str]]:
             metadata = pq.read_metadata(path)
             num_rows, names, unreadable = metadata.num_rows, [], json.loads(metadata.metadata[b"unreadable"])
         else:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json_object(path)
             names, unreadable = [row["label_map"] for row in content["rows"]], content["unreadable"]
             num_rows = len(names)
         if not all(Path(name).name == name and name.endswith(".png") for name in names):

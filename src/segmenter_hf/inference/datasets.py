@@ -228,12 +228,7 @@ def predict_dataset(
     a chunk only, so that its label maps depend on nothing else. A run that was interrupted is resumed by the same call,
     and its output is that of an undisturbed one.
 
-    The folder gets `prediction.json`, which says what the label maps depend on, and
-
-    - as parquet `SPLIT-00012.parquet` for each chunk, with the columns `index`, `id` where there is one, `image` if wanted
-      and `label_map`, a PNG of class ids;
-    - as PNG one file for each row, named by its id or its place, and for each chunk `SPLIT-00012.json`: `index`, `id` and
-      `label_map` of its rows.
+    The folder gets `prediction.json`, which says what the label maps depend on, and the files of [`OutputLayout`].
 
     Args:
         predictor ([`Predictor`]): The model and the protocol; viewers show the label maps in the colors of its label set.
@@ -272,7 +267,7 @@ def _predict_chunks(
     state.wait_for_everyone()
     done = finished_chunks(folder, layout.split, layout.output_format)
     state.wait_for_everyone()  # all must see the same before one adds to it
-    num_images, unreadable = 0, []
+    result = DatasetPrediction(num_processes=state.num_processes)
     started = time.perf_counter()
     with tqdm(
         total=_share(dataset, layout.rows_per_file, done, state),
@@ -283,20 +278,17 @@ def _predict_chunks(
         for chunk, rows in own_chunks(dataset, layout, done, state):
             failures: list[dict[str, Any]] = []
             labelled = label_rows(predictor, rows, failures, progress)
-            num_images += layout.write_chunk(folder, chunk, dataset, labelled, failures)
-            unreadable += failures
+            result.num_images += layout.write_chunk(folder, chunk, dataset, labelled, failures)
+            result.unreadable += failures
     if state.num_processes > 1:
-        gathered = gather_object([(num_images, unreadable)])
-        num_images = sum(count for count, _ in gathered)
-        unreadable = [row for _, of_process in gathered for row in of_process]
-    unreadable += [row for _, of_chunk in done.values() for row in of_chunk]
-    return DatasetPrediction(
-        num_images=num_images,
-        num_skipped=sum(count for count, _ in done.values()),
-        seconds=time.perf_counter() - started,
-        num_processes=state.num_processes,
-        unreadable=sorted(unreadable, key=lambda row: row["index"]),
-    )
+        gathered = gather_object([(result.num_images, result.unreadable)])
+        result.num_images = sum(count for count, _ in gathered)
+        result.unreadable = [row for _, of_process in gathered for row in of_process]
+    result.num_skipped = sum(count for count, _ in done.values())
+    result.unreadable += [row for _, of_chunk in done.values() for row in of_chunk]
+    result.unreadable.sort(key=lambda row: row["index"])
+    result.seconds = time.perf_counter() - started
+    return result
 
 
 def describe_run(predictor: Predictor, layout: OutputLayout, source: dict[str, Any]) -> dict[str, Any]:

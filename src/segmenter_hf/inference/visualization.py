@@ -221,17 +221,32 @@ def prediction_grid(
         raise ValueError("rows must hold at least one (image, truth, prediction), got none.")
     has_truth = any(truth is not None for _, truth, _ in rows)
     titles = column_titles if has_truth else column_titles[::2]
-    cells, segmentations = [], []
-    for image, truth, prediction in rows:
-        pictures = [_rgb(image)]
-        for segmentation in (truth, prediction) if has_truth else (prediction,):
-            if segmentation is None:
-                pictures.append(None)
-            else:
-                pictures.append(overlay(image, segmentation, palette, alpha=0.7, ignore_index=ignore_index))
-                segmentations.append(segmentation)
-        cells.append([None if picture is None else _thumbnail(picture, row_height) for picture in pictures])
+    shown = [(truth, prediction) if has_truth else (prediction,) for _, truth, prediction in rows]
+    cells = [
+        [_thumbnail(_rgb(image), row_height)]
+        + [
+            segmentation
+            if segmentation is None
+            else _thumbnail(overlay(image, segmentation, palette, alpha=0.7, ignore_index=ignore_index), row_height)
+            for segmentation in of_row
+        ]
+        for (image, _, _), of_row in zip(rows, shown)
+    ]
+    segmentations = [segmentation for of_row in shown for segmentation in of_row if segmentation is not None]
+    return _draw_grid(cells, segmentations, titles, palette, id2label, row_height, max_entries, ignore_index)
 
+
+def _draw_grid(
+    cells: Sequence[Sequence[Image.Image | None]],
+    segmentations: Sequence[Segmentation],
+    titles: Sequence[str],
+    palette: np.ndarray,
+    id2label: Mapping[int, str],
+    row_height: int,
+    max_entries: int,
+    ignore_index: int,
+) -> Image.Image:
+    """Images of one height in rows and columns, with titles above and the legend of the segmentations below."""
     font = _font(row_height / 14)
     gap, title_height = font.size // 2, 2 * font.size
     column_width = max(pictures[0].width for pictures in cells)
