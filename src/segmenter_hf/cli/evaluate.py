@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.num_worst:
         save_prediction_grid(
             predictor,
-            EvaluationDataset(dataset, label_set),
+            EvaluationDataset(dataset, label_set, predictor.processor.num_channels),
             Path(args.output_dir) / "worst.png",
             indices=[image["index"] for image in results["worst_images"]],
         )

@@ -70,6 +70,9 @@ class OutputArguments:
     attention: bool = field(
         default=False, metadata={"help": "Write NAME_attention.png too: what the largest classes attend to."}
     )
+    vectorize: bool = field(
+        default=False, metadata={"help": "Write NAME.geojson too: the regions of a georeferenced scene as polygons."}
+    )
     output_format: Literal["parquet", "png"] = field(
         default="parquet", metadata={"help": "Files for the label maps of a dataset."}
     )
@@ -97,8 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     output_dir = output_args.output_dir
     if input_args.images is not None:
-        written = predict_files(predictor, input_args.images, output_dir, attention=output_args.attention)
-        print(f"Wrote a label map and an overlay of {len(written)} images to {output_dir}.")
+        written = predict_files(
+            predictor, input_args.images, output_dir, attention=output_args.attention, vectorize=output_args.vectorize
+        )
+        print(f"Wrote the label maps of {len(written)} images to {output_dir}.")
         return
     names = ("dataset_config", "dataset_revision", "image_column", "validation_fraction", "data_seed")
     recall_data_arguments(prediction_args.model_name_or_path, input_args.dataset_name, input_args, *names)

@@ -44,7 +44,7 @@ class SegmentationAugmentation:
             Whether to change brightness, contrast, saturation and hue at random.
         ignore_index (`int`, *optional*, defaults to 255):
             Label of pixels without a class, and of the padding.
-        pad_value (`int` or `tuple[int, int, int]`, *optional*, defaults to 127):
+        pad_value (`int` or `tuple[int, ...]`, *optional*, defaults to 127):
             Colour of the padding on the right and at the bottom. The original pads with 0 after the normalisation, which
             is the mean colour before it: give `255 * image_mean`, rounded. The default fits a mean of 0.5 (127.5).
         vertical_flip_probability (`float`, *optional*, defaults to 0.0):
@@ -64,7 +64,7 @@ class SegmentationAugmentation:
     flip_probability: float = 0.5
     photometric_distortion: bool = True
     ignore_index: int = 255
-    pad_value: int | tuple[int, int, int] = 127
+    pad_value: int | tuple[int, ...] = 127
     vertical_flip_probability: float = 0.0
     right_angle_rotations: bool = False
 
@@ -93,22 +93,25 @@ class SegmentationAugmentation:
         """Draws one augmented pair.
 
         Args:
-            image (`np.ndarray` of shape `(height, width, 3)` and dtype `uint8`):
-                RGB image.
+            image (`np.ndarray` of shape `(height, width, channels)`):
+                Image, `uint8` or `uint16`. Its first three channels are distorted as RGB.
             mask (integer `np.ndarray` of shape `(height, width)`):
                 Class ids and `ignore_index`.
             rng (`np.random.Generator`):
                 Source of all draws; the caller gives every sample its own.
 
         Returns:
-            `tuple[np.ndarray, np.ndarray]`: the image, of shape `(crop height, crop width, 3)` and dtype `uint8`, and
+            `tuple[np.ndarray, np.ndarray]`: the image, of shape `(crop height, crop width, channels)` and its dtype, and
             the mask, of shape `(crop height, crop width)` and the dtype of `mask`.
 
         Raises:
-            `ValueError`: If the image is not RGB in uint8, or the mask is of another size.
+            `ValueError`: If the image is of another dtype or shape, or the mask is of another size.
         """
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"image must be uint8 of shape (height, width, 3), got {image.dtype} of {image.shape}.")
+        if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3:
+            raise ValueError(
+                "image must be uint8 or uint16 of shape (height, width, 3), or of another number of channels, got "
+                f"{image.dtype} of {image.shape}."
+            )
         if mask.shape != image.shape[:2]:
             raise ValueError(f"mask must have the size of the image, {image.shape[:2]}, got {mask.shape}.")
         size = rescaled_size(image.shape[:2], self.size, self.max_ratio, rng.uniform(*self.ratio_range))
@@ -121,9 +124,17 @@ class SegmentationAugmentation:
         if self.right_angle_rotations:
             turns = int(rng.integers(4))
             image, mask = np.rot90(image, turns), np.rot90(mask, turns)
-        if self.photometric_distortion:
-            image = photometric_distortion(image, rng)
-        return pad_to_crop(image, mask, self.crop_size, self.pad_value, self.ignore_index)
+        if self.photometric_distortion and image.shape[2] >= 3:
+            image = np.concatenate([_distort(image[..., :3], rng), image[..., 3:]], axis=2)
+        pad_value = self.pad_value if image.dtype == np.uint8 else tuple(257 * np.atleast_1d(self.pad_value))
+        return pad_to_crop(image, mask, self.crop_size, pad_value, self.ignore_index)
+
+
+def _distort(image: np.ndarray, rng: Generator) -> np.ndarray:
+    """Photometric distortion of 8 or 16 bits; the levels of the latter are 257 times as fine."""
+    if image.dtype == np.uint8:
+        return photometric_distortion(image, rng)
+    return np.rint(photometric_distortion(image.astype(np.float32) / 257, rng) * 257).astype(np.uint16)
 
 
 def rescaled_size(image_size: tuple[int, int], size: int, max_ratio: float, ratio: float = 1.0) -> tuple[int, int]:
@@ -171,7 +182,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int], window: CropBox | Non
     rows += (source[high_row] - rows) * row_weight.astype(np.float32)[:, None, None]
     result = rows[:, low_column - first]
     result += (rows[:, high_column - first] - result) * column_weight.astype(np.float32)[:, None]
-    return np.rint(result, out=result).astype(np.uint8)
+    return np.rint(result, out=result).astype(image.dtype)
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int], window: CropBox | None = None) -> np.ndarray:
@@ -282,6 +293,8 @@ def adjust_levels(image: np.ndarray, factor: float, delta: float) -> np.ndarray:
     """Returns `factor * image + delta`, rounded and cut to uint8."""
     if factor == 1 and delta == 0:
         return image
+    if image.dtype == np.float32:
+        return (image * np.float32(factor) + np.float32(delta)).clip(0, 255)
     table = np.rint(np.arange(256) * factor + delta).clip(0, 255).astype(np.uint8)
     return table[image]
 
@@ -305,13 +318,13 @@ def adjust_saturation_and_hue(image: np.ndarray, factor: float, degrees: float) 
     red, green, blue = np.moveaxis(image, 2, 0).astype(np.float32)
     value = np.maximum(np.maximum(red, green), blue)
     chroma = value - np.minimum(np.minimum(red, green), blue)
-    divisor = np.maximum(chroma, 1)  # chroma is a whole number, and where it is 0 the hue does not matter
+    divisor = np.where(chroma > 0, chroma, 1)  # where it is 0 the hue does not matter
     hue = np.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
     hue = np.where(value == red, (green - blue) / divisor, hue) + degrees / 60
     hue[hue < 0] += 6
     hue[hue >= 6] -= 6
     chroma = np.minimum(chroma * factor, value)
-    base = value - chroma + 0.5  # the half rounds
+    base = value - chroma + (0.5 if image.dtype == np.uint8 else 0)  # the half rounds
     result = np.empty_like(image)
     result[..., 0] = base + chroma * (np.abs(hue - 3) - 1).clip(0, 1)
     result[..., 1] = base + chroma * (2 - np.abs(hue - 2)).clip(0, 1)
@@ -323,14 +336,14 @@ def pad_to_crop(
     image: np.ndarray,
     mask: np.ndarray,
     crop_size: tuple[int, int],
-    pad_value: int | tuple[int, int, int],
+    pad_value: int | tuple[int, ...],
     ignore_index: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pads an image with a colour and its mask with `ignore_index`, on the right and at the bottom."""
     height, width = mask.shape
     if (height, width) == tuple(crop_size):
         return np.ascontiguousarray(image), np.ascontiguousarray(mask)
-    padded_image = np.full((*crop_size, 3), pad_value, dtype=np.uint8)
+    padded_image = np.full((*crop_size, image.shape[2]), pad_value, dtype=image.dtype)
     labels = np.result_type(mask.dtype, np.min_scalar_type(ignore_index))  # ids of 8 bits do not hold every index
     padded_mask = np.full(crop_size, ignore_index, dtype=labels)
     padded_image[:height, :width], padded_mask[:height, :width] = image, mask

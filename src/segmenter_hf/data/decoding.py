@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from ..models.image_io import IMAGE_FORMATS, pil_to_array
+from ..models.image_io import IMAGE_FORMATS, check_channels, load_array, pil_to_array
 from .described_masks import draw_mask, is_described
 from .encoded_images import encoded_bytes
 from .folder_layouts import TRAIN_IDS_ENDING
@@ -22,6 +22,7 @@ def decode_example(
     *,
     ignore_index: int = 255,
     reduce_labels: bool = False,
+    num_channels: int = 3,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decode a row into an image and its mask of class ids.
 
@@ -42,37 +43,77 @@ def decode_example(
             Label of pixels without a class.
         reduce_labels (`bool`, *optional*, defaults to `False`):
             Whether stored 0 means "no class" and becomes `ignore_index`, and the other ids shift down by one.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of the model, which the image must have.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: the image, uint8 of shape `(height, width, 3)`, and the mask of shape `(height,
+        `tuple[np.ndarray, np.ndarray]`: the image of shape `(height, width, num_channels)`, uint8 or, where it has more
+        depth and is no gray image for a model of 3 channels, in the dtype that it is stored in; and the mask of shape `(height,
         width)`: uint8 if all ids fit, else int32.
 
     Raises:
         ValueError: If a file cannot be decoded, is of an unexpected kind, or the sizes of image and mask differ.
     """
-    image, mask = open_pair(example, label_set)
+    image, mask = open_pair(example, label_set, num_channels)
+    stored = stored_ids(mask, row_name(example, "annotation"), label_set)
+    ids = class_ids(stored, row_label_set(example, label_set), ignore_index, reduce_labels)
+    if isinstance(image, np.ndarray):
+        return np.ascontiguousarray(np.moveaxis(image, 0, -1)), ids
     if image.mode == "F":
         raise ValueError(f"{row_name(example)}: expected an image of 8 or 16 bits per channel, got floats.")
-    stored = stored_ids(mask, row_name(example, "annotation"), label_set)
     with _translate_decoding_errors(row_name(example, "image")):
-        pixels = np.ascontiguousarray(np.moveaxis(pil_to_array(image, do_convert_rgb=True), 0, -1))
-    return pixels, class_ids(stored, row_label_set(example, label_set), ignore_index, reduce_labels)
+        if num_channels == 1 and image.mode.startswith("I"):
+            return np.asarray(image)[..., None], ids
+        pixels = np.ascontiguousarray(np.moveaxis(pil_to_array(image, do_convert_rgb=num_channels == 3), 0, -1))
+    return pixels, ids
 
 
-def open_pair(example: dict[str, Any], label_set: LabelSet | None = None) -> tuple[Image.Image, Image.Image]:
-    """Open image and mask, both upright, without decoding more than needed; a mask that is described is drawn."""
-    image, mask = open_image(example, "image"), open_image(example, "annotation", label_set)
+def open_pair(
+    example: dict[str, Any], label_set: LabelSet | None = None, num_channels: int | None = 3
+) -> tuple[Image.Image | np.ndarray, Image.Image]:
+    """Open image and mask, both upright, without decoding more than needed; a mask that is described is drawn.
+
+    Images that Pillow does not read, with more channels or depth, come as an array (channels, height, width). Without
+    `num_channels` they may have any number.
+    """
+    image, mask = open_channels(example, num_channels), open_image(example, "annotation", label_set)
+    if isinstance(image, np.ndarray):
+        _check_sizes(example, image.shape[:0:-1], mask.size)
+        return image, mask
     with _translate_decoding_errors(row_name(example, "image")):
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         image = ImageOps.exif_transpose(image) if turned else image
     with _translate_decoding_errors(row_name(example, "annotation")):
         mask = ImageOps.exif_transpose(mask) if turned else mask
-    if image.size != mask.size:
-        raise ValueError(
-            f"{row_name(example)}: expected a mask of the size of the image, got (width, height) {mask.size} "
-            f"for an image of {image.size}."
-        )
+    _check_sizes(example, image.size, mask.size)
     return image, mask
+
+
+def _check_sizes(example: dict[str, Any], image_size: tuple[int, ...], mask_size: tuple[int, int]) -> None:
+    if image_size != mask_size:
+        raise ValueError(
+            f"{row_name(example)}: expected a mask of the size of the image, got (width, height) {mask_size} "
+            f"for an image of {image_size}."
+        )
+
+
+def open_channels(example: dict[str, Any], num_channels: int | None = 3) -> Image.Image | np.ndarray:
+    """Open the image of a row: see [`read_channels`] for the kinds of files; JPEG, PNG and others are not decoded yet."""
+    value, name = example["image"], row_name(example, "image")
+    if not isinstance(value, dict):
+        image = open_image(example, "image")
+    else:
+        try:
+            content = encoded_bytes(value)
+        except FileNotFoundError as error:
+            raise ValueError(f"{name}: cannot be read as an image: {error}") from error
+        image = load_array(io.BytesIO(content), name, num_channels)
+        if image is None:
+            with _translate_decoding_errors(name):
+                image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+    if num_channels is not None:
+        check_channels(image, num_channels, name)
+    return image
 
 
 def open_image(example: dict[str, Any], column: str, label_set: LabelSet | None = None) -> Image.Image:

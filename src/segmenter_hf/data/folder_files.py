@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..models.image_io import IMAGE_SUFFIXES
+from ..models.image_io import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 
 
 MAX_JSON_BYTES = 2**31
@@ -34,7 +34,7 @@ def image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     paths = sorted(folder.rglob("[!.]*"))
-    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
+    return [path for path in paths if path.suffix.lower() in (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES) and not path.is_dir()]
 
 
 def files_by_stem(folder: Path) -> dict[str, Path]:

@@ -257,7 +257,7 @@ def _class_counts(
     for example in tqdm(rows, desc="Checking masks", total=total, disable=not show_progress, unit="image"):
         name = row_name(example)
         try:
-            stored = stored_ids(open_pair(example, label_set)[1], name, label_set)
+            stored = stored_ids(open_pair(example, label_set, None)[1], name, label_set)
         except ValueError as error:
             yield name, {}, [], str(error)
             continue

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..data.decoding import decode_example
 from ..data.label_sets import LabelSet
 from ..inference.predictor import InputImage, Predictor
-from ..inference.visualization import prediction_grid
+from ..inference.visualization import prediction_grid, preview
 from ..utils.atomic_files import atomic_write, write_json, write_text
 from ..utils.processes import process_state
 from .metrics import ConfusionMatrix, confusion_matrix, scores_from_confusion_matrix
@@ -26,17 +26,19 @@ class EvaluationDataset(Dataset):
     Args:
         dataset (`datasets.Dataset`): As from `load_segmentation_datasets`.
         label_set (`LabelSet`): Says what the stored labels mean.
+        num_channels (`int`, defaults to 3): Channels of the model, which the images must have.
     """
 
-    def __init__(self, dataset: datasets.Dataset, label_set: LabelSet) -> None:
+    def __init__(self, dataset: datasets.Dataset, label_set: LabelSet, num_channels: int = 3) -> None:
         self.dataset = dataset
         self.label_set = label_set
+        self.num_channels = num_channels
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, labels = decode_example(self.dataset[index], self.label_set)
+        image, labels = decode_example(self.dataset[index], self.label_set, num_channels=self.num_channels)
         return {"index": index, "image": image, "labels": labels}
 
 
@@ -104,7 +106,7 @@ def evaluate_segmentation(
     total = ConfusionMatrix(label_set.num_labels, label_set.ignore_index)
     worst: list[tuple[float, int]] = []
     hidden = not (show_progress and state.is_main_process)
-    counted = count_pixels(predictor, EvaluationDataset(dataset, label_set), share)
+    counted = count_pixels(predictor, EvaluationDataset(dataset, label_set, predictor.processor.num_channels), share)
     for index, counts in tqdm(counted, "Evaluating", len(share), unit="image", disable=hidden):
         total.merge(counts)
         if num_worst and counts.any():
@@ -160,7 +162,7 @@ def save_prediction_grid(
     """
     rows = []
     for example in (examples[index] for index in indices if index < len(examples)):
-        rows.append((example["image"], example["labels"], predictor(example["image"]).class_map.cpu()))
+        rows.append((preview(example["image"]), example["labels"], predictor(example["image"]).class_map.cpu()))
     label_set = predictor.label_set
     grid = prediction_grid(rows, label_set.palette, label_set.id2label, ignore_index=label_set.ignore_index)
     with atomic_write(path) as temporary:

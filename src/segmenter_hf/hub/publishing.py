@@ -143,7 +143,7 @@ def build_repository(
         picture = temporary / PREDICTIONS_PICTURE
         if (checkpoint_dir / PREDICTIONS_PICTURE).exists():
             shutil.copyfile(checkpoint_dir / PREDICTIONS_PICTURE, picture)
-        elif label_set.name == "scenes":
+        elif label_set.name == "scenes" and model.config.num_channels == 3:
             scenes = load_segmentation_datasets("scenes", splits=["validation"], scenes_validation=4)["validation"]
             predictor = Predictor(model, processor, label_set.with_background())
             save_prediction_grid(predictor, EvaluationDataset(scenes, label_set), picture)

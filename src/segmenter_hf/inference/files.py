@@ -10,11 +10,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.label_sets import LabelSet
-from ..models.image_io import IMAGE_SUFFIXES, read_image
+from ..models.image_io import ARRAY_SUFFIXES, IMAGE_SUFFIXES, read_channels
 from ..utils.atomic_files import atomic_write
 from .attention import attention_picture
 from .predictor import Predictor, Segmentation
-from .visualization import as_rgb, label_map_image, overlay, with_legend
+from .scenes import is_scene, predict_scene
+from .visualization import as_rgb, label_map_image, overlay, preview, with_legend
 
 
 MAX_NAME_BYTES = 255  # of a file, on nearly all file systems
@@ -38,7 +39,9 @@ def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            files = sorted(
+                file for file in path.rglob("[!.]*") if file.suffix.lower() in (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)
+            )
             files = [file for file in files if not file.is_dir()]
             names = [file.relative_to(path).with_suffix("") for file in files]
         else:
@@ -93,14 +96,14 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def open_image(path: Path, max_image_pixels: int) -> Image.Image:
-    """Read an image file of a bounded size, upright.
+def open_image(path: Path, max_image_pixels: int, num_channels: int = 3) -> Image.Image | np.ndarray:
+    """Read an image file of a bounded size, upright: see [`read_channels`].
 
     Raises:
         ValueError: If it has more pixels, or is none.
     """
     try:
-        return read_image(path, max_image_pixels)
+        return read_channels(path, num_channels, max_image_pixels)
     except OSError as error:
         raise ValueError(str(error)) from error
 
@@ -134,6 +137,7 @@ def predict_files(
     output_dir: str | Path,
     *,
     attention: bool = False,
+    vectorize: bool = False,
     show_progress: bool = True,
 ) -> dict[str, Path]:
     """Segment image files; write `NAME.png`, the label map, and `NAME_overlay.png`, the image with a legend.
@@ -141,12 +145,16 @@ def predict_files(
     The pixels of a label map are class ids; it has the size of the image, turned upright by its EXIF orientation. The
     overlay of an image with a side of more than 4096 pixels is reduced by a whole factor.
 
+    With `full_resolution` of the protocol, a GeoTIFF with a coordinate reference system gives `NAME.tif` instead: see
+    [`predict_scene`]. Needs rasterio.
+
     Args:
         predictor ([`Predictor`]): The model and the protocol.
         paths (`Sequence` of `str` or `Path`): Image files and folders of them.
         output_dir (`str` or `Path`): Where the results go.
         attention (`bool`, defaults to `False`): Whether to write `NAME_attention.png` too: what the largest classes of the
             image attend to (see [`attention_picture`]).
+        vectorize (`bool`, defaults to `False`): Whether to write `NAME.geojson` too, the regions of a scene as polygons.
         show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
 
     Returns:
@@ -159,11 +167,25 @@ def predict_files(
     """
     images = find_images(paths)
     endings = [".png", "_overlay.png", *(["_attention.png"] if attention else [])]
+    scenes = {
+        name: images.pop(name)
+        for name, path in list(images.items())
+        if predictor.protocol.full_resolution and is_scene(path)
+    }
+    if vectorize and images:
+        raise ValueError(
+            f"{next(iter(images.values()))}: polygons are for a GeoTIFF with a coordinate reference system, segmented with "
+            "`full_resolution`, by rasterio (`pip install segmenter-hf[geo]`)."
+        )
+    planned = plan_results(scenes, Path(output_dir), [".tif", *([".geojson"] if vectorize else [])])
     results = plan_results(images, Path(output_dir), endings)
     limit = predictor.protocol.max_image_pixels
-    items = ((name, partial(open_image, path, limit)) for name, path in images.items())
+    channels = predictor.processor.num_channels
+    items = ((name, partial(open_image, path, limit, channels)) for name, path in images.items())
     written: dict[str, Path] = {}
     unreadable: list[str] = []
+    for name, path in scenes.items():
+        written[name] = predict_scene(predictor, path, *planned[name])
     with tqdm(total=len(images), desc="Segmenting", unit="image", disable=not show_progress) as progress:
         for result in predictor.stream(items, dtype=predictor.class_map_dtype):
             name, path = result.key, images[result.key]
@@ -194,7 +216,9 @@ def save_results(predictor: Predictor, result: Segmentation, path: Path, outputs
     label_set, class_map = predictor.label_set, result.class_map.cpu().numpy()
     label_map, overlaid, *attended = outputs
     save_label_map(class_map, label_set, label_map)
-    image, class_map = reduced(open_image(path, predictor.protocol.max_image_pixels), class_map)
+    opened = open_image(path, predictor.protocol.max_image_pixels, predictor.processor.num_channels)
+    shown = preview(np.moveaxis(opened, 0, -1)) if isinstance(opened, np.ndarray) else opened
+    image, class_map = reduced(shown, class_map)
     save_overlay(image, class_map, label_set, overlaid)
     for output in attended:
         shown = attention_picture(predictor, image, class_map)

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.label_sets import LabelSet
-from ..models.image_io import read_image
+from ..models.image_io import read_channels
 from ..models.image_windows import ImageWindows
 from ..models.sliding_window import WindowMerger
 from ..models.window_geometry import Window
@@ -146,7 +146,7 @@ class Predictor:
         if isinstance(image, ImageWindows):
             return image
         if isinstance(image, (str, os.PathLike)):
-            image = read_image(image, self.protocol.max_image_pixels)
+            image = read_channels(image, self.processor.num_channels, self.protocol.max_image_pixels)
         return self.processor.lazy_windows(image, **self.protocol.processor_kwargs())
 
     def __call__(

@@ -22,6 +22,7 @@ PIXEL_FIELDS = (
     "do_split_windows",
     "do_resize_to_window",
     "padding",
+    "value_range",
 )
 
 

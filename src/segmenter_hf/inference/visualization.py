@@ -37,6 +37,25 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
+def preview(image: Image.Image | np.ndarray) -> Image.Image:
+    """An image with any channels and depth in 8-bit RGB, to look at.
+
+    Args:
+        image (`PIL.Image.Image` or `np.ndarray` of shape `(height, width, channels)`): The image. Of an array the first
+            three channels are shown, or the first; other values than 8-bit ones from their least to their greatest.
+
+    Returns:
+        `PIL.Image.Image`: RGB image.
+    """
+    if isinstance(image, Image.Image):
+        return as_rgb(image)
+    shown = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2)
+    if shown.dtype != np.uint8:
+        low, high = float(shown.min()), float(shown.max())
+        shown = ((shown.astype(np.float32) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(shown))
+
+
 def colorize(segmentation: Segmentation, palette: np.ndarray, ignore_index: int = 255) -> Image.Image:
     """Paints every pixel in the colour of its class.
 

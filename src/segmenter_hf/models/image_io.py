@@ -19,8 +19,10 @@ from transformers.image_utils import ChannelDimension
 PIXELS_AT_ONCE = 2**22
 # Decoded by libraries alone. Pillow hands others to programs that run what is in them: PostScript to Ghostscript.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+TIFF_PREFIXES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # What files in folders end in, in lower case, that are predicted and trained on.
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+ARRAY_SUFFIXES = (".npy",)
 MAX_DOWNLOAD_BYTES = 2**28
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 DOWNLOAD_SECONDS = 300  # of a whole download
@@ -61,7 +63,11 @@ def pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
 
 
 def image_to_array(
-    image: Any, do_convert_rgb: bool, input_data_format: "str | ChannelDimension | None", num_channels: int
+    image: Any,
+    do_convert_rgb: bool,
+    input_data_format: "str | ChannelDimension | None",
+    num_channels: int,
+    value_range: "tuple[float, float] | list[float] | None" = None,
 ) -> np.ndarray:
     """Bring an image of any kind to (channels, height, width), contiguous, uint8 or float32.
 
@@ -70,6 +76,7 @@ def image_to_array(
         do_convert_rgb (`bool`): Whether it becomes RGB.
         input_data_format (`ChannelDimension`, *optional*): Where an array has its channels.
         num_channels (`int`): How many channels are expected, by which they are found where that is not said.
+        value_range (`tuple[float, float]`, *optional*): What becomes 0 and 255: see [`scale_values`].
 
     Returns:
         `np.ndarray`: The pixels.
@@ -77,6 +84,8 @@ def image_to_array(
     Raises:
         ValueError: If it is no image.
     """
+    if isinstance(image, PIL.Image.Image) and value_range is not None and image.mode.startswith("I"):
+        image = np.asarray(image)
     if isinstance(image, PIL.Image.Image):
         image, input_data_format = pil_to_array(image, do_convert_rgb), ChannelDimension.FIRST
     if isinstance(image, torch.Tensor):
@@ -93,12 +102,9 @@ def image_to_array(
         input_data_format = channel_axis(array.shape, num_channels)
     if input_data_format == ChannelDimension.LAST:
         array = np.moveaxis(array, -1, 0)
-    if np.issubdtype(array.dtype, np.floating):
-        array = array.astype(np.float32)
-        if not np.isfinite(array).all():
-            raise ValueError("The image holds NaN or infinite values: replace them before processing.")
-    else:
-        array = to_uint8(array)
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        raise ValueError("The image holds NaN or infinite values: replace them before processing.")
+    array = scale_values(array, value_range)
     if do_convert_rgb and len(array) == 1:
         array = np.repeat(array, 3, axis=0)
     elif do_convert_rgb and len(array) == 4:
@@ -188,6 +194,156 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> PI
     )
 
 
+def read_channels(
+    source: "str | os.PathLike", num_channels: int = 3, max_pixels: int | None = None
+) -> PIL.Image.Image | np.ndarray:
+    """Read an image file with the channels that a model takes, and the depth that it is stored with.
+
+    Args:
+        source (`str` or `os.PathLike`): A path or an address, as for [`read_image`]; also of a TIFF with any number of
+            channels, or of a `.npy` array.
+        num_channels (`int`, defaults to 3): Channels of the model.
+        max_pixels (`int`, *optional*): Larger images are refused before they are decoded.
+
+    Returns:
+        `PIL.Image.Image` or `np.ndarray` of shape `(channels, height, width)`: What Pillow reads, or else the array.
+
+    Raises:
+        OSError: If there is no such file, or the address cannot be reached.
+        ValueError: If it is no image, is damaged, has too many pixels, or has another number of channels.
+    """
+    is_address = isinstance(source, str) and source.startswith(("http://", "https://", "data:"))
+    if is_address or not os.path.isfile(source):
+        image = read_image(source, max_pixels)
+        check_channels(image, num_channels, os.fspath(source)[:200])
+        return image
+    with open(source, "rb") as file:
+        return decode_channels(file, os.fspath(source), num_channels, max_pixels)
+
+
+def decode_channels(
+    file: BinaryIO, name: str, num_channels: int = 3, max_pixels: int | None = None
+) -> PIL.Image.Image | np.ndarray:
+    """Decode an opened image file: see [`read_channels`]; `name` is what errors call it."""
+    array = load_array(file, name, num_channels, max_pixels)
+    image = decode_image(file, name, max_pixels) if array is None else array
+    check_channels(image, num_channels, name)
+    return image
+
+
+def load_array(
+    file: BinaryIO, name: str, num_channels: int | None = None, max_pixels: int | None = None
+) -> np.ndarray | None:
+    """Decode what Pillow does not read: arrays, and TIFF with many channels or 16 bits.
+
+    Args:
+        file (`BinaryIO`): The opened file; it is at its start afterwards.
+        name (`str`): What errors call it.
+        num_channels (`int`, *optional*): Channels of the model, which tell what the axes of an array are.
+        max_pixels (`int`, *optional*): Larger images are refused before they are decoded.
+
+    Returns:
+        `np.ndarray` of shape `(channels, height, width)`, *optional*: Nothing for what Pillow reads.
+
+    Raises:
+        ValueError: If the file is damaged, holds no numbers, or has too many pixels.
+    """
+    limit = 2 * PIL.Image.MAX_IMAGE_PIXELS if max_pixels is None and PIL.Image.MAX_IMAGE_PIXELS else max_pixels
+    prefix = file.read(8)
+    file.seek(0)
+    array = None
+    try:
+        if prefix.startswith(b"\x93NUMPY"):
+            array = _load_npy(file, num_channels, limit)
+        elif prefix[:4] in TIFF_PREFIXES:
+            array = _load_tiff(file, num_channels, limit)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(
+            f"{name}: expected an image that can be read as an array of channels. {type(error).__name__}: {error}"
+        ) from error
+    file.seek(0)
+    return array
+
+
+def check_channels(image: PIL.Image.Image | np.ndarray, num_channels: int, name: str) -> None:
+    """Refuse an image file with other channels than the model's. Gray and palette images become RGB.
+
+    Raises:
+        ValueError: If the numbers differ; names both.
+    """
+    if isinstance(image, PIL.Image.Image):
+        # The fourth band of PNG is transparency. That of TIFF may be anything, such as near infrared.
+        is_rgb = num_channels == 3 and (image.mode != "RGBA" or image.format != "TIFF")
+        found = num_channels if is_rgb else len(image.getbands())
+    else:
+        found = 3 if num_channels == 3 and len(image) == 1 else len(image)
+    if found != num_channels:
+        raise ValueError(
+            f"{name}: the image has {found} channels, and the model takes {num_channels} (`num_channels`). Give images of "
+            f"{num_channels} channels, or a model of {found}: `num_channels={found}` in its configuration."
+        )
+
+
+def _check_pixels(height: int, width: int, limit: int | None) -> None:
+    if limit is not None and height * width > limit:
+        raise ValueError(f"{width} x {height} pixels are more than {limit}: raise `max_image_pixels`.")
+
+
+def _load_npy(file: BinaryIO, num_channels: int | None, limit: int | None) -> np.ndarray:
+    """A `.npy` array as (channels, height, width); the objects that such a file can hold are never made."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if len(shape) not in (2, 3) or dtype.hasobject or dtype.kind not in "biuf":
+        raise ValueError(f"expected numbers in two or three dimensions, got {dtype} of the shape {shape}.")
+    is_first = len(shape) == 3 and (shape[0] == num_channels or (shape[-1] != num_channels and shape[0] < shape[-1]))
+    sides = shape if len(shape) == 2 else shape[1:] if is_first else shape[:2]
+    _check_pixels(*sides, limit)
+    file.seek(0)
+    array = np.load(file, allow_pickle=False)
+    return array[None] if array.ndim == 2 else array if is_first else np.moveaxis(array, -1, 0)
+
+
+def _load_tiff(file: BinaryIO, num_channels: int | None, limit: int | None) -> np.ndarray | None:
+    """A TIFF as (channels, height, width); nothing where Pillow reads it whole: gray, and 8-bit RGB, palette and CMYK."""
+    try:
+        import tifffile
+    except ImportError:
+        return None
+    with tifffile.TiffFile(file) as tiff:
+        page, series = tiff.pages[0], tiff.series[0]
+        samples = page.samplesperpixel
+        _check_pixels(page.imagelength, page.imagewidth, limit)
+        if samples == 1 and num_channels not in (None, 1, 3) and series.ndim == 3:  # a page for each channel
+            return series.asarray()
+        is_cmyk = page.photometric == tifffile.PHOTOMETRIC.SEPARATED
+        if samples == 1 or (page.dtype == np.uint8 and (samples == 3 or is_cmyk)):
+            return None
+        array = page.asarray()
+        return array if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE else np.moveaxis(array, -1, 0)
+
+
+def scale_values(values: np.ndarray, value_range: "tuple[float, float] | list[float] | None") -> np.ndarray:
+    """Bring pixel values to what 8-bit images have: by [`to_uint8`], or from a range to 0 to 255 as float32.
+
+    Args:
+        values (`np.ndarray`): Pixel values of any shape and dtype.
+        value_range (`tuple[float, float]`, *optional*): What becomes 0 and 255; values beyond are cut.
+
+    Returns:
+        `np.ndarray`: Of the same shape: `uint8` of integers without a range, else `float32`.
+    """
+    if value_range is None:
+        return values.astype(np.float32) if np.issubdtype(values.dtype, np.floating) else to_uint8(values)
+    low, high = value_range
+    scaled = values.astype(np.float32)
+    scaled -= np.float32(low)
+    scaled *= np.float32(255 / (high - low))
+    return scaled.clip(0, 255, out=scaled)
+
+
 def _open_image(file: BinaryIO) -> PIL.Image.Image:
     """`PIL.Image.open` for `IMAGE_FORMATS`, without its limit of pixels, which is one for all threads."""
     PIL.Image.init()
@@ -250,14 +406,20 @@ def channel_axis(shape: tuple[int, ...], num_channels: int) -> ChannelDimension:
 
 
 __all__ = [
+    "ARRAY_SUFFIXES",
     "IMAGE_FORMATS",
     "IMAGE_SUFFIXES",
     "PIXELS_AT_ONCE",
     "channel_axis",
+    "check_channels",
+    "decode_channels",
     "decode_image",
     "image_to_array",
     "label_map_to_array",
+    "load_array",
     "pil_to_array",
+    "read_channels",
     "read_image",
+    "scale_values",
     "to_uint8",
 ]

@@ -1,5 +1,6 @@
 """Image processor of Segmenter and SETR: resize, windows, normalisation, and the merge of the model's outputs."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import ModelOutput, TensorType
 
-from .image_io import image_to_array, label_map_to_array, read_image
+from .image_io import image_to_array, label_map_to_array, read_channels, read_image
 from .image_windows import ImageWindows, Normalization, ScaledImage, scaled_size
 from .resampling import resize_image, resize_labels
 from .sliding_window import merge_windows
@@ -48,6 +49,8 @@ class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
         Where the model pads what the patch does not divide, as in its configuration.
     do_split_windows (`bool`, *optional*, defaults to `self.do_split_windows`):
         Whether to cut images into windows. Off for training crops.
+    value_range (`list[float]`, *optional*, defaults to `self.value_range`):
+        The pixel values that become black and white; by default those of the dtype, 0 to 255 or to 65535.
     do_resize_to_window (`bool`, *optional*, defaults to `self.do_resize_to_window`):
         Whether to resize images to one window, whatever their aspect ratio, instead of to `size`.
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
@@ -64,6 +67,7 @@ class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
     padding: Literal["end", "center"]
     do_split_windows: bool
     do_resize_to_window: bool
+    value_range: list[float | int] | tuple[float | int, ...] | None
     do_reduce_labels: bool
     scales: list[float | int] | tuple[float | int, ...]
     do_flip: bool
@@ -131,6 +135,18 @@ def check_pixel_fields(resample: PILImageResampling, factors: dict[str, Any]) ->
             raise ValueError(f"`{name}` must {kind} from {smallest:g} to {LARGEST_FACTOR:g}, got {value!r:.200}.")
 
 
+def check_value_range(value_range: Sequence[float] | None) -> None:
+    """Check that a range of pixel values is two numbers in order.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value_range is not None and not (
+        len(value_range) == 2 and all(map(math.isfinite, value_range)) and value_range[0] < value_range[1]
+    ):
+        raise ValueError(f"`value_range` must be two numbers in order, such as [0, 4095], got {value_range!r:.200}.")
+
+
 def check_label_maps(image_sizes: Sequence[Sequence[int]], map_sizes: Sequence[Sequence[int]]) -> None:
     """Check that each image has one label map of its size.
 
@@ -147,6 +163,13 @@ def check_label_maps(image_sizes: Sequence[Sequence[int]], map_sizes: Sequence[S
             "Each image needs one segmentation map of its (height, width); got images of "
             f"{list(map(tuple, image_sizes))} and maps of {list(map(tuple, map_sizes))}."
         )
+
+
+def _read_maps(maps: ImageInput) -> ImageInput:
+    """Read label maps that are given as paths; others pass through."""
+    if isinstance(maps, (list, tuple)):
+        return [_read_maps(labels) for labels in maps]
+    return read_image(maps) if isinstance(maps, (str, os.PathLike)) else maps
 
 
 class _SegmenterImageProcessing:
@@ -167,6 +190,7 @@ class _SegmenterImageProcessing:
     do_flip = False
     do_split_windows = True
     do_resize_to_window = False
+    value_range = None
     do_convert_rgb = True
     do_resize = True
     do_rescale = True
@@ -251,21 +275,27 @@ class _SegmenterImageProcessing:
         super()._validate_preprocess_kwargs(**kwargs)
         names = ("do_resize", "size", "window_size", "window_stride", "patch_size", "padding", "scales")
         check_window_fields(**{name: kwargs[name] for name in names})
+        check_value_range(kwargs["value_range"])
         used = ["rescale_factor"] if kwargs["do_rescale"] else []
         used += ["image_mean", "image_std"] if kwargs["do_normalize"] else []
         check_pixel_fields(kwargs["resample"], {name: kwargs[name] for name in used})
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images: one for each value of `image_mean`, 3 where it is one number for all."""
+        return len(self.image_mean) if isinstance(self.image_mean, Sequence) else 3
 
     def fetch_images(self, image_url_or_urls: ImageInput) -> ImageInput:
         """Read paths and URLs; images pass through."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike)):
-            return read_image(image_url_or_urls)
+            return read_channels(image_url_or_urls, self.num_channels)
         return image_url_or_urls
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
         """A flat list of images, in which grey arrays (height, width) have a channel too."""
-        images = self.fetch_images(images)
+        images = self.fetch_images(images) if expected_ndims == 3 else _read_maps(images)
         given = images if isinstance(images, (list, tuple)) else [images]
         flat = [part for image in given for part in (image if isinstance(image, (list, tuple)) else [image])]
         wrong = [type(image).__name__ for image in flat if not is_valid_image(image)]
@@ -283,12 +313,14 @@ class _SegmenterImageProcessing:
 
     def process_image(self, image: ImageInput, **kwargs: Any) -> torch.Tensor:
         """Bring one image to (channels, height, width), uint8 or float32."""
-        mean, device = self.image_mean, kwargs.get("device") or "cpu"
-        num_channels = len(mean) if isinstance(mean, Sequence) else 3
         array = image_to_array(
-            image, bool(kwargs.get("do_convert_rgb")), kwargs.get("input_data_format"), num_channels
+            image,
+            bool(kwargs.get("do_convert_rgb")),
+            kwargs.get("input_data_format"),
+            self.num_channels,
+            kwargs.get("value_range"),
         )
-        return torch.from_numpy(array).to(device)
+        return torch.from_numpy(array).to(kwargs.get("device") or "cpu")
 
     def process_segmentation_map(self, segmentation_map: ImageInput, do_reduce_labels: bool) -> torch.Tensor:
         """Bring one label map to (height, width), int64."""
@@ -303,7 +335,7 @@ class _SegmenterImageProcessing:
             fields = {name: getattr(self, name, None) for name in self._valid_kwargs_names} | kwargs
             fields = self._standardize_kwargs(**fields)
             self._validate_preprocess_kwargs(**fields)
-        convert = {name: fields[name] for name in ("do_convert_rgb", "input_data_format", "device")}
+        convert = {name: fields[name] for name in ("do_convert_rgb", "input_data_format", "device", "value_range")}
         arrays = [self.process_image(image, **convert) for image in self._prepare_images_structure(images)]
         maps: list[torch.Tensor | None] = [None] * len(arrays)
         if segmentation_maps is not None:
@@ -325,7 +357,12 @@ class _SegmenterImageProcessing:
 
     def _scale(self, image: torch.Tensor, labels: torch.Tensor | None, fields: dict[str, Any]) -> list[ScaledImage]:
         """An image (channels, height, width) and its labels (height, width) at each scale."""
-        if fields["do_rescale"] and image.is_floating_point() and 0 < image.max() <= 1:
+        if (
+            fields["do_rescale"]
+            and fields["value_range"] is None
+            and image.is_floating_point()
+            and 0 < image.max() <= 1
+        ):
             raise ValueError(
                 "The image holds floats up to 1, but `do_rescale=True` expects 0 to 255: pass `do_rescale=False`."
             )
@@ -414,6 +451,8 @@ class SegmenterImageProcessor(_SegmenterImageProcessing, TorchvisionBackend):
         image_std (`float` or `list[float]`, defaults to 0.5): Standard deviation of each channel.
         do_resize_to_window (`bool`, defaults to `False`): Whether images are resized to one window, whatever their aspect
             ratio, as training with label maps does by default.
+        value_range (`list[float]`, *optional*): The pixel values that become black and white, such as `[0, 4095]` of a sensor
+            of 12 bits; by default those of the dtype, 0 to 255 or to 65535.
         do_reduce_labels (`bool`, defaults to `False`): Whether stored label 0 is ignored and the others shift down.
         scales (`list[float]`, defaults to `[1.0]`): Factors of the size that are averaged over.
         do_flip (`bool`, defaults to `False`): Whether each scale is also seen mirrored.

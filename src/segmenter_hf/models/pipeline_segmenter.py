@@ -12,7 +12,7 @@ from transformers.image_utils import load_image
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from transformers.utils import ModelOutput
 
-from .image_io import read_image
+from .image_io import read_channels
 
 
 class SegmenterPipeline(ImageSegmentationPipeline):
@@ -49,7 +49,9 @@ class SegmenterPipeline(ImageSegmentationPipeline):
         """Cut one image into windows: `{"image": {"pixel_values", "window_offsets"}}`."""
         if not self._has_windows:
             return super().preprocess(image, subtask=subtask, timeout=timeout)
-        inputs = self.image_processor(images=[read_input(image, timeout)], return_tensors="pt").to(self.dtype)
+        inputs = self.image_processor(
+            images=[read_input(image, timeout, self.image_processor.num_channels)], return_tensors="pt"
+        ).to(self.dtype)
         return {"image": dict(inputs)}  # one value for an image, so that transformers collates a list of images
 
     def _forward(self, model_inputs: dict[str, Any], window_batch_size: int = 8) -> Any:
@@ -74,13 +76,14 @@ class SegmenterPipeline(ImageSegmentationPipeline):
         return super().postprocess(model_outputs, **kwargs)
 
 
-def read_input(image: Any, timeout: float | None = None) -> Any:
+def read_input(image: Any, timeout: float | None = None, num_channels: int = 3) -> Any:
     """Read what `pipeline` is given for an image, with the channels and the depth that it is stored with.
 
     Args:
         image (`str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): A path, an address, a string in
             base64, or an image.
-        timeout (`float`, *optional*): Seconds for an address; those of [`read_image`] by default.
+        timeout (`float`, *optional*): Seconds for an address; those of [`read_channels`] by default.
+        num_channels (`int`, defaults to 3): Channels of the model.
 
     Returns:
         What the image processor takes, upright.
@@ -92,7 +95,7 @@ def read_input(image: Any, timeout: float | None = None) -> Any:
     is_address = str(image).startswith(("http://", "https://", "data:"))
     if (is_address and timeout is not None) or not (is_address or os.path.exists(image)):
         return load_image(str(image), timeout=timeout)  # strings in base64, and the message for what is no image
-    return read_image(image)
+    return read_channels(image, num_channels)
 
 
 __all__ = ["SegmenterPipeline"]

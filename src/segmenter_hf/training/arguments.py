@@ -57,8 +57,8 @@ class ModelArguments:
     normalization: str | None = field(
         default=None,
         metadata={
-            "help": "Mean and standard deviation of the pixels; by default those of the model.",
-            "choices": list(NORMALIZATIONS),
+            "help": "Mean and standard deviation of the pixels; by default those of the model. dataset: measured.",
+            "choices": [*NORMALIZATIONS, "dataset"],
         },
     )
     class_weights: str | None = field(
@@ -160,6 +160,10 @@ class DataArguments:
     )
     right_angle_rotations: bool = field(
         default=False, metadata={"help": "Turn crops by 0, 90, 180 or 270 degrees, for images without an up."}
+    )
+    value_range: list[float] | None = field(
+        default=None,
+        metadata={"help": "Pixel values that become black and white, as in 0 4095; by default those of 8 or 16 bits."},
     )
     photometric_distortion: bool = field(default=True, metadata={"help": "Change colours at random in training."})
     window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network in evaluation."})

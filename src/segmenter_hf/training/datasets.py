@@ -14,6 +14,7 @@ from ..data.augmentation import SegmentationAugmentation
 from ..data.decoding import decode_example
 from ..data.label_sets import LabelSet
 from ..data.loading import AnyDataset
+from ..models.image_io import scale_values
 from ..models.image_processing_segmenter import SegmenterImageProcessor
 from .arguments import DataArguments, SegmentationTrainingArguments
 
@@ -62,12 +63,18 @@ class TrainDataset(Dataset):
 
     def crop(self, row: dict[str, Any], *numbers: int) -> dict[str, torch.Tensor]:
         """An augmented crop of a row; the numbers tell its draws from those of other rows."""
-        image, labels = decode_example(row, self.label_set)
+        image, labels = decode_example(row, self.label_set, num_channels=self.processor.num_channels)
+        image = scale_values(image, self.processor.value_range)
+        if image.dtype != np.uint8:
+            image = np.rint(image * 257).astype(np.uint16)
         image, labels = self.augmentation(
             image, labels, np.random.default_rng((self.seed, int(self._epoch), *numbers))
         )
-        # The labels are reduced already, once, where they were decoded.
-        inputs = self.processor(image, labels, do_resize=False, do_split_windows=False, do_reduce_labels=False)
+        # The labels are reduced already, once, where they were decoded; the values have their range.
+        fields: dict[str, Any] = {"do_resize": False, "do_split_windows": False, "do_reduce_labels": False}
+        if image.dtype != np.uint8:
+            fields |= {"value_range": (0, 65535), "input_data_format": "channels_last"}
+        inputs = self.processor(image, labels, **fields)
         return {"pixel_values": inputs["pixel_values"][0], "labels": inputs["labels"][0]}
 
 

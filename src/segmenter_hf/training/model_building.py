@@ -46,11 +46,21 @@ def build_model_and_processor(
     pixels = _processor_fields(model_args, data_args, label_set)
     if model_args.model_name_or_path is not None:
         model = _load_model(model_args, labels, chosen)
-        return model, AutoImageProcessor.from_pretrained(model_args.model_name_or_path, **pixels)
+        processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path, **pixels)
+        return model, _with_channels(processor, model.config.num_channels)
     config = _new_config(model_args, data_args.crop_size, labels, chosen)
     model = AutoModelForSemanticSegmentation.from_config(config, attn_implementation=model_args.attn_implementation)
     config = model.config
-    return model, SegmenterImageProcessor(patch_size=config.patch_size, padding=config.padding, **pixels)
+    processor = SegmenterImageProcessor(patch_size=config.patch_size, padding=config.padding, **pixels)
+    return model, _with_channels(processor, config.num_channels)
+
+
+def _with_channels(processor: SegmenterImageProcessor, num_channels: int) -> SegmenterImageProcessor:
+    """The processor with a mean and standard deviation for each channel of the model; 0.5 where it has others."""
+    if processor.num_channels != num_channels:
+        processor.image_mean, processor.image_std = [0.5] * num_channels, [0.5] * num_channels
+    processor.do_convert_rgb = num_channels == 3
+    return processor
 
 
 def _chosen_fields(model_args: ModelArguments, weights: list[float] | None) -> dict[str, Any]:
@@ -80,7 +90,9 @@ def _processor_fields(model_args: ModelArguments, data_args: DataArguments, labe
         "window_stride": data_args.crop_size if data_args.window_stride is None else data_args.window_stride,
         "do_reduce_labels": label_set.reduce_labels,
     }
-    if model_args.normalization is not None:
+    if data_args.value_range is not None:
+        pixels["value_range"] = data_args.value_range
+    if model_args.normalization in NORMALIZATIONS:
         pixels["image_mean"], pixels["image_std"] = NORMALIZATIONS[model_args.normalization]
     return pixels
 

@@ -1,0 +1,174 @@
+"""Georeferenced scenes of any size: windows read from the file, a GeoTIFF of classes, and polygons on request.
+
+Needs rasterio: `pip install segmenter-hf[geo]`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BaseImageProcessor
+
+from ..models.image_io import scale_values
+from ..models.image_windows import ImageWindows, Normalization
+from ..models.window_geometry import Window, window_corners
+from ..utils.atomic_files import atomic_write
+from .predictor import Predictor
+
+
+MAX_SCENE_PIXELS = 2**31  # the class map is held in memory, a byte for a pixel
+GDAL_CACHE_MEGABYTES = 256
+ROWS_AT_ONCE = 512
+NO_CLASS = 255  # in a map of 8 bits; 65535 in one of 16
+
+
+def is_scene(path: Path) -> bool:
+    """Whether a file is a TIFF with a coordinate reference system, and rasterio is available to read it."""
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return False
+    try:
+        import rasterio
+    except ImportError:
+        return False
+    try:
+        with rasterio.open(path, driver="GTiff") as scene:
+            return scene.crs is not None
+    except rasterio.errors.RasterioError:
+        return False
+
+
+class SceneWindows(ImageWindows):
+    """The windows of an opened scene at its own size; each is read from the file when it is asked for.
+
+    Args:
+        scene (`rasterio.DatasetReader`): The opened file.
+        processor (`BaseImageProcessor`): The image processor of the model.
+
+    Raises:
+        ValueError: If the scene has other channels than the model, too many pixels, or is smaller than a window.
+    """
+
+    def __init__(self, scene: Any, processor: BaseImageProcessor) -> None:
+        channels, size = processor.num_channels, processor.window_size
+        if scene.count not in {channels, 1 if processor.do_convert_rgb else channels}:
+            raise ValueError(
+                f"{scene.name}: the scene has {scene.count} channels, and the model takes {channels} (`num_channels`). Give "
+                f"scenes of {channels} channels, or a model of {scene.count}."
+            )
+        if scene.height * scene.width > MAX_SCENE_PIXELS or min(scene.height, scene.width) < size:
+            raise ValueError(
+                f"{scene.name}: expected at least a window of {size} x {size} and at most {MAX_SCENE_PIXELS} pixels, got "
+                f"{scene.width} x {scene.height}. Cut the scene, or leave `full_resolution` out for a small one."
+            )
+        if scene.dtypes[0] not in ("uint8", "uint16") and processor.value_range is None:
+            raise ValueError(
+                f"{scene.name}: pixel values of {scene.dtypes[0]} need a range: set `value_range` of the image processor."
+            )
+        corners = window_corners(scene.height, scene.width, size, processor.window_stride)
+        sides = (size, size, scene.height, scene.width, scene.height, scene.width)
+        super().__init__([Window(0, 0, 0, top, left, *sides) for top, left in corners], [], 1)
+        self._scene, self._processor = scene, processor
+
+    def pixel_values(self, window: Window) -> torch.Tensor:
+        """The normalised pixels (channels, height, width) of a window, float32."""
+        from rasterio.windows import Window as RasterWindow
+
+        processor = self._processor
+        pixels = self._scene.read(window=RasterWindow(window.left, window.top, window.width, window.height))
+        if np.issubdtype(pixels.dtype, np.floating):
+            pixels = np.nan_to_num(pixels)  # where there is no data; left out of the class map
+        pixels = torch.from_numpy(scale_values(pixels, processor.value_range))
+        pixels = pixels.expand(processor.num_channels, -1, -1)
+        normalize = Normalization(
+            processor.rescale_factor if processor.do_rescale else None,
+            *((processor.image_mean, processor.image_std) if processor.do_normalize else (None, None)),
+        )
+        return normalize(pixels)
+
+
+def predict_scene(predictor: Predictor, path: Path, output: Path, polygons: Path | None = None) -> Path:
+    """Segment a georeferenced scene at its own size, with the memory of its class map and some windows.
+
+    Args:
+        predictor ([`Predictor`]): The model and the protocol, of one scale without flip.
+        path (`Path`): The GeoTIFF.
+        output (`Path`): The GeoTIFF of classes to write: with coordinate reference system, transform and color table, and
+            255 (or 65535) where the scene has no data.
+        polygons (`Path`, *optional*): A GeoJSON file to write: a polygon in WGS 84 for each connected region, with the
+            properties `class_id` and `label`.
+
+    Returns:
+        `Path`: The output.
+
+    Raises:
+        ImportError: If rasterio is missing.
+        ValueError: If the protocol has several views, or the scene does not fit the model.
+    """
+    import rasterio
+
+    if predictor.protocol.scales != (1.0,) or predictor.protocol.flip:
+        raise ValueError(f"{path}: scenes are segmented at one scale without flip: leave out `scales` and `flip`.")
+    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MEGABYTES), rasterio.open(path, driver="GTiff") as scene:
+        windows = SceneWindows(scene, predictor.processor)
+        (result,) = predictor.stream([(path, windows)], dtype=predictor.class_map_dtype)
+        class_map = result.class_map.cpu().numpy()
+        if class_map.dtype != np.uint8 or predictor.label_set.num_labels > NO_CLASS:
+            class_map = class_map.astype(np.uint16)
+        _leave_out_no_data(class_map, scene)
+        with atomic_write(output) as temporary:
+            _write_classes(temporary, class_map, scene, predictor)
+        if polygons is not None:
+            with atomic_write(polygons) as temporary:
+                _write_polygons(temporary, class_map, scene, predictor.label_set.labels)
+    return output
+
+
+def _no_class(class_map: np.ndarray) -> int:
+    return NO_CLASS if class_map.dtype == np.uint8 else 2**16 - 1
+
+
+def _leave_out_no_data(class_map: np.ndarray, scene: Any) -> None:
+    """Mark the pixels without data, some rows at a time."""
+    from rasterio.windows import Window as RasterWindow
+
+    for top in range(0, scene.height, ROWS_AT_ONCE):
+        rows = class_map[top : top + ROWS_AT_ONCE]
+        valid = scene.dataset_mask(window=RasterWindow(0, top, scene.width, len(rows)))
+        rows[valid == 0] = _no_class(class_map)
+
+
+def _write_classes(path: Path, class_map: np.ndarray, scene: Any, predictor: Predictor) -> None:
+    import rasterio
+    from rasterio.windows import Window as RasterWindow
+
+    label_set = predictor.label_set
+    profile = {"driver": "GTiff", "count": 1, "dtype": class_map.dtype.name, "nodata": _no_class(class_map)}
+    profile |= {"height": scene.height, "width": scene.width, "crs": scene.crs, "transform": scene.transform}
+    profile |= {"tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate", "BIGTIFF": "IF_SAFER"}
+    with rasterio.open(path, "w", **profile) as output:
+        if class_map.dtype == np.uint8:
+            output.write_colormap(1, {index: (*color, 255) for index, color in enumerate(label_set.colors)})
+        output.update_tags(1, **{f"CLASS_{index}": label for index, label in enumerate(label_set.labels)})
+        for top in range(0, scene.height, ROWS_AT_ONCE):
+            rows = class_map[top : top + ROWS_AT_ONCE]
+            output.write(rows, 1, window=RasterWindow(0, top, scene.width, len(rows)))
+
+
+def _write_polygons(path: Path, class_map: np.ndarray, scene: Any, labels: tuple[str, ...]) -> None:
+    from rasterio.features import shapes
+    from rasterio.warp import transform_geom
+
+    valid = class_map != _no_class(class_map)
+    with path.open("w", encoding="utf-8") as file:
+        file.write('{"type": "FeatureCollection", "features": [')
+        for number, (polygon, value) in enumerate(shapes(class_map, mask=valid, transform=scene.transform)):
+            properties = {"class_id": int(value), "label": labels[int(value)]}
+            geometry = transform_geom(scene.crs, "EPSG:4326", polygon)  # as RFC 7946 asks for
+            feature = {"type": "Feature", "properties": properties, "geometry": geometry}
+            file.write(f"{',' if number else ''}\n{json.dumps(feature)}")
+        file.write("\n]}\n")
+
+
+__all__ = ["SceneWindows", "is_scene", "predict_scene"]

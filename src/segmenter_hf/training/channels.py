@@ -1,0 +1,85 @@
+"""What pixels of training images are: their statistics by channel, and how much of their range they use."""
+
+import itertools
+import logging
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..data.decoding import open_channels
+from ..data.loading import AnyDataset
+from ..models.image_io import pil_to_array, scale_values
+from ..models.image_processing_segmenter import SegmenterImageProcessor
+
+
+logger = logging.getLogger(__name__)
+
+MEASURED_IMAGES, WATCHED_IMAGES = 1000, 20  # of the training set, the first ones
+LITTLE = 0.25  # of the range of 16 bits
+
+
+def read_pixels(row: dict[str, Any], num_channels: int) -> np.ndarray:
+    """The image of a row as (channels, height, width), in the depth that it is stored with."""
+    image = open_channels(row, num_channels)
+    if not isinstance(image, Image.Image):
+        return image
+    is_deep = num_channels == 1 and image.mode.startswith("I")
+    return np.asarray(image)[None] if is_deep else pil_to_array(image, do_convert_rgb=num_channels == 3)
+
+
+def measure_statistics(dataset: AnyDataset, processor: SegmenterImageProcessor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over the first 1000 images, of pixel values from 0 to 1.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The training set.
+        processor (`SegmenterImageProcessor`): Its channels and value range count.
+
+    Returns:
+        `tuple[list[float], list[float]]`: `image_mean` and `image_std`.
+
+    Raises:
+        ValueError: If an image has other channels than the model, or a channel is the same everywhere.
+    """
+    count, total, squares = 0, np.zeros(processor.num_channels), np.zeros(processor.num_channels)
+    for row in itertools.islice(dataset, MEASURED_IMAGES):
+        pixels = read_pixels(row, processor.num_channels)
+        pixels = np.broadcast_to(pixels, (processor.num_channels, *pixels.shape[1:]))
+        values = scale_values(pixels, processor.value_range).reshape(len(total), -1).astype(np.float64) / 255
+        count += values.shape[1]
+        total += values.sum(1)
+        squares += np.square(values).sum(1)
+    mean = total / max(count, 1)
+    std = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0))
+    if not (std > 1e-6).all():
+        constant = np.flatnonzero(std <= 1e-6).tolist()
+        raise ValueError(
+            f"Channels {constant} of the training images are the same everywhere, so `normalization` cannot be 'dataset'. "
+            "Leave these channels out, or check `value_range`."
+        )
+    return mean.round(6).tolist(), std.round(6).tolist()
+
+
+def warn_of_little_range(dataset: AnyDataset, processor: SegmenterImageProcessor) -> None:
+    """Warn where the first 16-bit images use little of their range, as those of sensors with 10, 12 or 14 bits do."""
+    if processor.value_range is not None:
+        return
+    rows = itertools.islice(dataset, WATCHED_IMAGES)
+    deep = [image for row in rows if (image := open_raw(row)) is not None]
+    highest = max((int(image.max()) for image in deep), default=65535)
+    if highest < LITTLE * 65535:
+        bits = max(highest, 1).bit_length()
+        logger.warning(
+            "The 16-bit images use values up to %d of 65535, so that they are nearly black. Give the range of the sensor, "
+            "such as `value_range` 0 %d.",
+            highest,
+            2**bits - 1,
+        )
+
+
+def open_raw(row: dict[str, Any]) -> np.ndarray | None:
+    """The pixels of a 16-bit image; nothing of others."""
+    image = open_channels(row, None)
+    if isinstance(image, Image.Image):
+        return np.asarray(image) if image.mode.startswith("I") else None
+    return image if image.dtype == np.uint16 else None

@@ -1,0 +1,157 @@
+"""More than three channels and 16 bits, from file to model: training, evaluation, prediction and the pipeline."""
+
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, pipeline
+
+from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
+from segmenter_hf.cli.main import main
+from segmenter_hf.data.augmentation import SegmentationAugmentation
+from segmenter_hf.models.image_io import read_channels
+
+from ..run_training import words
+from ..tiny_models import tiny_scenes_config
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, pixels)
+    else:
+        tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
+
+
+def write_dataset(folder: Path, suffix: str, channels: int, dtype: type, high: int) -> None:
+    """Images whose last channel is bright where the class is 1; the first channels say nothing."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        for index in range(2):
+            mask = np.zeros((48, 64), dtype=np.uint8)
+            mask[:, 32:] = 1
+            mask = mask if index == 0 else mask[:, ::-1]
+            pixels = generator.integers(high, size=(48, 64, channels)).astype(dtype)
+            pixels[..., -1] = np.where(mask, high, 0)
+            save(folder / "images" / split / f"{index}{suffix}", pixels)
+            (folder / "masks" / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(folder / "masks" / split / f"{index}.png")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "channels", "dtype", "high", "more"),
+    [
+        (".tif", 4, np.uint8, 255, []),
+        (".tif", 5, np.uint16, 4095, ["--value_range", "0", "4095", "--normalization", "dataset"]),
+        (".npy", 2, np.float32, 1, ["--value_range", "0", "1"]),
+    ],
+)
+def test_channels_go_from_the_file_to_the_model(suffix, channels, dtype, high, more, tmp_path, capsys) -> None:
+    write_dataset(tmp_path / "data", suffix, channels, dtype, high)
+    (tmp_path / "labels.json").write_text('["dark", "bright"]')
+    model = str(tmp_path / "model")
+    overrides = f"patch_size=8,hidden_size=32,num_attention_heads=2,intermediate_size=64,num_hidden_layers=1,num_channels={channels}"
+    given = [
+        "--dataset_name",
+        str(tmp_path / "data"),
+        "--label_set",
+        str(tmp_path / "labels.json"),
+        "--max_steps",
+        "25",
+    ]
+    given += [
+        "--decoder_type",
+        "linear",
+        "--config_overrides",
+        overrides,
+        "--learning_rate",
+        "0.01",
+        "--image_size",
+        "48",
+    ]
+    given += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false", *more]
+    main(["train", *words(model, *given)])
+    assert AutoConfig.from_pretrained(model).num_channels == channels
+    processor = AutoImageProcessor.from_pretrained(model)
+    assert len(processor.image_mean) == channels and not processor.do_convert_rgb
+    if "dataset" in more:
+        assert 0.45 < processor.image_mean[-1] < 0.55 and processor.image_std[-1] > 0.45 > processor.image_std[0]
+    main(
+        ["evaluate", "--model_name_or_path", model, "--dataset_name", str(tmp_path / "data"), "--split", "validation"]
+        + ["--output_dir", str(tmp_path / "results"), "--device", "cpu"]
+    )
+    images = str(tmp_path / "data" / "images" / "validation")
+    main(["predict", "--model_name_or_path", model, "--images", images, "--output_dir", str(tmp_path / "out")])
+    found = np.asarray(Image.open(tmp_path / "out" / "0.png"))
+    assert (found[:, :24] == 0).mean() > 0.9 and (found[:, 40:] == 1).mean() > 0.9
+    parts = pipeline("image-segmentation", model=model)(f"{images}/0{suffix}")
+    masks = {part["label"]: np.asarray(part["mask"]) for part in parts}
+    assert np.array_equal(masks["bright"] == 255, found == 1)
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_a_file_of_other_channels_is_refused_with_both_numbers(channels, tmp_path) -> None:
+    save(tmp_path / "scene.tif", np.zeros((40, 48, 4), dtype=np.uint8))
+    processor = SegmenterImageProcessor(
+        image_mean=[0.5] * channels, image_std=[0.5] * channels, do_convert_rgb=channels == 3
+    )
+    message = rf"scene.tif: the image has 4 channels, and the model takes {channels} \(`num_channels`\)"
+    with pytest.raises(ValueError, match=message):
+        processor(str(tmp_path / "scene.tif"))
+    config = tiny_scenes_config()
+    config.num_channels = channels
+    SegmenterForSemanticSegmentation(config).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        pipeline("image-segmentation", model=str(tmp_path / "model"))(str(tmp_path / "scene.tif"))
+
+
+def test_rgb_of_16_bits_keeps_its_depth(tmp_path) -> None:
+    pixels = np.random.default_rng(0).integers(65536, size=(40, 48, 3), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "deep.tif", pixels, photometric="rgb")
+    assert np.array_equal(read_channels(tmp_path / "deep.tif"), np.moveaxis(pixels, -1, 0))
+
+
+def test_an_array_of_objects_is_never_unpickled(tmp_path) -> None:
+    np.save(tmp_path / "bad.npy", np.array([[{"a": 1}]], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="bad.npy"):
+        read_channels(tmp_path / "bad.npy")
+
+
+def test_values_of_a_range_become_those_of_8_bits() -> None:
+    processor = SegmenterImageProcessor(size={"shortest_edge": 32}, window_size=32, window_stride=32)
+    values = np.full((32, 32, 3), 1000, dtype=np.uint16)
+    found = processor(values, value_range=[0, 4000])["pixel_values"]
+    torch.testing.assert_close(found, torch.full_like(found, (0.25 - 0.5) / 0.5))
+    with pytest.raises(ValueError, match="`value_range` must be two numbers in order"):
+        processor(values, value_range=[5, 5])
+
+
+def test_augmentation_takes_any_channels_and_16_bits() -> None:
+    augment = SegmentationAugmentation(crop_size=40, size=32, max_ratio=4.0, pad_value=(0, 0, 0, 0, 0))
+    generator = np.random.default_rng(0)
+    mask = generator.integers(3, size=(48, 64)).astype(np.uint8)
+    for dtype in (np.uint8, np.uint16):
+        image = np.repeat(mask[..., None].astype(dtype) * (100 if dtype == np.uint8 else 20000), 5, axis=2)
+        crop, labels = augment(image, mask, np.random.default_rng(1))
+        assert crop.shape == (40, 40, 5) and crop.dtype == dtype and labels.shape == (40, 40)
+        assert np.array_equal(crop[..., 3], crop[..., 4])  # the channels after the first three are not distorted
+        assert not np.array_equal(crop[..., 0], crop[..., 3])
+
+
+def test_little_of_16_bits_is_warned_of(caplog) -> None:
+    from segmenter_hf.training.channels import warn_of_little_range
+
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer, np.full((8, 8, 4), 3000, dtype=np.uint16), photometric="minisblack", planarconfig="contig"
+    )
+    rows = [{"image": {"bytes": buffer.getvalue(), "path": None}}]
+    with caplog.at_level(logging.WARNING):
+        warn_of_little_range(rows, SegmenterImageProcessor())
+    assert "`value_range` 0 4095" in caplog.text

@@ -1,0 +1,111 @@
+"""Georeferenced scenes: windows from the file, a GeoTIFF of classes, polygons."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from segmenter_hf import InferenceProtocol, Predictor, SegmenterForSemanticSegmentation, SegmenterImageProcessor
+from segmenter_hf.cli.main import main
+from segmenter_hf.data.label_sets import load_label_set
+from segmenter_hf.inference.scenes import SceneWindows
+
+from ..tiny_models import spread_weights, tiny_scenes_config
+
+
+rasterio = pytest.importorskip("rasterio")
+HEIGHT, WIDTH = 90, 130
+
+
+def write_scene(path, channels=4, dtype="uint16", high=4096, nodata=None) -> np.ndarray:
+    pixels = np.random.default_rng(0).integers(1, high, size=(channels, HEIGHT, WIDTH)).astype(dtype)
+    if nodata is not None:
+        pixels[:, :10] = nodata
+    profile = {
+        "driver": "GTiff",
+        "count": channels,
+        "dtype": dtype,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "nodata": nodata,
+    }
+    profile |= {"crs": "EPSG:32633", "transform": rasterio.transform.from_origin(500000, 5000000, 10, 10)}
+    with rasterio.open(path, "w", tiled=True, blockxsize=64, blockysize=64, **profile) as scene:
+        scene.write(pixels)
+    return pixels
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = tiny_scenes_config()
+    config.num_channels = 4
+    spread_weights(SegmenterForSemanticSegmentation(config)).save_pretrained(tmp_path / "model")
+    SegmenterImageProcessor(
+        size={"shortest_edge": 40},
+        window_size=32,
+        window_stride=16,
+        patch_size=8,
+        image_mean=[0.5] * 4,
+        image_std=[0.5] * 4,
+        do_convert_rgb=False,
+        value_range=[0, 4095],
+    ).save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def predict(folder, *more) -> None:
+    given = ["--model_name_or_path", str(folder / "model"), "--images", str(folder / "scene.tif"), "--device", "cpu"]
+    main(["predict", *given, "--output_dir", str(folder / "out"), *more])
+
+
+def test_a_scene_becomes_a_geotiff_of_classes_and_polygons(folder) -> None:
+    pixels = write_scene(folder / "scene.tif", nodata=0)
+    predict(folder, "--full_resolution", "--vectorize")
+    predictor = Predictor.from_pretrained(folder / "model", InferenceProtocol(full_resolution=True), device="cpu")
+    expected = predictor(pixels).class_map.numpy()
+    assert len(np.unique(expected)) > 1
+    with rasterio.open(folder / "out" / "scene.tif") as output, rasterio.open(folder / "scene.tif") as scene:
+        found = output.read(1)
+        assert output.crs == scene.crs and output.transform == scene.transform and output.nodata == 255
+        colors = output.colormap(1)
+    assert (found[:10] == 255).all() and np.array_equal(found[10:], expected[10:])
+    label_set = load_label_set("scenes")
+    assert [colors[index][:3] for index in range(label_set.num_labels)] == [tuple(color) for color in label_set.colors]
+    collection = json.loads((folder / "out" / "scene.geojson").read_text())
+    labels = {feature["properties"]["label"] for feature in collection["features"]}
+    assert labels == {label_set.labels[index] for index in np.unique(found[10:])}
+    longitude, latitude = collection["features"][0]["geometry"]["coordinates"][0][0]
+    assert 14 < longitude < 16 and 44 < latitude < 46
+    assert not list((folder / "out").glob("*.png"))
+
+
+class Watched:
+    """A scene that keeps the sizes of what is read from it."""
+
+    def __init__(self, scene) -> None:
+        self.scene, self.sizes = scene, set()
+
+    def __getattr__(self, name):
+        return getattr(self.scene, name)
+
+    def read(self, window):
+        self.sizes.add((window.height, window.width))
+        return self.scene.read(window=window)
+
+
+def test_the_scene_is_never_read_whole(folder) -> None:
+    write_scene(folder / "scene.tif")
+    predictor = Predictor.from_pretrained(folder / "model", device="cpu")
+    with rasterio.open(folder / "scene.tif") as scene:
+        watched = Watched(scene)
+        windows = SceneWindows(watched, predictor.processor)
+        assert windows.pixel_values(windows.windows[5]).dtype == torch.float32
+        (result,) = predictor.stream([("scene", windows)])
+    assert result.class_map.shape == (HEIGHT, WIDTH) and watched.sizes == {(32, 32)}
+
+
+def test_other_channels_are_refused_with_both_numbers(folder) -> None:
+    write_scene(folder / "scene.tif", channels=5)
+    with pytest.raises(SystemExit, match="the scene has 5 channels, and the model takes 4"):
+        predict(folder, "--full_resolution")
