@@ -71,6 +71,8 @@ NOT_RUN = {
     "--model ": "downloads a checkpoint",
     "org/": "needs a model or data set of the Hub",
     "timm/": "needs a model of the Hub",
+    "facebook/": "needs a model of the Hub",
+    "dinov2_vitb14": "needs weights that were downloaded",
     "ADEChallengeData2016": "needs a data set that is not free",
     "--dataset_name camvid": "needs a data set that is not free",
     "--recipe": "needs a data set of the Hub, or minutes",
@@ -93,7 +95,7 @@ def test_commands_run_as_they_stand(path, workplace, monkeypatch) -> None:
     monkeypatch.chdir(workplace)
     for program, *argv in (words for block in blocks(path, "shell") for words in commands(block)):
         line = " ".join([program, *argv, ""])
-        if any(part in line for part in NOT_RUN) and argv[0] != "estimate":
+        if any(part in line for part in NOT_RUN if (argv[0], part) != ("estimate", "--recipe")):
             continue
         if argv[0] == "publish" and "--dry_run" not in argv:  # which only writes a directory
             continue
