@@ -229,7 +229,8 @@ def write_all_dtypes(
 def fields_of(part: PreTrainedConfig | BaseImageProcessor) -> dict[str, Any]:
     """What its JSON file holds, without the names of code files, for they are not beside an exported model."""
     fields = json.loads(part.to_json_string())
-    fields.pop("auto_map", None)
+    for name in ("auto_map", "custom_pipelines"):
+        fields.pop(name, None)
     return fields
 
 
