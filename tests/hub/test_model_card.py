@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.data.label_sets import load_label_set
+from segmenter_hf.evaluation.evaluate import per_class_table
 from segmenter_hf.hub.model_card import (
     CardFacts,
     hub_name,
@@ -236,3 +237,16 @@ def test_the_examples_of_a_published_card_run(published_cards, tmp_path, monkeyp
         if "result" in names:
             assert torch.equal(names["result"].segmentation_scores.argmax(0), names["result"].segmentation)
     assert Path("predictions/sample_overlay.png").exists()
+
+
+def test_names_of_classes_and_datasets_do_not_break_tables(tmp_path, facts) -> None:
+    names = ("a|b", "two\nlines", "<b>", "back\\slash", *(f"class {index}" for index in range(4)))
+    model = tiny_model(names)
+    write_model_card(tmp_path, model=model, facts=replace(facts, training={"name | of\nall": "x|y"}))
+    text = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)[2]
+    assert "| name \\| of all | x\\|y |" in text
+    assert "a\\|b, two lines, &lt;b>, back\\\\slash, class 0" in text
+    assert "two\nlines" not in text
+    results = {"per_category_iou": [0.5, 0.5], "per_category_accuracy": [1.0, 1.0]}
+    table = per_class_table(results | {"mean_iou": 0.5, "mean_accuracy": 1.0}, names[:2])
+    assert table.splitlines()[2:4] == ["| a\\|b | 50.00 | 100.00 |", "| two lines | 50.00 | 100.00 |"]

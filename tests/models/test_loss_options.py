@@ -128,7 +128,10 @@ def test_a_label_set_of_one_class_gets_a_background() -> None:
         ({"semantic_loss_class_weights": [1.0, -2.0, 1.0]}, "none below 0"),
         ({"semantic_loss_class_weights": [1.0, float("nan"), 1.0]}, "must be 3 finite numbers"),
         ({"semantic_loss_label_smoothing": 1.5}, "from 0 to 1, got 1.5"),
-        ({"semantic_loss_dice_weight": -1.0}, "at least 0, got -1.0"),
+        ({"semantic_loss_class_weights": [1.0, 2.0]}, "another `num_labels`, give `semantic_loss_class_weights=None`"),
+        ({"semantic_loss_dice_weight": -1.0}, "at least 0 and finite, got -1.0"),
+        ({"semantic_loss_dice_weight": float("nan")}, "must be (at least 0 and )?finite, got nan"),
+        ({"semantic_loss_dice_weight": float("inf")}, "must be (at least 0 and )?finite, got inf"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message) -> None:

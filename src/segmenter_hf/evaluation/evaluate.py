@@ -16,6 +16,7 @@ from ..data.label_sets import LabelSet
 from ..inference.predictor import InputImage, Predictor
 from ..inference.visualization import prediction_grid, preview
 from ..utils.atomic_files import atomic_write, write_json, write_text
+from ..utils.markdown import markdown_cell
 from ..utils.processes import process_state
 from .metrics import ConfusionMatrix, confusion_matrix, scores_from_confusion_matrix
 
@@ -173,7 +174,7 @@ def per_class_table(results: dict[str, Any], names: Sequence[str]) -> str:
     """Markdown table of IoU and accuracy of each class in percent; classes that do not occur have a dash."""
     lines = ["| class | IoU | accuracy |", "|---|---|---|"]
     for name, iou, accuracy in zip(names, results["per_category_iou"], results["per_category_accuracy"]):
-        lines.append(f"| {name} | {as_percent(iou)} | {as_percent(accuracy)} |")
+        lines.append(f"| {markdown_cell(name)} | {as_percent(iou)} | {as_percent(accuracy)} |")
     lines.append(f"| **mean** | **{as_percent(results['mean_iou'])}** | **{as_percent(results['mean_accuracy'])}** |")
     return "\n".join(lines) + "\n"
 

@@ -15,6 +15,7 @@ from ..data.label_sets import load_label_set
 from ..data.synthetic_scenes import draw_scene
 from ..evaluation.evaluate import as_percent, per_class_table
 from ..utils.atomic_files import atomic_write, check_types, read_json_object, write_json, write_text
+from ..utils.markdown import markdown_cell
 from .published_models import PublishedModel, get_published_model, load_published_models
 
 
@@ -275,7 +276,7 @@ def results_table(results: Sequence[dict[str, Any]], published: PublishedModel |
         del columns["published"]
     cells = [["dataset", "split", "protocol", *columns.values()], ["---"] * (3 + len(columns))]
     cells += [[*key, *(str(row.get(column, "")) for column in columns)] for key, row in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join(f"| {' | '.join(map(markdown_cell, line))} |" for line in cells)
 
 
 def _result_key(result: dict[str, Any]) -> tuple[str, str, str]:
@@ -405,6 +406,7 @@ def _render(
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
+        cell=markdown_cell,
         name=name,
         location=location,
         on_hub=on_hub,

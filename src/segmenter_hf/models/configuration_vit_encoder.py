@@ -294,6 +294,8 @@ class VitEncoderConfig(PreTrainedConfig):
     def validate_numbers(self) -> None:
         """Dropout and drop path are probabilities below 1, the epsilons of the norms positive."""
         for name, value in self.to_dict().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{name}` must be finite, got {value}.")
             if name.endswith(("dropout_prob", "drop_path_rate")) and not 0 <= value < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {value}.")
             if name.endswith("norm_eps") and not 0 < value < math.inf:
@@ -311,7 +313,8 @@ class VitEncoderConfig(PreTrainedConfig):
         )
         if not usable or weights is not None and len(weights) != expected:
             raise ValueError(
-                f"`semantic_loss_class_weights` must be {expected} finite numbers, none below 0 and one above, got {weights}."
+                f"`semantic_loss_class_weights` must be {expected} finite numbers, none below 0 and one above, got {weights}. "
+                "To load a model with another `num_labels`, give `semantic_loss_class_weights=None` or new weights with it."
             )
         if not 0 <= self.semantic_loss_focal_gamma < math.inf:
             raise ValueError(
@@ -325,8 +328,10 @@ class VitEncoderConfig(PreTrainedConfig):
             raise ValueError(
                 f"`semantic_loss_label_smoothing` must be from 0 to 1, got {self.semantic_loss_label_smoothing}."
             )
-        if self.semantic_loss_dice_weight < 0:
-            raise ValueError(f"`semantic_loss_dice_weight` must be at least 0, got {self.semantic_loss_dice_weight}.")
+        if not 0 <= self.semantic_loss_dice_weight < math.inf:
+            raise ValueError(
+                f"`semantic_loss_dice_weight` must be at least 0 and finite, got {self.semantic_loss_dice_weight}."
+            )
 
     def validate_activation(self) -> None:
         """The activation is one that transformers knows."""

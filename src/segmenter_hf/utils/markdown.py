@@ -1,0 +1,11 @@
+"""Text of users, such as names of classes, in Markdown."""
+
+from typing import Any
+
+
+def markdown_cell(value: Any) -> str:
+    """Return a value as it stands in a table or a line: in one line, and with no bar that would end its cell."""
+    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+__all__ = ["markdown_cell"]
