@@ -124,6 +124,7 @@ def model_config(variant: dict[str, Any], checkpoint: Checkpoint, path: Path) ->
         "position_embedding_interpolation": "bilinear",
         "decoder_type": decoder,
         "decoder_layer_norm_eps": LAYER_NORM_EPS,
+        **token_merging_config(variant, path),
     }
     if decoder == "mask_transformer":
         dropout = lookup(variant, "net_kwargs.decoder.dropout", float, path)
@@ -136,6 +137,23 @@ def model_config(variant: dict[str, Any], checkpoint: Checkpoint, path: Path) ->
             "decoder_drop_path_rate": lookup(variant, "net_kwargs.decoder.drop_path_rate", float, path),
         }
     return config
+
+
+def token_merging_config(variant: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Arguments of token merging, where the model was trained with ALGM (tue-mps/algm-segmenter); layers count from 1 there."""
+    patch_type = lookup(variant, "dataset_kwargs.patch_type", str, path, "pure")
+    if patch_type not in ("pure", "algm"):
+        raise ValueError(f"{path}: expected the patch_type pure or algm, got {patch_type!r}.")
+    if patch_type == "pure":
+        return {}
+    layers = lookup(variant, "dataset_kwargs.selected_layers", (tuple, list), path)
+    if not all(isinstance(layer, int) for layer in layers):
+        raise ValueError(f"{path}: expected `dataset_kwargs.selected_layers` to be numbers, got {layers!r:.200}.")
+    return {
+        "token_merging_layers": [layer - 1 for layer in layers],
+        "token_merging_window_size": list(lookup(variant, "dataset_kwargs.merging_window_size", (tuple, list), path)),
+        "token_merging_threshold": lookup(variant, "dataset_kwargs.threshold", float, path),
+    }
 
 
 def agreed(variant: dict[str, Any], name: str, found: int, checkpoint: Checkpoint, path: Path) -> int:

@@ -104,6 +104,12 @@ class VitEncoderConfig(PreTrainedConfig):
         position_embedding_antialias (`bool`, defaults to `False`): Whether that is antialiased.
         position_embedding_offset (`float`, defaults to 0.0): What is added to the number of patches of a side before the
             scale is computed, (n + offset) / trained n: 0.1 in Meta's DINOv2 without registers. Not with antialiasing.
+        token_merging_layers (`list[int]`, *optional*): Layers, from 0, in which similar patches become one token (ALGM, Norouzi et
+            al., CVPR 2024): in the first one within windows, in the others wherever they lie. All patches stay apart by default.
+        token_merging_window_size (`int` or `[height, width]`, defaults to 2): Patches of these windows.
+        token_merging_threshold (`float`, defaults to 0.88): The least mean cosine similarity of a window that is merged.
+        token_merging_batchwise (`bool`, defaults to `False`): Whether all images of a batch keep as many tokens as the one
+            that keeps most, as in the original. Otherwise each image is merged by itself, whatever else is in the batch.
         semantic_loss_ignore_index (`int`, defaults to 255): Label of pixels that the loss leaves out.
         semantic_loss_class_weights (`list[float]`, *optional*): Weight of each class in the cross-entropy; all 1 by default.
             With one class they are those of the background and of the class.
@@ -164,6 +170,10 @@ class VitEncoderConfig(PreTrainedConfig):
     position_embedding_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     position_embedding_antialias: bool = False
     position_embedding_offset: float | int = 0.0
+    token_merging_layers: list[int] | tuple[int, ...] | None = None
+    token_merging_window_size: int | list[int] | tuple[int, ...] = 2
+    token_merging_threshold: float | int = 0.88
+    token_merging_batchwise: bool = False
     semantic_loss_ignore_index: int = 255
     semantic_loss_class_weights: list[float | int] | tuple[float | int, ...] | None = None
     semantic_loss_label_smoothing: float | int = 0.0
@@ -241,6 +251,14 @@ class VitEncoderConfig(PreTrainedConfig):
         height, width = self.image_size
         return height, width
 
+    @property
+    def token_merging_window_height_and_width(self) -> tuple[int, int]:
+        """(height, width) in patches of the windows of token merging."""
+        if isinstance(self.token_merging_window_size, int):
+            return self.token_merging_window_size, self.token_merging_window_size
+        height, width = self.token_merging_window_size
+        return height, width
+
     def validate_sizes(self) -> None:
         """Every size is positive, and the patches tile the image."""
         for name, value in self.to_dict().items():
@@ -290,6 +308,20 @@ class VitEncoderConfig(PreTrainedConfig):
                 "`position_embedding_offset` and `position_embedding_antialias` exclude each other, got "
                 f"{self.position_embedding_offset} and {self.position_embedding_antialias}."
             )
+
+    def validate_token_merging(self) -> None:
+        """The layers exist and rise, windows hold two patches or more, and the threshold is a cosine."""
+        layers = self.token_merging_layers or ()
+        if list(layers) != sorted({*layers} & {*range(self.num_hidden_layers)}):
+            raise ValueError(
+                f"`token_merging_layers` must be rising numbers from 0 to {self.num_hidden_layers - 1}, got {layers}."
+            )
+        size = self.token_merging_window_size
+        sides = [size, size] if isinstance(size, int) else list(size)
+        if len(sides) != 2 or min(sides) < 1 or max(sides) > MAX_SIZE or sides == [1, 1]:
+            raise ValueError(f"`token_merging_window_size` must be 2 patches or more, or [height, width], got {size}.")
+        if not -1 <= self.token_merging_threshold <= 1:
+            raise ValueError(f"`token_merging_threshold` must be from -1 to 1, got {self.token_merging_threshold}.")
 
     def validate_numbers(self) -> None:
         """Dropout and drop path are probabilities below 1, the epsilons of the norms positive."""

@@ -17,7 +17,9 @@ from .modeling_vit_encoder import (
     VitEncoderModel,
     VitEncoderPreTrainedModel,
     patch_grid,
+    token_attention_mask,
 )
+from .token_merging import MergedTokens
 
 
 @dataclass
@@ -66,6 +68,7 @@ class SegmenterMaskTransformerDecoder(nn.Module):
 
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()
+        self.config = config
         width, last = config.decoder_hidden_size, max(config.decoder_num_hidden_layers - 1, 1)
         self.projection = nn.Linear(config.hidden_size, width)
         self.class_embeddings = nn.Parameter(torch.zeros(1, config.num_labels, width))
@@ -93,14 +96,18 @@ class SegmenterMaskTransformerDecoder(nn.Module):
         )
 
     def forward(
-        self, patches: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, patches: torch.Tensor, merged: MergedTokens | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Patch tokens (batch, patches, hidden) to masks (batch, patches, labels), layer states and attentions."""
+        """Patch tokens (batch, patches, hidden) to masks (batch, patches, labels), layer states and attentions.
+
+        With `merged` the tokens that hold the patches; what is returned is of patches all the same.
+        """
         classes = self.class_embeddings.expand(patches.shape[0], -1, -1)
         tokens = torch.cat([self.projection(patches), classes], dim=1)
+        mask = token_attention_mask(self.config, tokens, merged, num_suffix_tokens=classes.shape[1])
         hidden_states, attentions = [tokens], []
         for layer in self.layers:
-            tokens, probabilities = layer(tokens, **kwargs)
+            tokens, probabilities, _ = layer(tokens, attention_mask=mask, **kwargs)
             hidden_states.append(tokens)
             attentions.append(probabilities)
         tokens = self.layernorm(tokens)
@@ -111,7 +118,12 @@ class SegmenterMaskTransformerDecoder(nn.Module):
             for vectors in (self.patch_projection(patches), self.class_projection(classes))
         )
         masks = self.mask_norm(patches @ classes.transpose(1, 2))
-        return masks, tuple(hidden_states), tuple(p for p in attentions if p is not None)
+        attentions = [probabilities for probabilities in attentions if probabilities is not None]
+        if merged is not None:
+            masks, suffix = merged.expand(masks), classes.shape[1]
+            hidden_states = [merged.expand(states, num_suffix_tokens=suffix) for states in hidden_states]
+            attentions = [merged.expand_attention(values, num_suffix_tokens=suffix) for values in attentions]
+        return masks, tuple(hidden_states), tuple(attentions)
 
 
 class SegmenterPreTrainedModel(VitEncoderPreTrainedModel):
@@ -178,6 +190,8 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
         tokens = outputs.last_hidden_state
         if outputs.feature_states is not None:
             tokens = torch.cat([self.segmenter.layernorm(states) for states in outputs.feature_states], dim=-1)
+        if outputs.merged_tokens and self.config.decoder_type == "mask_transformer":
+            tokens, kwargs["merged"] = outputs.merged_hidden_state, outputs.merged_tokens[-1]
         patches = tokens[:, self.segmenter.embeddings.num_prefix_tokens :]
         masks, decoder_hidden_states, decoder_attentions = self.decode_head(patches, **kwargs)
         grid = patch_grid(pixel_values, self.config.patch_size)

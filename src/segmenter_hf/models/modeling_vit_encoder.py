@@ -5,16 +5,18 @@ What DINOv2, DINOv3, CLIP and others add to them are options of the configuratio
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -32,6 +34,7 @@ from .segmentation_loss import (
     upsampled_hard_pixel_loss,
 )
 from .sliding_window import with_background
+from .token_merging import MergedTokens, merge_tokens
 
 
 if TYPE_CHECKING:  # never imported here: transformers copies the files that these lines name with a saved model
@@ -49,9 +52,14 @@ class VitEncoderOutput(BaseModelOutput):
         attentions (`tuple[torch.FloatTensor]`, on request): Attention probabilities of each layer.
         feature_states (`tuple[torch.FloatTensor]`): The outputs of the layers `out_indices` of the configuration, before
             the final norm, where it names any.
+        merged_hidden_state (`torch.FloatTensor` of shape `(batch_size, prefix + tokens, hidden_size)`): With token merging,
+            `last_hidden_state` before each patch took the token that holds it. All other tensors are of patches.
+        merged_tokens (`tuple[MergedTokens]`): With token merging, which token holds each patch after each merging layer.
     """
 
     feature_states: tuple[torch.FloatTensor, ...] | None = None
+    merged_hidden_state: torch.FloatTensor | None = None
+    merged_tokens: tuple[MergedTokens, ...] | None = None
 
 
 def patch_grid(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:
@@ -110,30 +118,31 @@ def resize_position_embeddings(
     return torch.cat([special, patches.flatten(2).transpose(1, 2).to(special.dtype)], dim=1)
 
 
-def rotary_position_embeddings(
-    grid: tuple[int, int], num_prefix_tokens: int, head_dim: int, theta: float, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines by which queries and keys are rotated (DINOv3, `rope_position_encoding.py`).
+def rotary_angles(grid: tuple[int, int], head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """Angles by which queries and keys are rotated (DINOv3, `rope_position_encoding.py`).
 
     A patch has the coordinates of its centre, from -1 to 1 in each direction. Angles are 2 pi times the row, then the column,
-    over head_dim / 4 periods each, all of them twice. The tokens before the patches are not rotated.
+    over head_dim / 4 periods each, all of them twice.
 
     Args:
         grid (`tuple[int, int]`): Rows and columns of patches.
-        num_prefix_tokens (`int`): Tokens before the patches.
         head_dim (`int`): Channels of a head, a multiple of 4.
         theta (`float`): Base of the periods.
         device (`torch.device`): Where to compute.
 
     Returns:
-        `tuple[torch.FloatTensor, torch.FloatTensor]` of shape `(prefix + patches, head_dim)`, float32.
+        `torch.FloatTensor` of shape `(patches, head_dim)`.
     """
     periods = theta ** (torch.arange(head_dim // 4, device=device) * (4 / head_dim))
     rows, columns = (
         2 * math.pi * (2 * (torch.arange(n, device=device) + 0.5) / n - 1)[:, None] / periods for n in grid
     )
     rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
-    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1).tile(2)  # (patches, head_dim)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1).tile(2)
+
+
+def cosines_and_sines(angles: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of angles (..., patches, head_dim), behind those of tokens before the patches, which are not rotated."""
     prefix = (0, 0, num_prefix_tokens, 0)
     return nn.functional.pad(angles.cos(), prefix, value=1.0), nn.functional.pad(angles.sin(), prefix)
 
@@ -142,6 +151,55 @@ def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> 
     """(..., tokens, head_dim) rotated: channel i and i + head_dim / 2 are a point in a plane."""
     first, second = states.chunk(2, dim=-1)
     return states * cosines.to(states.dtype) + torch.cat([-second, first], dim=-1) * sines.to(states.dtype)
+
+
+def token_attention_mask(
+    config: VitEncoderConfig,
+    hidden_states: torch.Tensor,
+    merged: MergedTokens | None,
+    num_prefix_tokens: int = 0,
+    num_suffix_tokens: int = 0,
+) -> torch.Tensor | None:
+    """What keeps attention from the padding of merged tokens (batch, prefix + tokens + suffix, hidden), if there is any."""
+    if merged is None or merged.mask is None:
+        return None
+    mask = nn.functional.pad(merged.mask, (num_prefix_tokens, num_suffix_tokens), value=True)
+    return create_bidirectional_mask(config, hidden_states, mask)
+
+
+def expand_merged_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate `forward` of the encoder: with token merging, the states and attentions that it returns are of patches."""
+
+    @wraps(forward)
+    def expanded(self: "VitEncoderModel", *args: Any, **kwargs: Any) -> Any:
+        if not self.config.token_merging_layers:
+            return forward(self, *args, **kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        outputs = forward(self, *args, **kwargs, return_dict=True)
+        prefix, layers = self.embeddings.num_prefix_tokens, list(self.config.token_merging_layers)
+
+        def states_after(states: torch.Tensor | None, num_merges: int) -> torch.Tensor | None:
+            if states is None or not num_merges:
+                return states
+            return outputs.merged_tokens[num_merges - 1].expand(states, prefix)
+
+        outputs.merged_hidden_state = outputs.last_hidden_state
+        outputs.last_hidden_state = states_after(outputs.last_hidden_state, len(layers))
+        if outputs.hidden_states is not None:  # the embeddings, then the output of each layer
+            outputs.hidden_states = tuple(
+                states_after(states, bisect_left(layers, index)) for index, states in enumerate(outputs.hidden_states)
+            )
+        if outputs.attentions is not None:  # a layer attends before it merges
+            merged = [None, *outputs.merged_tokens]
+            before = [merged[bisect_left(layers, index)] for index in range(len(outputs.attentions))]
+            outputs.attentions = tuple(
+                attention if state is None else state.expand_attention(attention, prefix)
+                for attention, state in zip(outputs.attentions, before)
+            )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if return_dict else outputs.to_tuple()
+
+    return expanded
 
 
 class VitEncoderPatchEmbeddings(nn.Module):
@@ -211,13 +269,19 @@ class VitEncoderEmbeddings(nn.Module):
         )
 
     def rotary_positions_for(
-        self, grid: tuple[int, int], device: torch.device
+        self, grid: tuple[int, int], device: torch.device, merged: MergedTokens | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosines and sines of a grid of patches; `None` where positions are learned."""
+        """Cosines and sines of the tokens of a grid of patches; `None` where positions are learned.
+
+        A merged token stands where its patches stand on average.
+        """
         if self.position_embeddings is not None:
             return None
-        head_dim, theta = self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta
-        return rotary_position_embeddings(grid, self.num_prefix_tokens, head_dim, theta, device)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        angles = rotary_angles(grid, head_dim, self.config.rope_theta, device)
+        if merged is not None:
+            angles = merged.average(angles)[:, None]  # (batch, 1 for the heads, tokens, head_dim)
+        return cosines_and_sines(angles, self.num_prefix_tokens)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (batch, channels, height, width) to tokens (batch, prefix + patches, hidden)."""
@@ -291,9 +355,13 @@ class VitEncoderAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens (batch, tokens, hidden) to the same shape, and probabilities (batch, heads, tokens, tokens)."""
+        """Tokens (batch, tokens, hidden) to the same shape, and probabilities (batch, heads, tokens, tokens).
+
+        `attention_mask` has the form that the attention implementation wants: see [`token_attention_mask`].
+        """
         batch_size, num_tokens, hidden_size = hidden_states.shape
         query = self.project(self.q_proj, hidden_states, rotary)
         key = self.project(self.k_proj, hidden_states, rotary)
@@ -306,7 +374,7 @@ class VitEncoderAttention(nn.Module):
             query,
             key,
             value,
-            None,
+            attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
@@ -441,14 +509,23 @@ class VitEncoderLayer(GradientCheckpointingLayer):
         self.drop_path = VitEncoderDropPath(drop_path_rate)
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens (batch, tokens, hidden) to the same shape, and the attention probabilities where they exist."""
+        self,
+        hidden_states: torch.Tensor,
+        merge: Callable[[torch.Tensor], tuple[torch.Tensor, MergedTokens]] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, MergedTokens | None]:
+        """Tokens (batch, tokens, hidden) to the same shape, the attention probabilities where they exist, and `None`.
+
+        With `merge`, which stands between attention and MLP, to the tokens that it leaves, and what it says of them.
+        """
+        merged = None
         attended, probabilities = self.attention(self.layernorm_before(hidden_states), **kwargs)
         hidden_states = hidden_states + self.drop_path(self._scale(self.dropout(attended), self.layer_scale1))
+        if merge is not None:
+            hidden_states, merged = merge(hidden_states)
         transformed = self.mlp(self.layernorm_after(hidden_states))
         hidden_states = hidden_states + self.drop_path(self._scale(transformed, self.layer_scale2))
-        return hidden_states, probabilities
+        return hidden_states, probabilities, merged
 
     @staticmethod
     def _scale(hidden_states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -569,6 +646,24 @@ class VitEncoderModel(VitEncoderPreTrainedModel):
         self.out_indices = tuple(getattr(config, "out_indices", None) or ())
         self.post_init()
 
+    def merge_in_layer(
+        self, index: int, grid: tuple[int, int], merged: MergedTokens | None
+    ) -> Callable[[torch.Tensor], tuple[torch.Tensor, MergedTokens]] | None:
+        """What merges the tokens in a layer, from the result of the merging layer before; `None` in other layers."""
+        if index not in (self.config.token_merging_layers or ()):
+            return None
+        return partial(
+            merge_tokens,
+            merged=merged,
+            num_prefix_tokens=self.embeddings.num_prefix_tokens,
+            grid=grid,
+            window_size=self.config.token_merging_window_height_and_width,
+            threshold=self.config.token_merging_threshold,
+            layer=index + 1,
+            batchwise=self.config.token_merging_batchwise,
+        )
+
+    @expand_merged_tokens
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> VitEncoderOutput:
@@ -588,14 +683,24 @@ class VitEncoderModel(VitEncoderPreTrainedModel):
         hidden_states = self.embeddings(pixel_values)
         grid = patch_grid(pixel_values, self.config.patch_size)
         rotary = self.embeddings.rotary_positions_for(grid, hidden_states.device)
-        states = {}
+        prefix, mask, merged = self.embeddings.num_prefix_tokens, None, None
+        states, merged_tokens = {}, []
         for index, layer in enumerate(self.layers):
-            hidden_states, _ = layer(hidden_states, rotary=rotary, **kwargs)
+            merge = self.merge_in_layer(index, grid, merged)
+            hidden_states, _, newly_merged = layer(
+                hidden_states, merge=merge, rotary=rotary, attention_mask=mask, **kwargs
+            )
+            if newly_merged is not None:
+                merged = newly_merged
+                merged_tokens.append(merged)
+                mask = token_attention_mask(self.config, hidden_states, merged, prefix)
+                rotary = self.embeddings.rotary_positions_for(grid, hidden_states.device, merged)
             if index in self.out_indices:
-                states[index] = hidden_states
+                states[index] = hidden_states if merged is None else merged.expand(hidden_states, prefix)
         return VitEncoderOutput(
             last_hidden_state=self.layernorm(hidden_states),
             feature_states=tuple(states[index] for index in self.out_indices) or None,
+            merged_tokens=tuple(merged_tokens) or None,
         )
 
 

@@ -31,29 +31,45 @@ class MergedTokens:
         mask = self.sizes > 0
         return None if bool(mask.all()) else mask
 
-    def expand(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens (batch, tokens, channels) to patches (batch, patches, channels): each patch takes its token."""
-        return tokens.gather(1, self.source[..., None].expand(-1, -1, tokens.shape[-1]))
+    def expand(self, states: torch.Tensor, num_prefix_tokens: int = 0, num_suffix_tokens: int = 0) -> torch.Tensor:
+        """Tokens (batch, prefix + tokens + suffix, channels) to patches: each patch takes its token, the rest stays."""
+        index = self._index(num_prefix_tokens, num_suffix_tokens)
+        return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
-    def expand_attention(self, probabilities: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
+    def expand_attention(
+        self, probabilities: torch.Tensor, num_prefix_tokens: int = 0, num_suffix_tokens: int = 0
+    ) -> torch.Tensor:
         """Attention between tokens to attention between patches, whose rows still add up to 1.
 
         Args:
-            probabilities (`torch.FloatTensor` of shape `(batch_size, heads, queries, keys)`): Queries and keys are the
-                prefix and the tokens.
-            num_prefix_tokens (`int`): Length of the prefix.
+            probabilities (`torch.FloatTensor` of shape `(batch_size, heads, queries, keys)`): Queries and keys are a prefix,
+                the tokens and a suffix.
+            num_prefix_tokens (`int`, defaults to 0), num_suffix_tokens (`int`, defaults to 0): Their lengths.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, heads, prefix + patches, prefix + patches)`: A patch asks as its
-            token does, and gets an equal share of what its token gets.
+            `torch.FloatTensor` of shape `(batch_size, heads, all, all)` with patches in place of tokens: a patch asks as
+            its token does, and gets an equal share of what its token gets.
         """
-        batch_size, num_heads = probabilities.shape[:2]
-        prefix = torch.arange(num_prefix_tokens, device=self.source.device).expand(batch_size, -1)
-        index = torch.cat([prefix, self.source + num_prefix_tokens], dim=1)[:, None]
-        rows = index[..., None].expand(-1, num_heads, -1, probabilities.shape[-1])
-        columns = index[:, :, None].expand(-1, num_heads, index.shape[-1], -1)
-        shares = torch.cat([prefix.new_ones(prefix.shape), self.sizes.gather(1, self.source)], dim=1)
+        index = self._index(num_prefix_tokens, num_suffix_tokens)[:, None]
+        rows = index[..., None].expand(-1, probabilities.shape[1], -1, probabilities.shape[-1])
+        columns = index[:, :, None].expand(-1, probabilities.shape[1], index.shape[-1], -1)
+        shares = self.sizes.gather(1, self.source)
+        shares = torch.nn.functional.pad(shares, (num_prefix_tokens, num_suffix_tokens), value=1.0)
         return probabilities.gather(2, rows).gather(3, columns) / shares[:, None, None]
+
+    def average(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of patches (patches, channels) to their means over the patches of each token (batch, tokens, channels)."""
+        index = self.source[..., None].expand(-1, -1, values.shape[-1])
+        sums = values.new_zeros(*self.sizes.shape, values.shape[-1]).scatter_add(1, index, values.expand_as(index))
+        return sums / self.sizes.clamp(min=1)[..., None]
+
+    def _index(self, num_prefix_tokens: int, num_suffix_tokens: int) -> torch.Tensor:
+        prefix, suffix = (
+            torch.arange(number, device=self.source.device).expand(len(self.source), -1)
+            for number in (num_prefix_tokens, num_suffix_tokens)
+        )
+        first = num_prefix_tokens
+        return torch.cat([prefix, self.source + first, suffix + first + self.sizes.shape[1]], dim=1)
 
 
 def merge_tokens(
