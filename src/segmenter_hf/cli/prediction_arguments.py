@@ -27,6 +27,9 @@ class PredictionArguments:
     bf16: bool = field(default=False, metadata={"help": "Weights and arithmetic in bfloat16: approximate, faster."})
     int8: bool = field(default=False, metadata={"help": "Weights in 8 bits: approximate, less memory. Needs torchao."})
     compile: bool = field(default=False, metadata={"help": "Compile the network first; pays for many images."})
+    token_merging: bool = field(
+        default=False, metadata={"help": "Merge similar patches in the network: approximate, faster."}
+    )
 
     def load_predictor(self, **fields: Any) -> Predictor:
         """The model with what belongs to it and the protocol, of which `fields` are further ones."""
@@ -42,6 +45,7 @@ class PredictionArguments:
             label_set=self.label_set,
             int8=self.int8,
             compile=self.compile,
+            token_merging=self.token_merging,
         )
 
 

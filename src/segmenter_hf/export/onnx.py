@@ -290,6 +290,11 @@ def export_onnx(
     output_dir = Path(output_dir)
     check_export_directory(output_dir, overwrite)
     model, processor, label_set = load_model(model_name_or_path, device="cpu")
+    if model.config.token_merging_layers:
+        raise ValueError(
+            "A model that merges tokens cannot be exported: their number depends on the image. Set `token_merging_layers` to "
+            "null in its config.json; the weights are the same."
+        )
     with atomic_directory(output_dir.absolute()) as temporary:
         folder = temporary / ONNX_FOLDER
         opset, differences, agreements = write_all_dtypes(model, processor, folder, dtypes, opset)

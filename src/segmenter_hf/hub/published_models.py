@@ -119,7 +119,8 @@ def published_models_table() -> str:
     for model in load_published_models().values():
         weights, option = model.checkpoint_url or model.share_url, f"`--model {model.name}`"
         if model.share_url:
-            option += f" once [downloaded by hand]({model.share_url}), password `{model.share_password}`"
+            password = f", password `{model.share_password}`" if model.share_password else ""
+            option += f" once [downloaded by hand]({model.share_url}){password}"
         rows.append(
             (
                 _link(model.name, weights),
@@ -149,7 +150,8 @@ def _protocol(model: PublishedModel) -> str:
     if model.window_size is None:
         return "-"
     if model.window_stride is None:
-        return f"{model.window_size}/in [{_file_name(model.config_url)}]({model.config_url})"
+        name = _file_name(model.config_url) if model.config_url else "its configuration"
+        return f"{model.window_size}/in {_link(name, model.config_url)}"
     return f"{model.window_size}/{model.window_stride}"
 
 

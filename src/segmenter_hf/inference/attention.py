@@ -5,6 +5,7 @@ of (heads, tokens, tokens) for every layer. They are the same whatever attention
 """
 
 import threading
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_utils import ImageInput
 
+from ..models.token_merging import MergedTokens
 from ..models.window_geometry import Window
 from .predictor import Predictor
 from .visualization import attention_overlay, picture_table
@@ -50,26 +52,52 @@ def attention_rows(
         ValueError: If there is no such layer or token.
     """
     attention = _layer(model, layer, decoder).attention
-    thread, captured = threading.get_ident(), []
+    thread = threading.get_ident()
+    captured: list[tuple[torch.Tensor, Any]] = []
+    merges: list[MergedTokens] = []
 
     def capture(module: nn.Module, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
         if threading.get_ident() == thread:  # other threads may be using the model
             captured.append((inputs[0], options.get("rotary")))
 
-    hook = attention.register_forward_pre_hook(capture, with_kwargs=True)
+    def capture_merging(module: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: Any) -> None:
+        if threading.get_ident() == thread:
+            merges.extend(outputs.merged_tokens or ())
+
+    hooks = [
+        attention.register_forward_pre_hook(capture, with_kwargs=True),
+        model.base_model.register_forward_hook(capture_merging),
+    ]
     try:
         model(pixel_values=pixel_values.to(model.device, model.dtype))
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     ((tokens, rotary),) = captured
-    num_tokens = tokens.shape[1]
+    merged = _merged_before(model, merges, layer, decoder)
+    sides = (0, model.config.num_labels) if decoder else (model.base_model.embeddings.num_prefix_tokens, 0)
+    num_tokens = tokens.shape[1] if merged is None else merged.source.shape[1] + sum(sides)
     if queries is not None and not all(-num_tokens <= query < num_tokens for query in queries):
         raise ValueError(f"`queries` must be tokens from 0 to {num_tokens - 1}, got {list(queries)}.")
     query, key = (
         attention.project(projection, tokens, rotary).float() for projection in (attention.q_proj, attention.k_proj)
     )
-    query = query if queries is None else query[:, :, list(queries)]
-    return (query @ key.transpose(2, 3) * attention.scaling).softmax(dim=-1)
+    if merged is None:
+        query = query if queries is None else query[:, :, list(queries)]
+        return (query @ key.transpose(2, 3) * attention.scaling).softmax(dim=-1)
+    padding = nn.functional.pad(merged.sizes == 0, sides, value=False)
+    scores = (query @ key.transpose(2, 3) * attention.scaling).masked_fill(padding[:, None, None], -torch.inf)
+    return merged.expand_attention(scores.softmax(dim=-1), *sides, queries=queries)
+
+
+def _merged_before(
+    model: PreTrainedModel, merges: list[MergedTokens], layer: int, decoder: bool
+) -> MergedTokens | None:
+    """What the tokens are that a layer attends to, where token merging took place before it."""
+    layers = list(model.config.token_merging_layers or ())
+    index = range(model.config.num_hidden_layers)[layer] if not decoder else model.config.num_hidden_layers
+    number = bisect_left(layers, index)
+    return merges[number - 1] if number else None
 
 
 def patch_attention(predictor: Predictor, image: ImageInput, point: tuple[int, int], layer: int = -1) -> np.ndarray:

@@ -37,6 +37,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     int8: bool = False,
     compile: bool = False,
+    token_merging: bool = False,
 ) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:
     """Load a model with its image processor and label set: whole, finite, and of this package, or not at all.
 
@@ -51,6 +52,8 @@ def load_model(
             memory. Needs torchao (`pip install segmenter-hf[int8]`).
         compile (`bool`, defaults to `False`): Whether to compile the network on its first use. Each number of windows at
             once is compiled anew, which takes up to a minute; it pays for many images.
+        token_merging (`bool`, defaults to `False`): Whether similar patches become one token, in a model that was trained
+            without it too: faster and approximate. Layers and threshold are those of the configuration, where it names some.
 
     Returns:
         `tuple[PreTrainedModel, BaseImageProcessor, LabelSet]`: The model in evaluation mode, and what belongs to it.
@@ -76,6 +79,12 @@ def load_model(
     found = found.with_background()
     check_label_set(model, found)
     model = model.to(target_device).eval()
+    if token_merging and not model.config.token_merging_layers:
+        model.config.token_merging_layers = sorted({0, model.config.num_hidden_layers // 3})  # 1 and 5 of 12 in ALGM
+    if compile and model.config.token_merging_layers:
+        raise ValueError(
+            "`compile` and `token_merging` exclude each other: the number of tokens depends on the image."
+        )
     if compile:
         compile_network(model)
     return model, processor, found

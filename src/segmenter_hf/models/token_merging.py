@@ -7,6 +7,7 @@ its patches. Each step is an assignment, the new index of each old token; the to
 of its batch are followed by padding, which attention has to leave out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,7 +38,11 @@ class MergedTokens:
         return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
     def expand_attention(
-        self, probabilities: torch.Tensor, num_prefix_tokens: int = 0, num_suffix_tokens: int = 0
+        self,
+        probabilities: torch.Tensor,
+        num_prefix_tokens: int = 0,
+        num_suffix_tokens: int = 0,
+        queries: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Attention between tokens to attention between patches, whose rows still add up to 1.
 
@@ -45,14 +50,16 @@ class MergedTokens:
             probabilities (`torch.FloatTensor` of shape `(batch_size, heads, queries, keys)`): Queries and keys are a prefix,
                 the tokens and a suffix.
             num_prefix_tokens (`int`, defaults to 0), num_suffix_tokens (`int`, defaults to 0): Their lengths.
+            queries (`Sequence[int]`, *optional*): The rows to return, of those with patches; all by default.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, heads, all, all)` with patches in place of tokens: a patch asks as
             its token does, and gets an equal share of what its token gets.
         """
-        index = self._index(num_prefix_tokens, num_suffix_tokens)[:, None]
-        rows = index[..., None].expand(-1, probabilities.shape[1], -1, probabilities.shape[-1])
-        columns = index[:, :, None].expand(-1, probabilities.shape[1], index.shape[-1], -1)
+        index = self._index(num_prefix_tokens, num_suffix_tokens)
+        rows = index if queries is None else index[:, list(queries)]
+        rows = rows[:, None, :, None].expand(-1, probabilities.shape[1], -1, probabilities.shape[-1])
+        columns = index[:, None, None].expand(-1, probabilities.shape[1], rows.shape[2], -1)
         shares = self.sizes.gather(1, self.source)
         shares = torch.nn.functional.pad(shares, (num_prefix_tokens, num_suffix_tokens), value=1.0)
         return probabilities.gather(2, rows).gather(3, columns) / shares[:, None, None]
