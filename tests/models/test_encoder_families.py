@@ -11,7 +11,12 @@ from segmenter_hf import (
     SetrForSemanticSegmentation,
 )
 from segmenter_hf.inference.attention import attention_rows
-from segmenter_hf.models.modeling_vit_encoder import resize_position_embeddings, rotary_position_embeddings, rotate
+from segmenter_hf.models.modeling_vit_encoder import (
+    cosines_and_sines,
+    resize_position_embeddings,
+    rotary_angles,
+    rotate,
+)
 
 from ..tiny_models import spread_weights
 
@@ -167,7 +172,8 @@ def test_initial_layer_scale_is_the_one_of_the_configuration_and_decoders_have_n
 
 def test_rotary_positions_are_those_of_a_loop() -> None:
     rows, columns, head_dim, theta = 2, 3, 16, 100.0
-    cosines, sines = rotary_position_embeddings((rows, columns), 2, head_dim, theta, torch.device("cpu"))
+    angles = rotary_angles((rows, columns), head_dim, theta, torch.device("cpu"))
+    cosines, sines = cosines_and_sines(angles, 2)
     states = torch.randn(2 + rows * columns, head_dim)
     rotated = rotate(states, cosines, sines)
     assert torch.equal(rotated[:2], states[:2])
