@@ -99,3 +99,12 @@ def test_a_format_goes_through_all_commands(tmp_path, name, capsys) -> None:
         export_onnx(str(model), tmp_path / "onnx", dtypes=("fp32",))
         (file,) = (tmp_path / "onnx").rglob("*.onnx")
         assert onnxruntime.InferenceSession(file).get_inputs()[0].name == "pixel_values"
+
+
+def test_a_void_id_is_told_by_the_option_of_the_command(tmp_path) -> None:
+    formats.void_id(tmp_path)
+    arguments = ["--dataset_name", str(tmp_path), "--num_labels", "11", "--output_dir", str(tmp_path / "model")]
+    with pytest.raises(
+        SystemExit, match=r"plant0.png\): ids \[11\](.|\n)*`--ignore_index 11`; .*`--do_reduce_labels true`"
+    ):
+        train([*arguments, *TRAINING])

@@ -3,15 +3,20 @@
 import functools
 import gc
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 
 TRACEBACK_VARIABLE = "SEGMENTER_HF_TRACEBACK"  # set to anything, it brings the traceback back
+KNOWN_OPTIONS: ContextVar[frozenset[str]] = ContextVar(
+    "KNOWN_OPTIONS", default=frozenset()
+)  # of the command that runs
 USER_ERRORS = (FloatingPointError, ImportError, MemoryError, OSError, ValueError)
 
 
@@ -52,7 +57,7 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
         except _user_errors() as error:
             if os.environ.get(TRACEBACK_VARIABLE):
                 raise
-            message = f"error: {str(error) or type(error).__name__}"
+            message = f"error: {name_options(str(error)) or type(error).__name__}"
             if not isinstance(error, UsageError):
                 raise SystemExit(message) from error
             print(message, file=sys.stderr)
@@ -89,6 +94,19 @@ def _user_errors() -> tuple[type[BaseException], ...]:
     """Return the errors of users, and those of the Hub's client where it is loaded: a connection that fails is no bug."""
     hub_errors = sys.modules.get("huggingface_hub.errors")
     return USER_ERRORS if hub_errors is None else (*USER_ERRORS, hub_errors.HTTPError)
+
+
+def name_options(message: str) -> str:
+    """A message of the library with its arguments, as in `ignore_index=11`, as options of the command: `--ignore_index 11`."""
+
+    def as_option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if name not in KNOWN_OPTIONS.get():
+            return match[0]
+        value = value.lower() if value in ("True", "False") else value
+        return f"`--{name}`" if value is None else f"`--{name} {value}`"
+
+    return re.sub(r"`([a-z]\w*)(?:=([^`\s]+))?`", as_option, message)
 
 
 def _leave_process_group(failed: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from .errors import UsageError
+from .errors import KNOWN_OPTIONS, UsageError
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -93,6 +93,9 @@ def parse_arguments(parser: HfArgumentParser, argv: Sequence[str] | None = None)
         UsageError: If something is left over; names the nearest option.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    KNOWN_OPTIONS.set(
+        frozenset(action.dest for action in parser._actions if f"--{action.dest}" in action.option_strings)
+    )
     *arguments, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
