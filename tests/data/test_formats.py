@@ -1,5 +1,7 @@
 """Every format gives the same scenes, whatever its files look like."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -46,3 +48,22 @@ def test_every_format_gives_the_same_scenes(tmp_path, write):
             assert np.array_equal(mask, formats.scene_ids(seed))
             assert image.shape == (formats.HEIGHT, formats.WIDTH, 3)
     assert sorted(seeds) == list(range(5))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        *(formats.two_folders, formats.one_folder, formats.cityscapes, formats.cvat_voc, formats.coco_polygons),
+        formats.labelme,
+    ],
+    ids=lambda write: write.__name__,
+)
+def test_hidden_files_and_folders_are_left_out(tmp_path, write):
+    write(tmp_path)
+    for file in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        for hidden in (file.with_name(f"._{file.name}"), file.parent / ".thumbnails" / file.name):
+            hidden.parent.mkdir(exist_ok=True)
+            shutil.copy(file, hidden)
+    fraction = 0.4 if write in WITHOUT_SPLITS else None
+    found = load_segmentation_datasets(str(tmp_path), validation_fraction=fraction)
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 3, "validation": 2}

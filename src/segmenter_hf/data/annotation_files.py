@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..models.image_io import IMAGE_FORMATS
+from ..utils.folders import visible_files
 from .described_masks import BACKGROUND_NAMES, describe
 from .folder_files import NUM_SHOWN, FolderSplit, check_existence, image_files, path_inside, read_json
 from .label_set_files import IGNORE_NAME
@@ -45,7 +46,9 @@ def coco_split(root: Path, name: str | None, config: str | None = None) -> Folde
         ValueError: If there are both kinds and none is chosen, or the file is wrong.
     """
     patterns = _COCO_FILES if name is None else [pattern.format(glob.escape(name)) for pattern in _COCO_SPLIT_FILES]
-    files = dict.fromkeys(file for pattern in patterns for file in sorted(root.glob(pattern)))
+    files = dict.fromkeys(
+        file for pattern in patterns for file in sorted(root.glob(pattern)) if not file.name.startswith(".")
+    )
     found = {file: content for file in files if _is_coco(content := _read_quietly(file))}
     kinds = {file: "panoptic" if _is_panoptic(content) else "instances" for file, content in found.items()}
     if config in COCO_KINDS:
@@ -197,7 +200,7 @@ def labelme_split(root: Path, folder: Path) -> FolderSplit | None:
     Raises:
         ValueError: If a file is not as labelme writes it, or its image is missing.
     """
-    files = [path for path in sorted(folder.rglob("[!.]*.json")) if path.is_file()] if folder.is_dir() else []
+    files = [path for path in visible_files(folder, [".json"]) if path.is_file()]
     if not files or not _is_labelme(_read_quietly(files[0])):
         return None
     beside = {path.with_suffix(""): path for path in image_files(folder)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..models.image_io import ARRAY_SUFFIXES, IMAGE_SUFFIXES
+from ..utils.folders import visible_files
 
 
 MAX_JSON_BYTES = 2**31
@@ -30,11 +31,8 @@ class FolderSplit(NamedTuple):
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and those below it, sorted; hidden ones are left out."""
-    if not folder.is_dir():
-        return []
-    paths = sorted(folder.rglob("[!.]*"))
-    return [path for path in paths if path.suffix.lower() in (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES) and not path.is_dir()]
+    """The images in a folder and those below it, sorted; hidden files and folders are left out."""
+    return visible_files(folder, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
 
 
 def files_by_stem(folder: Path) -> dict[str, Path]:

@@ -40,6 +40,7 @@ import pyarrow.parquet as pq
 from datasets.iterable_dataset import ArrowExamplesIterable
 from datasets.table import table_cast
 
+from ..utils.folders import visible_files
 from .annotation_files import coco_split, labelme_split
 from .encoded_images import RowImage
 from .folder_files import NUM_SHOWN, FolderSplit, check_existence, files_by_stem, image_files, path_inside
@@ -348,8 +349,8 @@ def _cityscapes_split(root: Path, name: str) -> FolderSplit | None:
 
 def _files_by_ending(folder: Path, ending: str) -> dict[str, Path]:
     """Files of a folder and those in it, by their path there without the ending."""
-    paths = sorted(folder.rglob(f"*{ending}")) if folder.is_dir() else ()
-    return {path.relative_to(folder).as_posix().removesuffix(ending): path for path in paths}
+    paths = visible_files(folder, [ending.lower()])
+    return {path.relative_to(folder).as_posix()[: -len(ending)]: path for path in paths}
 
 
 def _voc_split(root: Path, name: str, config: str | None) -> FolderSplit | None:
@@ -375,7 +376,7 @@ def _voc_list(folder: Path, name: str) -> Path | None:
     file = folder / f"{name}.txt"
     if file.is_file():
         return file
-    files = list(folder.glob("*.txt")) if name == "train" else []
+    files = list(folder.glob("[!.]*.txt")) if name == "train" else []
     known = {alias for aliases in _SPLIT_ALIASES.values() for alias in aliases}
     return files[0] if len(files) == 1 and files[0].stem not in known else None
 

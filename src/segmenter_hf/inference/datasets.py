@@ -33,6 +33,7 @@ from ..data.loading import (
 from ..data.saved_datasets import is_saved_dataset, load_saved_dataset
 from ..models.image_io import decode_image
 from ..utils.atomic_files import locked_directory
+from ..utils.folders import visible_files
 from ..utils.http import translate_http_errors
 from ..utils.processes import process_state
 from .dataset_files import OutputLayout, Row, finished_chunks, optional_text, prepare_folder
@@ -157,7 +158,7 @@ def _load_images(
         if split not in saved:
             raise ValueError(f"{root} has no split {split!r}, only {sorted(saved)}.")
         return saved[split], folders_of(root)
-    if any(root.rglob("*.parquet")):
+    if visible_files(root, [".parquet"]):
         return load_local(root, split, dataset_config, streaming), folders_of(root)
     images = split_images(root, split, dataset_config) or find_images([_picture_folder(root, split)])
     check_names(images.values())

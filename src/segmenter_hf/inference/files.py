@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..data.label_sets import LabelSet
 from ..models.image_io import ARRAY_SUFFIXES, IMAGE_SUFFIXES, read_channels
 from ..utils.atomic_files import atomic_write
+from ..utils.folders import visible_files
 from .attention import attention_picture
 from .predictor import Predictor, Segmentation
 from .scenes import is_scene, predict_scene
@@ -26,8 +27,8 @@ def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
     """The images among files and below folders, by the name that their results get.
 
     Args:
-        paths (`Sequence` of `str` or `Path`): Image files, which may have any suffix, and folders of images, of
-            which hidden files are none.
+        paths (`Sequence` of `str` or `Path`): Image files, which may have any suffix, and folders of images.
+            Hidden files and hidden folders in them are left out.
 
     Returns:
         `dict[str, Path]`: The file of each name. A name is the path below its folder without the suffix, and is made
@@ -39,10 +40,7 @@ def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            files = sorted(
-                file for file in path.rglob("[!.]*") if file.suffix.lower() in (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)
-            )
-            files = [file for file in files if not file.is_dir()]
+            files = visible_files(path, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
             names = [file.relative_to(path).with_suffix("") for file in files]
         else:
             files, names = [path] if path.is_file() else [], [Path(path.stem)]
