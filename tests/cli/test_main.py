@@ -8,12 +8,15 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import segmenter_hf
 from segmenter_hf.cli.main import SUBCOMMANDS, main
 from segmenter_hf.hub.published_models import load_published_models
+from segmenter_hf.inference.files import SAMPLE_IMAGE
 
 from ..script_help import help_of, run_command
+from ..tiny_models import save_tiny_scenes_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -177,3 +180,12 @@ def test_the_public_names_are_what_type_checkers_see() -> None:
     assert segmenter_hf.__version__ == metadata.version("segmenter-hf")
     with pytest.raises(AttributeError, match="no attribute 'Segmentor'"):
         segmenter_hf.Segmentor  # noqa: B018
+
+
+def test_without_images_the_sample_image_is_segmented(tmp_path, capsys) -> None:
+    save_tiny_scenes_model(tmp_path / "model")
+    arguments = ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    main(["predict", *arguments, "--device", "cpu"])
+    assert "sample image" in capsys.readouterr().out
+    label_map = Image.open(tmp_path / "out" / "sample.png")
+    assert label_map.size == Image.open(SAMPLE_IMAGE).size == (512, 384)

@@ -19,7 +19,7 @@ from typing import Literal
 
 from ..inference.dataset_files import OutputLayout
 from ..inference.datasets import load_image_dataset, predict_dataset
-from ..inference.files import predict_files
+from ..inference.files import SAMPLE_IMAGE, predict_files
 from ..inference.protocol import MAX_IMAGE_PIXELS
 from ..utils.processes import process_state
 from .errors import cli_main
@@ -34,7 +34,9 @@ class InputArguments:
 
     _argument_group_name = "input"
 
-    images: list[str] | None = field(default=None, metadata={"help": "Images, and folders of images."})
+    images: list[str] | None = field(
+        default=None, metadata={"help": "Images, and folders of images. By default a sample image."}
+    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Instead of images, a dataset: Hub name, folder or 'scenes'."}
     )
@@ -91,8 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Segment what the command line names."""
     parser = build_parser("predict", __doc__, [PredictionArguments, InputArguments, OutputArguments])
     prediction_args, input_args, output_args = parse_arguments(parser, argv)
-    if (input_args.images is None) == (input_args.dataset_name is None):
+    if input_args.images is not None and input_args.dataset_name is not None:
         parser.error("give either --images or --dataset_name")
+    if input_args.images is None and input_args.dataset_name is None:
+        print("Neither --images nor --dataset_name is given: segmenting the sample image of the package.")
+        input_args.images = [str(SAMPLE_IMAGE)]
     if output_args.attention and input_args.dataset_name is not None:
         parser.error("--attention is for --images only")
     predictor = prediction_args.load_predictor(

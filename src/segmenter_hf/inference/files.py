@@ -19,6 +19,7 @@ from .scenes import is_scene, predict_scene
 from .visualization import as_rgb, label_map_image, overlay, preview, with_legend
 
 
+SAMPLE_IMAGE = Path(__file__).parent / "sample.jpg"  # a drawn street scene, for whoever has no image yet
 MAX_NAME_BYTES = 255  # of a file, on nearly all file systems
 MAX_OVERLAY_SIDE = 4096  # pixels; larger images are reduced before they are painted
 
@@ -224,4 +225,4 @@ def save_results(predictor: Predictor, result: Segmentation, path: Path, outputs
             shown.save(temporary)
 
 
-__all__ = ["find_images", "predict_files"]
+__all__ = ["SAMPLE_IMAGE", "find_images", "predict_files"]
