@@ -256,6 +256,31 @@ def test_aliases_of_yaml_that_grow_are_refused(text, tmp_path) -> None:
         read_yaml(tmp_path / "variant.yml")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [1,\nb: 2", "ParserError: line 2, column 5: expected ',' or ']', but got '<stream end>'"),
+        ("a: 1\n\tb: 2", r"ScannerError: line 2, column 1: found character '\t' that cannot start any token"),
+        ("a: *x", "ComposerError: line 1, column 4: found undefined alias 'x'"),
+        ("a: !!python/object:os.system {}", "ConstructorError: line 1, column 4: could not determine a constructor"),
+        ("a: \x01", "ReaderError: unacceptable character #x0001: special characters are not allowed"),
+        ("a: 2020-99-99", "ValueError: month must be in 1..12"),
+    ],
+)
+def test_errors_of_yaml_are_one_line(text, said, tmp_path) -> None:
+    (tmp_path / "variant.yml").write_text(text)
+    with pytest.raises(ValueError, match=r"variant\.yml: expected YAML") as caught:
+        read_yaml(tmp_path / "variant.yml")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_of_torch_are_one_line_without_its_advice_to_trust_the_file(tmp_path) -> None:
+    (tmp_path / "model.pth").write_bytes(b"\x80\x02N(estca\x01")
+    with pytest.raises(ValueError, match=r"model\.pth: .*UnpicklingError: Can only append to lists.*NoneType'>$"):
+        read_checkpoint(tmp_path / "model.pth")
+
+
 def test_aliases_and_merge_keys_of_yaml_work(tmp_path) -> None:
     shared = [1, 2]
     (tmp_path / "variant.yml").write_text(

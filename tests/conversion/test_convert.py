@@ -303,8 +303,9 @@ def test_classifiers_of_the_pretraining_are_left_out(tmp_path) -> None:
     ],
 )
 def test_a_variant_that_does_not_fit_is_refused(change, message, tmp_path) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         convert_checkpoint(write_checkpoint(tmp_path, variant=change), tmp_path / "model")
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "model").exists()
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..data.label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, list_label_sets, load_label_set
 from ..models.image_processing_segmenter import SegmenterImageProcessor
 from ..utils.atomic_files import MODEL_FILES, atomic_directory, check_replaceable
+from ..utils.messages import one_line
 from . import dinov2_heads, mmsegmentation, paddlevit, rstrudel, setr, vit_checkpoints
 from .adaptation import adapt
 from .safe_loading import Checkpoint, read_checkpoint, sha256_of
@@ -187,7 +188,7 @@ def build(
         reduce = {} if labels is None else {"do_reduce_labels": labels.reduce_labels}
         processor = SegmenterImageProcessor(**conversion.processor | reduce)
     except (ValueError, RuntimeError) as error:  # sizes whose product overflows
-        raise ValueError(f"{checkpoint.path}: what its configuration says is not valid. {error}") from error
+        raise ValueError(f"{checkpoint.path}: what its configuration says is not valid. {one_line(error)}") from error
     load_weights(model, weights, checkpoint.path)
     used = {weight.source for weight in weights.values()}
     return Converted(model, processor, labels, source_keys, [key for key in source_keys if key not in used])

@@ -26,6 +26,8 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..utils.messages import one_line
+
 
 INDEX_FILE = "model.safetensors.index.json"  # of weights in several files
 MAX_TEXT_BYTES = 1 << 20  # a configuration
@@ -403,8 +405,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(text, Loader=VariantLoader)
     except (yaml.YAMLError, *CONSTRUCTOR_ERRORS) as error:
+        mark = getattr(error, "problem_mark", None)  # with it the error ends in the line of the file and a caret below
+        said = (
+            f"line {mark.line + 1}, column {mark.column + 1}: {one_line(error.problem)}" if mark else one_line(error)
+        )
         raise ValueError(
-            f"{path}: expected YAML of plain values and tuples. {type(error).__name__}: {error}"
+            f"{path}: expected YAML of plain values and tuples. {type(error).__name__}: {said}"
         ) from error
     return _mapping(content, path)
 
@@ -536,7 +542,11 @@ def _refusal(path: Path, names: list[str]) -> ValueError:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: the file is damaged or cut short, download it again. {type(error).__name__}: {error}")
+    # Around this torch advises to trust the file.
+    said = str(error).partition("WeightsUnpickler error:")[2].partition("Check the documentation")[0] or str(error)
+    return ValueError(
+        f"{path}: the file is damaged or cut short, download it again. {type(error).__name__}: {one_line(said)}"
+    )
 
 
 def _mapping(content: Any, path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import datasets
 
+from ..utils.messages import one_line
 from .folder_files import check_existence, path_inside, read_json
 
 
@@ -43,4 +44,4 @@ def _load(root: Path, folder: Path) -> datasets.Dataset:
     try:
         return datasets.load_from_disk(str(folder))
     except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: expected a dataset as `save_to_disk` writes it: {error}") from error
+        raise ValueError(f"{folder}: expected a dataset as `save_to_disk` writes it: {one_line(error)}") from error
