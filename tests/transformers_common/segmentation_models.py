@@ -81,7 +81,7 @@ class SegmentationModelTestMixin(ModelTesterMixin, TrainingTesterMixin):
 
     def test_config(self) -> None:
         arguments = {
-            "hidden_size": 36,
+            "hidden_size": 48,
             "num_attention_heads": 4,
             "image_size": [32, 48],
             "drop_path_rate": 0.2,
