@@ -63,6 +63,8 @@ def test_python_blocks_run_as_they_stand(path, workplace, monkeypatch) -> None:
     monkeypatch.chdir(workplace)
     names = {"__name__": "__main__"}
     for block in blocks(path, "python"):
+        if '"org/' in block:  # stands for a model of the Hub
+            continue
         exec(compile(block, str(path), "exec"), names)
 
 
