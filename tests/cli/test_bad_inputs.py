@@ -5,6 +5,7 @@ Images are in `test_bad_images.py`, checkpoints in `test_safe_loading.py` and `t
 
 import io
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -22,11 +23,13 @@ from segmenter_hf import (
     SegmenterImageProcessorPil,
     SetrConfig,
 )
+from segmenter_hf.cli.main import main
 from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.label_sets import label_set_from_names, load_label_set, map_labels
-from segmenter_hf.data.loading import load_segmentation_datasets
+from segmenter_hf.data.loading import load_segmentation_datasets, load_split
 from segmenter_hf.data.mask_checks import check_masks
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation
+from segmenter_hf.evaluation.metrics import confusion_matrix
 from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.models.configuration_vit_encoder import VitEncoderConfig
 from segmenter_hf.models.segmentation_loss import upsampled_cross_entropy
@@ -138,7 +141,7 @@ def test_what_is_no_mask_is_refused_when_decoded_and_counted(mask, message) -> N
         (8, "Ids out of range: .8.; expected 0 to 7 and 255.*do_reduce_labels"),
         (
             77,
-            "If 77 marks .* `ignore_index=77`. Otherwise either num_labels is too small .at least 78..*need a label map",
+            "If 77 marks .* `ignore_index=77`. Otherwise either there are more classes, 78 or more.*need a label map",
         ),
         (300, "Map the stored ids to class ids with a label map"),
         (255, "No pixel of 1 masks belongs to a class"),
@@ -476,3 +479,45 @@ def test_a_wrong_command_line_ends_in_a_message_and_writes_nothing(
         assert caught.value.code == code
     assert message in printed
     assert {entry: entry.stat().st_mtime_ns for entry in folder.rglob("*")} == before
+
+
+# ---- advice ----
+
+
+def options_of(subcommand: str, capsys) -> set[str]:
+    with pytest.raises(SystemExit):
+        main([subcommand, "--help"])
+    return set(re.findall(r"--(\w+)", capsys.readouterr().out))
+
+
+def advised(error: pytest.ExceptionInfo) -> set[str]:
+    return set(re.findall(r"`(\w+)[`=]", str(error.value)))
+
+
+@pytest.mark.parametrize("values", [(7,), (8,), (77,), (78, 79), (300,), (255,), (1, 255), (0, 12)])
+@pytest.mark.parametrize("num_labels", [2, 7])
+def test_advice_about_masks_names_options_of_training(values, num_labels, capsys) -> None:
+    mask = np.resize(np.array(values, np.uint16), (40, 56))
+    mask = mask if max(values) > 255 else mask.astype(np.uint8)
+    report = check_masks(
+        [row(Image.fromarray(COLOUR), Image.fromarray(mask))], num_labels, ignore_index=254, show_progress=False
+    )
+    with pytest.raises(ValueError, match="give|set") as error:
+        report.raise_if_impossible()
+    assert advised(error) <= options_of("train", capsys)
+    assert "num_labels=" not in str(error.value) or "give a `label_set` of as many, or none and" in str(error.value)
+
+
+def test_advice_about_references_names_options_of_evaluation(capsys) -> None:
+    with pytest.raises(ValueError, match="references must lie in") as error:
+        confusion_matrix(np.zeros((2, 3), int), np.full((2, 3), 9), num_labels=5)
+    assert advised(error) == {"ignore_index"} <= options_of("evaluate", capsys)
+    assert "num_labels" not in str(error.value)
+
+
+def test_advice_about_a_missing_split_names_options_of_all_that_load_one(tmp_path, capsys) -> None:
+    write_pairs(tmp_path / "train", {"a": (4, 5)})
+    with pytest.raises(ValueError, match="has no split") as error:
+        load_split(str(tmp_path), "validation")
+    for subcommand in ("train", "evaluate", "predict", "publish"):
+        assert advised(error) == {"validation_fraction"} <= options_of(subcommand, capsys)

@@ -418,7 +418,7 @@ def test_problems_name_the_example_and_what_is_wrong():
     assert len(report.problems) == 2
     assert report.problems[0].startswith("example 1, street 1: ids [3, 4, 5, 6, 7, 8] in ")
     assert "example 2, street 2: expected a mask of the size of the image" in report.problems[1]
-    with pytest.raises(ValueError, match=r"2 masks cannot be used(.|\n)*num_labels is too small \(at least 9\)"):
+    with pytest.raises(ValueError, match=r"2 masks cannot be used(.|\n)*there are more classes, 9 or more"):
         report.raise_if_impossible()
 
 
@@ -434,8 +434,12 @@ def test_problems_name_the_example_and_what_is_wrong():
             "If 3 marks .* `ignore_index=3`; .* `do_reduce_labels=True`; .* `num_labels=4`",
         ),
         ((1, 2, 3), {"num_labels": 3}, "If 0 is background .* `do_reduce_labels=True`; if 3 .* `ignore_index=3`"),
-        ((0, 1, 2, 7), {"num_labels": 3}, r"If 7 .* `ignore_index=7`.*num_labels is too small \(at least 8\)"),
-        ((0, 1, 2, 3, 4), {"num_labels": 3}, r"Either num_labels is too small \(at least 5\).* `num_labels=5`"),
+        ((0, 1, 2, 7), {"num_labels": 3}, r"If 7 .* `ignore_index=7`.*there are more classes, 8 or more"),
+        (
+            (0, 1, 2, 3, 4),
+            {"num_labels": 3},
+            r"Either there are more classes, 5 or more: .* or none and `num_labels=5`",
+        ),
         ((255,), {"num_labels": 3}, "No pixel .* belongs to a class"),
         ((0,), {"num_labels": 3, "reduce_labels": True}, "No pixel .* belongs to a class"),
     ],

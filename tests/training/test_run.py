@@ -210,7 +210,7 @@ def test_impossible_masks_stop_before_training(tmp_path) -> None:
     save_scenes(tmp_path / "photos", 2, (48, 64))
     names = tmp_path / "labels.json"
     names.write_text('["one", "two"]')
-    with pytest.raises(ValueError, match="num_labels is too small"):
+    with pytest.raises(ValueError, match=r"there are more classes, 8 or more: give a `label_set` of as many"):
         run(tmp_path / "model", dataset_name=str(tmp_path / "photos"), label_set=str(names), validation_fraction=0.5)
     assert not (tmp_path / "model" / "config.json").exists()
 

@@ -18,6 +18,7 @@ from .loading import AnyDataset
 logger = logging.getLogger(__name__)
 
 _NUM_SHOWN = 5
+_MAP = "give a `label_set` with label_id_to_train_id"
 
 
 @dataclass
@@ -94,13 +95,13 @@ class MaskReport:
         if not self.pixels_per_class.any():
             raise ValueError(
                 f"No pixel of {self.num_images} masks belongs to a class: all are {self.ignore_index}. "
-                "Check the label map and reduce_labels."
+                "Check the masks, `ignore_index`, `do_reduce_labels` and the label_id_to_train_id of the `label_set`."
             )
         if np.count_nonzero(self.pixels_per_class) == 1 and self.num_ignored_pixels and self.num_labels > 1:
             raise ValueError(
                 f"The masks hold only class {int(self.pixels_per_class.argmax())} and {self.ignore_index}, which is "
-                f"ignored. If they are black and white (0 and {self.ignore_index}), do not set `ignore_index`, or pass a label "
-                f"map (label_id_to_train_id) {{0: 0, {self.ignore_index}: 1}} with another ignore_index."
+                f"ignored. If they are black and white (0 and {self.ignore_index}), do not set `ignore_index`, or give a "
+                f"`label_set` with label_id_to_train_id {{0: 0, {self.ignore_index}: 1}} and another ignore_index."
             )
 
     def _remedy(self) -> str:
@@ -111,16 +112,16 @@ class MaskReport:
         found = f"Ids out of range: {wrong[:20]}; expected 0 to {self.num_labels - 1} and {self.ignore_index}."
         last = wrong[-1]
         if wrong == [255] and self.num_labels == 2:
-            return f"{found} Black and white masks: pass a label map (label_id_to_train_id) {{0: 0, 255: 1}}."
+            return f"{found} Black and white masks: give a `label_set` with label_id_to_train_id {{0: 0, 255: 1}}."
         if wrong == [255]:
             return f"{found} 255 mostly means no class: set `ignore_index=255`."
         if wrong[0] < 0 or last > 255:
             void = f" If {last} marks pixels without a class, set `ignore_index={last}`." if len(wrong) == 1 else ""
-            return f"{found} Map the stored ids to class ids with a label map (label_id_to_train_id).{void}"
+            return f"{found} Map the stored ids to class ids with a label map: {_MAP}.{void}"
         void = f"if {last} marks pixels without a class, set `ignore_index={last}`"
         shift = "if 0 is background or 'other' and the classes start at 1, set `do_reduce_labels=True`"
-        more = f"num_labels is too small (at least {last + 1}): set `num_labels={last + 1}` or give a label set of as many"
-        mapped = "or the stored ids need a label map (label_id_to_train_id)"
+        more = f"there are more classes, {last + 1} or more: give a `label_set` of as many, or none and `num_labels={last + 1}`"
+        mapped = f"or the stored ids need a label map: {_MAP}"
         if wrong == [self.num_labels]:
             first, second = (void, shift) if self.pixels_per_class[0] else (shift, void)
             return f"{found} {_upper(first)}; {second}; if all are classes, {more}."
@@ -237,7 +238,7 @@ def infer_num_labels(
         )
     if largest < 0:
         raise ValueError(
-            f"No pixel belongs to a class: every label is {ignore_index}. Check the masks and reduce_labels."
+            f"No pixel belongs to a class: every label is {ignore_index}. Check the masks and `do_reduce_labels`."
         )
     return largest + 1
 

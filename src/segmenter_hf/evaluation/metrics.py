@@ -301,7 +301,8 @@ def _integer_array(values: LabelMap, name: str) -> np.ndarray:
 def _wrong_references(wrong: np.ndarray, num_labels: int, ignore_index: int) -> ValueError:
     return ValueError(
         f"references must lie in [0, {num_labels}) or be the ignore_index {ignore_index}, got {_distinct(wrong)}. "
-        "Check num_labels, ignore_index and whether the masks need `reduce_labels` or a label map."
+        "Check `ignore_index`, and that the masks store the ids of these classes or that their label set says how to get them: "
+        "reduce_labels or label_id_to_train_id."
     )
 
 
