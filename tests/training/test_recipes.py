@@ -147,6 +147,13 @@ def test_what_cannot_be_is_refused(tmp_path) -> None:
         ("max_ratio", "nan", "must be a finite number, got nan"),
         ("dice_weight", "inf", "must be a finite number, got inf"),
         ("poly_power", "nan", "must be a finite number, got nan"),
+        ("value_range", ["0", "inf"], r"`value_range` must be finite, got \[0.0, inf\]"),
+        ("class_weights", "1,nan,2", "`class_weights` must be finite, got 1,nan,2"),
+        ("config_overrides", "drop_path_rate=-inf", "`config_overrides` must be finite, got drop_path_rate=-inf"),
+        ("optim_args", "momentum=nan", "`optim_args` must be finite, got momentum=nan"),
+        ("lr_scheduler_kwargs", '{"power": NaN}', "`lr_scheduler_kwargs` must be finite, got .*nan"),
+        ("learning_rate", "inf", "must be a finite number, got inf"),
+        ("max_grad_norm", "nan", "must be a finite number, got nan"),
         ("optim_args", "foo", "must be as in .*, got 'foo'"),
         ("metric_for_best_model", "foo", "must be one of mean_iou, .*, got 'foo'"),
         ("gradient_accumulation_steps", "0", "must be positive, .*`gradient_accumulation_steps` 0"),
@@ -157,7 +164,7 @@ def test_what_cannot_be_is_refused(tmp_path) -> None:
 )
 def test_values_that_nothing_can_be_trained_with_are_refused(name, value, message, tmp_path) -> None:
     with pytest.raises(ValueError, match=message):
-        parse(tmp_path, f"--{name}", value)
+        parse(tmp_path, f"--{name}", *([value] if isinstance(value, str) else value))
 
 
 @pytest.mark.parametrize(

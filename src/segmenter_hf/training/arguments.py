@@ -1,6 +1,9 @@
 """The arguments of training: model, data, and those of Trainer."""
 
+import contextlib
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,18 +22,33 @@ NORMALIZATIONS = {
     "half": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
 }
+NUMBERS_AS_TEXT = ("class_weights", "config_overrides", "optim_args")
 METRICS = ("mean_iou", "mean_accuracy", "overall_accuracy")  # of an evaluation while training
 
 
 def check_finite(arguments: Any) -> None:
-    """No argument is NaN or infinite.
+    """No argument is NaN or infinite, nor a number in a list, a dictionary, or text such as "momentum=nan".
 
     Raises:
         ValueError: If one is.
     """
     for name, value in vars(arguments).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"`{name}` must be a finite number, got {value}.")
+        parts = re.split("[,=]", value) if name in NUMBERS_AS_TEXT and isinstance(value, str) else value
+        for number in _numbers(parts):
+            if not math.isfinite(number):
+                raise ValueError(
+                    f"`{name}` must be {'a finite number' if number is value else 'finite'}, got {value}."
+                )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All floats in a value, those that are written as text in a list too."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            with contextlib.suppress(ValueError):
+                yield from _numbers(float(part) if isinstance(part, str) else part)
 
 
 @dataclass
@@ -289,6 +307,7 @@ class SegmentationTrainingArguments(TrainingArguments):
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"power": self.poly_power, "lr_end": self.min_learning_rate}
         super().__post_init__()
+        check_finite(self)  # what was JSON is read now
         if self.metric_for_best_model is not None and self.metric_for_best_model.removeprefix("eval_") not in METRICS:
             raise ValueError(
                 f"`metric_for_best_model` must be one of {', '.join(METRICS)}, got {self.metric_for_best_model!r}."
