@@ -1,15 +1,18 @@
 """Models of other revisions, and several compiled models in one process."""
 
+import errno
 import functools
 
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation
 from segmenter_hf.inference import model_loading
-from segmenter_hf.inference.model_loading import compile_network, load_model
+from segmenter_hf.inference.model_loading import compile_network, load_model, translate_loading_errors
+from segmenter_hf.utils.http import http_client
 
 from ..tiny_models import save_tiny_scenes_model, tiny_scenes_config
 
@@ -45,3 +48,37 @@ def test_any_number_of_models_is_compiled_in_one_process(monkeypatch) -> None:
             expected = model(pixel_values=pixel_values, return_dict=True).logits
             compile_network(model)
             torch.testing.assert_close(model(pixel_values=pixel_values, return_dict=True).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["nope", "org/nope"])
+def test_a_model_that_is_nowhere_is_named_in_one_line_with_how_to_get_one(name, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=f"^{name}: no such directory, and the Hub, where it may be, cannot") as caught:
+        load_model(name, device="cpu")
+    assert str(caught.value).endswith(f"cannot be reached. {model_loading.WHERE_FROM}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (GatedRepoError, "who accepted its terms"),
+        (RepositoryNotFoundError, "the Hub has no such model, or not for this account"),
+        (RevisionNotFoundError, "v9 is not a valid git identifier. See the page for the others."),
+    ],
+)
+def test_what_the_hub_answers_is_said_in_one_line(cause, said) -> None:
+    response = http_client.Response(404, request=http_client.Request("GET", "http://127.0.0.1/"))
+    with pytest.raises(OSError, match=f"^org/nope: .*{said}") as caught, translate_loading_errors("org/nope"):
+        raise OSError("v9 is not a valid git identifier.\n\nSee the page for the others.") from cause(
+            "404", response=response
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_of_the_system_stay_what_they_are() -> None:
+    with pytest.raises(PermissionError, match="no\nway"), translate_loading_errors("org/nope"):
+        raise PermissionError("no\nway")
+    with pytest.raises(OSError, match="No space left"), translate_loading_errors("org/nope"):
+        raise OSError(errno.ENOSPC, "No space left")

@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors import safe_open
 from transformers import (
     AutoImageProcessor,
@@ -19,12 +25,17 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
 from ..utils.http import translate_http_errors
+from ..utils.messages import one_line
 from ..utils.processes import process_state
 
 
 # What libraries say instead of raising `MemoryError` or `torch.OutOfMemoryError`, in lower case.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "bad_alloc")
 _compiled_models = itertools.count()
+WHERE_FROM = (
+    "Give the directory of a model or its name on the Hub. `convert_checkpoint` makes a directory of a published checkpoint; "
+    "`load_published_models` has their names."
+)
 REMEDY = "Download or save it again, or convert the checkpoint with `convert_checkpoint`."
 
 
@@ -145,9 +156,7 @@ def load_model_and_processor(
     """
     name = str(name_or_path)
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.count("/") > 1 or name.startswith((".", "~"))):
-        raise FileNotFoundError(
-            f"{name}: no such directory. Expected the directory of a model or its name on the Hub."
-        )
+        raise FileNotFoundError(f"{name}: no such directory. {WHERE_FROM}")
     with translate_loading_errors(name_or_path):
         # The classes of this package, whatever code the configuration names: nobody is asked whether to run it.
         model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
@@ -168,6 +177,17 @@ def load_model_and_processor(
     return model, processor
 
 
+def _why_not_found(error: OSError) -> str:
+    """Why there is no model of a name, neither as a directory nor on the Hub, in a sentence or two."""
+    if isinstance(error.__cause__, GatedRepoError):
+        return "no such directory, and on the Hub it is for those only who accepted its terms and log in with `hf auth login`."
+    if isinstance(error.__cause__, RepositoryNotFoundError):
+        return "no such directory, and the Hub has no such model, or not for this account."
+    if isinstance(error.__cause__, (LocalEntryNotFoundError, OfflineModeIsEnabled)) or "connect to" in str(error):
+        return "no such directory, and the Hub, where it may be, cannot be reached."
+    return one_line(error)
+
+
 @contextmanager
 def translate_loading_errors(name_or_path: str | Path) -> Iterator[None]:
     """Whatever a model that is damaged or something else raises, as a `ValueError` that names it.
@@ -178,7 +198,12 @@ def translate_loading_errors(name_or_path: str | Path) -> Iterator[None]:
     try:
         with translate_http_errors(str(name_or_path)):  # a Hub that gives no answer now is no damaged model
             yield
-    except (ImportError, MemoryError, OSError, ValueError):
+    except OSError as error:
+        # transformers' own, which has several lines and no number of the system
+        if type(error) is not OSError or error.errno is not None or Path(name_or_path).is_dir():
+            raise
+        raise OSError(f"{name_or_path}: {_why_not_found(error)} {WHERE_FROM}") from error
+    except (ImportError, MemoryError, ValueError):
         raise
     except Exception as error:
         if is_out_of_memory(error):
