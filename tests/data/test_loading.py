@@ -504,3 +504,9 @@ def test_camvid_is_read_from_parquet_and_fits_its_label_set():
     assert report.images_per_class[label_set.labels.index("road")] == 10
     unmapped = check_masks(found["validation"], 11, label_set_from_names(label_set.labels), max_images=10)
     assert set(unmapped.wrong_ids) == {11}
+
+
+def test_the_list_of_classes_has_a_line_for_each_whatever_its_name():
+    report = check_masks(dataset_of([mask_array(num_labels=2)]), 3, show_progress=False)
+    lines = report.describe(["two\nlines", "tab\tand  spaces", "not\r\nthere"]).splitlines()
+    assert sorted(line.split("  ")[1] for line in lines[1:]) == ["not there: not there", "tab and spaces", "two lines"]

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from ..conversion.convert import SOURCE_FORMATS, check_output, convert_checkpoint
 from ..conversion.download import cache_folder, download_checkpoint, encoder_beside
 from ..hub.published_models import PublishedModel, get_published_model, list_published_models
+from ..utils.messages import one_line
 from .errors import cli_main
 from .parsing import build_parser, parse_arguments
 
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if published is not None:
         print(f"mIoU published, not measured: {published_scores(published)} ({published.reported_in})")
     if architecture.endswith("ForSemanticSegmentation"):
-        print(f"{config.num_labels} classes: {', '.join(list(config.id2label.values())[:5])}, ...")
+        print(f"{config.num_labels} classes: {', '.join(map(one_line, list(config.id2label.values())[:5]))}, ...")
         call = f"pipeline('image-segmentation', '{output_dir}')('image.jpg')"
         print(f'Next: python -c "import segmenter_hf; from transformers import pipeline; print({call})"')
     else:

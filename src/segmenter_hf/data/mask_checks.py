@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..utils.messages import one_line
 from .decoding import class_ids, open_pair, row_label_set, row_name, stored_ids
 from .label_sets import BINARY_MASK_IDS, LabelSet
 from .loading import AnyDataset
@@ -68,6 +69,7 @@ class MaskReport:
             max_rows (`int`, *optional*, defaults to 20):
                 Classes that are listed.
         """
+        names = [one_line(name) for name in names]
         num_pixels = max(int(self.pixels_per_class.sum()), 1)
         order = np.argsort(-self.pixels_per_class, kind="stable")
         present = [i for i in order if self.pixels_per_class[i]]
