@@ -14,9 +14,11 @@ from segmenter_hf.utils.atomic_files import atomic_directory, atomic_write
     ("number", "code", "line"), [(signal.SIGTERM, 143, "terminated\n"), (signal.SIGINT, 130, "interrupted\n")]
 )
 def test_a_signal_drops_what_is_not_finished_and_ends_with_a_line(
-    number, code, line, tmp_path, capsys, monkeypatch
+    number, code, line, tmp_path, capsys, monkeypatch, request
 ) -> None:
     monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     @cli_main
     def main() -> None:

@@ -264,7 +264,13 @@ def test_names_on_the_hub_are_fetched_and_converted(tmp_path, monkeypatch) -> No
     assert asked == [
         (
             "timm/vit_small_patch16_384.augreg_in21k_ft_in1k",
-            ["config.json", "preprocessor_config.json", "model.safetensors"],
+            [
+                "config.json",
+                "preprocessor_config.json",
+                "model.safetensors",
+                "model.safetensors.index.json",
+                "model-*-of-*.safetensors",
+            ],
         )
     ]
     config = AutoModel.from_pretrained(name).config

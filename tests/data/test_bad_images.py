@@ -81,7 +81,7 @@ BAD_FILES = {
     "page.jpg": (b"<!DOCTYPE html><html></html>", "damaged or something else"),
     "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "damaged or something else"),
     "no pixels.png": (png(0, 5), "damaged or something else"),
-    "bomb.png": (png(30000, 30000), "30000 x 30000 pixels are more than 178956970.*--max_image_pixels"),
+    "bomb.png": (png(30000, 30000), "30000 x 30000 pixels are more than 178956970.*max_image_pixels"),
     "largest.png": (png(2**31 - 1, 2**31 - 1), "2147483647 x 2147483647 pixels are more than"),
     "bomb.bmp": (with_dimension("BMP"), "60000 x 60000 pixels are more than"),
     "bomb.gif": (with_dimension("GIF"), "60000 x 60000 pixels are more than"),

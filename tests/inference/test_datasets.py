@@ -296,7 +296,6 @@ def test_two_real_processes_write_what_one_does(model, processor, tmp_path, monk
 def test_the_script_takes_pictures_or_a_data_set(monkeypatch, capsys) -> None:
     required = ["--model_name_or_path", "model", "--output_dir", "out"]
     for arguments, message in (
-        ([], "--images or --dataset_name"),
         (["--images", "a.png", "--dataset_name", "scenes"], "--images or --dataset_name"),
         (["--dataset_name", "scenes", "--attention"], "--attention is for --images"),
     ):

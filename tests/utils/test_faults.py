@@ -335,7 +335,7 @@ def test_a_process_with_little_memory_gives_advice_about_a_large_picture(folder)
     words = COMMANDS["predict"] + " --full_resolution"
     code, printed = run("predict", folder, limit_memory, 2**27, words=words)
     assert code == 1, printed
-    assert "error: The memory does not suffice" in printed and "`window_batch_size=1`" in printed
+    assert "error: The memory does not suffice" in printed and "`--window_batch_size 1`" in printed
     assert not contents(folder / "out")
 
 

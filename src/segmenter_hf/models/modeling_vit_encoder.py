@@ -73,8 +73,8 @@ def patch_grid(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:
 
 def pad_to_patches(values: torch.Tensor, patch_size: int, padding: str, value: float = 0.0) -> torch.Tensor:
     """(..., height, width) with both sides padded to whole patches: see `padding` of [`VitEncoderConfig`]."""
-    height, width = values.shape[-2:]
-    rows, columns = -height % patch_size, -width % patch_size
+    (height, width), grid = values.shape[-2:], patch_grid(values, patch_size)
+    rows, columns = grid[0] * patch_size - height, grid[1] * patch_size - width
     top, left = (rows // 2, columns // 2) if padding == "center" else (0, 0)
     return nn.functional.pad(values, (left, columns - left, top, rows - top), value=value)
 
