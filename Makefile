@@ -5,7 +5,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 DEMO = outputs/demo
 
-.PHONY: demo test test-fast test-lowest test-colab build test-wheel docs web coverage bench style format clean
+.PHONY: demo test test-lowest build test-wheel docs web coverage bench style format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,15 +22,9 @@ demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, ev
 test: $(VENV)/installed  ## install and run all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-test-fast: $(VENV)/installed  ## the tests that take under a minute together
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
-
-# Environments of their own with older versions: the lowest that setup.cfg declares, and those of a notebook on Colab.
-test-lowest: VERSIONS = tests/requirements/lowest.txt
-test-colab: VERSIONS = tests/requirements/colab.txt
-test-lowest test-colab:
+test-lowest:  ## all tests with the lowest versions that setup.cfg declares, in an environment of their own
 	$(PYTHON) -m venv $(VENV)-$@
-	$(VENV)-$@/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]" -r $(VERSIONS)
+	$(VENV)-$@/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -r tests/requirements.txt
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n 2
 
 build: $(VENV)/installed  ## wheel and source distribution, checked, in dist/
