@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegm
 
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterModel, SetrModel
 from segmenter_hf.conversion import pretrained
-from segmenter_hf.conversion.convert import convert_checkpoint, verify_conversion
+from segmenter_hf.conversion.convert import PACKAGE, conversion_version, convert_checkpoint, verify_conversion
 from segmenter_hf.conversion.pretrained import resolve_model
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.training.run import DataArguments, ModelArguments, build_model_and_processor
@@ -286,3 +286,17 @@ def test_names_that_cannot_be_had_say_what_to_do(name) -> None:
 def test_a_directory_without_weights_is_an_error(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="expected a directory with one of"):
         resolve_model(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["conversion/convert.py", "models/resampling.py", "data/label_sets/ade20k.json"])
+def test_conversions_by_other_code_are_not_taken_for_those_of_this_code(file, tmp_path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__", "demo"))
+    assert conversion_version(tmp_path / "package") == conversion_version()
+    with (tmp_path / "package" / file).open("ab") as changed:
+        changed.write(b"\n")
+    conversion_version.cache_clear()
+    assert conversion_version(tmp_path / "package") != conversion_version()
+
+
+def test_a_conversion_is_kept_under_the_digest_of_the_code(tmp_path) -> None:
+    assert Path(resolve_model(MMSEG, "setr", cache_dir=tmp_path)).name.endswith(conversion_version())

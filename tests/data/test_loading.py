@@ -180,7 +180,7 @@ def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(tmp_path):
 
 
 def test_offline_the_hub_error_says_how_to_get_the_data():
-    with pytest.raises(OSError, match="hf download someone/streets --repo-type dataset"):
+    with pytest.raises(OSError, match="snapshot_download\\('someone/streets', repo_type='dataset'"):
         load_segmentation_datasets("someone/streets")
 
 

@@ -4,13 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from segmenter_hf.cli.models import list_published_models, published_models_table
 from segmenter_hf.data.label_sets import list_label_sets
-from segmenter_hf.hub.published_models import (
-    get_published_model,
-    list_published_models,
-    load_published_models,
-    published_models_table,
-)
+from segmenter_hf.hub.published_models import get_published_model, load_published_models
 
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +46,10 @@ def test_both_tables_have_the_numbers_of_a_model(name) -> None:
     assert any(line[index : index + 2] == scores for index in range(len(line)))
     assert (f"`--model {name}`" in cells[9]) == bool(model.checkpoint_url or model.share_url)
     assert model.share_url is None or model.share_url in cells[9]
+
+
+def test_the_list_fits_a_terminal() -> None:
+    assert max(map(len, list_published_models().splitlines())) <= 100
 
 
 def test_protocols_are_those_of_the_sources() -> None:

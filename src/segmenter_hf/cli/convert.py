@@ -10,6 +10,7 @@ encoders to train from.
 """
 
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,10 @@ from transformers import AutoConfig
 
 from ..conversion.convert import SOURCE_FORMATS, check_output, convert_checkpoint
 from ..conversion.download import cache_folder, download_checkpoint, encoder_beside
-from ..hub.published_models import PublishedModel, get_published_model, list_published_models
+from ..hub.published_models import PublishedModel, get_published_model
 from ..utils.messages import one_line
 from .errors import cli_main
+from .models import list_published_models
 from .parsing import build_parser, parse_arguments
 
 
@@ -94,7 +96,7 @@ def convert(args: ConversionArguments) -> tuple[Path, PublishedModel | None]:
         label_set = label_set or published.dataset
         # before a long download
         check_output(Path(args.output_dir), args.overwrite, cache_folder(published, args.cache_dir))
-        checkpoint_path = download_checkpoint(published, args.cache_dir)
+        checkpoint_path = download(published, args)
         encoder_path = encoder_path or encoder_beside(published, checkpoint_path)
     output_dir = convert_checkpoint(
         checkpoint_path,
@@ -111,6 +113,16 @@ def convert(args: ConversionArguments) -> tuple[Path, PublishedModel | None]:
         overwrite=args.overwrite,
     )
     return output_dir, published
+
+
+def download(published: PublishedModel, args: ConversionArguments) -> Path:
+    """[`download_checkpoint`], whose errors end with the command to run when what they ask for is done."""
+    try:
+        return download_checkpoint(published, args.cache_dir)
+    except (ConnectionError, FileNotFoundError) as error:
+        given = {"--model": args.model, "--output_dir": args.output_dir, "--cache_dir": args.cache_dir}
+        options = [word for option in given.items() if option[1] is not None for word in option]
+        raise type(error)(f"{error} The command:\n  {shlex.join(['segmenter-hf', 'convert', *options])}") from error
 
 
 @cli_main

@@ -1,8 +1,10 @@
 """Convert checkpoints of other systems into directories that `from_pretrained` reads."""
 
+import hashlib
 import logging
 import os
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,13 @@ from .verification import Verification, verify_directory
 logger = logging.getLogger(__name__)
 
 
-CONVERSION_VERSION = "0.1.0"
+PACKAGE = Path(__file__).parents[1]
+CODE = (
+    "conversion/*.py",
+    "models/*.py",
+    "data/label_sets/*.json",
+    "data/label_set*.py",
+)  # what the result of a conversion depends on
 SOURCE_FORMATS = {
     "rstrudel": rstrudel,
     "mmsegmentation": mmsegmentation,
@@ -137,6 +145,23 @@ def verify_conversion(
     return verify_directory(converted.model, Path(output_dir), converted.source_keys, converted.unused)
 
 
+@cache
+def conversion_version(package: Path = PACKAGE) -> str:
+    """Digest of the code that converts, so that what other code converted is not taken for what this one would.
+
+    Args:
+        package (`Path`): The folder of the package; a parameter for tests.
+
+    Returns:
+        `str`: The first 16 hexadecimal digits of a SHA-256.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in CODE for path in package.glob(pattern)):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
 class Converted(NamedTuple):
     """A model in memory with what is saved beside it, and the keys of its source, used and knowingly unused."""
 
@@ -173,7 +198,7 @@ def build(
         "source": conversion.source,
         "file": checkpoint.path.name,
         "sha256": sha256_of(checkpoint.path),
-        "conversion_version": CONVERSION_VERSION,
+        "conversion_version": conversion_version(),
         **{name: value for name, value in changes.items() if value is not None},
     }
     source_keys = list(checkpoint.state_dict)

@@ -1,7 +1,6 @@
 """Download published checkpoints into a cache: resumed where it stopped, checked, and under its name only when whole."""
 
 import os
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,14 +50,13 @@ def download_checkpoint(
         `Path`: The file of the weights, with its configuration, and the encoder of a head, beside it where there is one.
 
     Raises:
-        ConnectionError: If the file is not in the cache and cannot be had, or `HF_HUB_OFFLINE` is set.
+        ConnectionError: If the file is neither in the cache nor available, or `HF_HUB_OFFLINE` is set.
         FileNotFoundError: If it is behind a share link and nobody has downloaded it by hand.
         ValueError: If the weights are not published, too large, at an address that is not encrypted, or damaged.
     """
     folder = cache_folder(model, cache_dir)
-    command = model.command if cache_dir is None else f"{model.command} --cache_dir {shlex.quote(str(cache_dir))}"
     if model.checkpoint_url is None:
-        return _find_by_hand(model, folder, command)
+        return _find_by_hand(model, folder)
     checkpoint = folder / _file_name(model.checkpoint_url)
     files = {checkpoint: model.checkpoint_url}
     if model.config_url is not None:
@@ -67,11 +65,11 @@ def download_checkpoint(
         files[folder / _file_name(model.encoder_url)] = model.encoder_url
     missing = {path: url for path, url in files.items() if not path.is_file()}
     if checkpoint not in missing:
-        _check_sha256(checkpoint, model.sha256_prefix, f"Delete it and run\n  {command}")
+        _check_sha256(checkpoint, model.sha256_prefix, "Delete it and try again.")
     if not missing:
         return checkpoint
     by_hand = "\n".join(f"  {url}\n    as {path}" for path, url in missing.items())
-    by_hand = f"Where there is a network, run the same command again; or download\n{by_hand}\nand run\n  {command}"
+    by_hand = f"Where there is a network, try again; or download\n{by_hand}\nand try again."
     if constants.is_offline_mode():
         raise ConnectionError(f"{model.name} is not in the cache, and HF_HUB_OFFLINE is set. {by_hand}")
     try:
@@ -110,7 +108,7 @@ def cache_folder(model: PublishedModel, cache_dir: str | os.PathLike | None = No
     return root / model.name
 
 
-def _find_by_hand(model: PublishedModel, folder: Path, command: str) -> Path:
+def _find_by_hand(model: PublishedModel, folder: Path) -> Path:
     """The file that somebody put into the folder, under any name."""
     if model.share_url is None:
         raise ValueError(
@@ -124,7 +122,7 @@ def _find_by_hand(model: PublishedModel, folder: Path, command: str) -> Path:
         raise FileNotFoundError(
             f"{model.name} is behind a share link, which only a browser opens. Download the weights from\n"
             f"  {model.share_url}{password}\nput the file ({' or '.join(CHECKPOINT_SUFFIXES)}) into\n  {folder}\n"
-            f"and run\n  {command}"
+            "and try again."
         )
     if len(files) > 1:
         raise ValueError(
@@ -168,7 +166,7 @@ def _download(
 
 
 def _receive(client: Any, url: str, part: Path, version: Path, max_bytes: int, progress: tqdm) -> None:
-    """Append to `part` what it lacks, if the server still has the version that `part` began with; else begin anew."""
+    """Append to `part` what it lacks, if the server still has the version that `part` began with; else begin again."""
     saved = version.read_text(encoding="utf-8") if version.is_file() else None
     start = _size(part) if saved else 0
     headers = {"Accept-Encoding": "identity"}  # or sizes would be those of what is unpacked

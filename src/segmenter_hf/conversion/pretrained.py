@@ -7,7 +7,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .adaptation import ENCODERS
-from .convert import CONVERSION_VERSION, convert_checkpoint, detect_format
+from .convert import conversion_version, convert_checkpoint, detect_format
 from .safe_loading import INDEX_FILE, read_checkpoint, read_json, sha256_of, weights_file
 
 
@@ -23,14 +23,14 @@ def resolve_model(
         name_or_path (`str` or `os.PathLike`): A directory or Hub name of a Segmenter or SETR model, which is returned as
             it is; or of a ViT or DeiT of timm or transformers; or a checkpoint file of any known format.
         model_type (`str`, defaults to `"segmenter"`): "segmenter" or "setr": what an encoder becomes.
-        cache_dir (`str` or `os.PathLike`, *optional*): Where conversions are kept, by the hash of their weights; by
-            default `segmenter_hf/converted` in the cache of Hugging Face.
+        cache_dir (`str` or `os.PathLike`, *optional*): Where conversions are kept, by the hashes of their weights and of the code that
+            converts; by default `segmenter_hf/converted` in the cache of Hugging Face.
 
     Returns:
         `str`: What `from_pretrained` takes.
 
     Raises:
-        FileNotFoundError: If it is neither a path nor a model that can be had from the Hub.
+        FileNotFoundError: If it is neither a path nor a model that is available from the Hub.
         ValueError: If it is not of a known format.
     """
     path = Path(name_or_path)
@@ -42,7 +42,7 @@ def resolve_model(
         return str(name_or_path)
     weights = weights_file(path)
     folder = Path(cache_dir or Path(constants.HF_HOME) / "segmenter_hf" / "converted")
-    output_dir = folder / f"{path.stem}-{sha256_of(weights)[:16]}-{model_type}-{CONVERSION_VERSION}"
+    output_dir = folder / f"{path.stem}-{sha256_of(weights)[:16]}-{model_type}-{conversion_version()}"
     if not (output_dir / "config.json").is_file():
         is_encoder = detect_format(read_checkpoint(path)) == "vit"
         convert_checkpoint(path, output_dir, source_url=url, model_type=model_type if is_encoder else None)
@@ -62,7 +62,7 @@ def download_snapshot(name: str) -> tuple[Path, str]:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES)), f"{constants.ENDPOINT}/{name}"
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"{name}: no such file or directory, and it cannot be had from the Hub either ({type(error).__name__}). "
+            f"{name}: no such file or directory, and it is not available from the Hub either ({type(error).__name__}). "
             "Check the name; without a network download the model elsewhere and give its directory."
         ) from error
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 HUB_FOLDERS = ("hf://", HF_HUB_CACHE, *CACHES)  # where files that rows of the Hub name may lie
 _DOWNLOAD_ADVICE = "Check the name and the connection, or, where there is one, run " + (
-    "`hf download %s --repo-type dataset --local-dir FOLDER` and give that folder instead."
+    "huggingface_hub.snapshot_download(%r, repo_type='dataset', local_dir='FOLDER') and give that folder instead."
 )
 
 

@@ -53,11 +53,6 @@ class PublishedModel:
     device: str | None = None
     note: str | None = None
 
-    @property
-    def command(self) -> str:
-        """The command that brings the model here."""
-        return f"segmenter-hf convert --model {self.name} --output_dir outputs/{self.name}"
-
 
 @cache
 def load_published_models() -> dict[str, PublishedModel]:
@@ -99,75 +94,8 @@ def get_published_model(name: str, config: "PreTrainedConfig | None" = None) -> 
     return published
 
 
-def list_published_models() -> str:
-    """Table of the published models for a terminal, mIoU in percent as their sources report it."""
-    rows = [("name", "source", "backbone", "decoder", "dataset", "crop", "ss", "ms+flip", "how it is had")]
-    for model in load_published_models().values():
-        how = "by name" if model.checkpoint_url else "by hand, then by name" if model.share_url else "no weights"
-        rows.append((model.name, model.source, *_description(model), *_scores(model), how))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def published_models_table() -> str:
-    """Markdown table of the published models with the protocol and the numbers that their sources report.
-
-    mIoU is in percent; the protocol is the side of a window and the stride, in pixels.
-    """
-    columns = ("model", "source", "backbone", "decoder", "dataset", "crop", "protocol", "ss", "ms+flip", "command")
-    rows = [columns, ("---",) * len(columns)]
-    for model in load_published_models().values():
-        weights, option = model.checkpoint_url or model.share_url, f"`--model {model.name}`"
-        if model.share_url:
-            password = f", password `{model.share_password}`" if model.share_password else ""
-            option += f" once [downloaded by hand]({model.share_url}){password}"
-        rows.append(
-            (
-                _link(model.name, weights),
-                _link(model.source, model.report_url),
-                *_description(model),
-                _protocol(model),
-                *_scores(model),
-                option if weights else "no weights published",
-            )
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _description(model: PublishedModel) -> tuple[str, str, str, str]:
-    return model.backbone, model.decoder, model.dataset, str(model.crop_size)
-
-
-def _scores(model: PublishedModel) -> tuple[str, str]:
-    single, multi = (
-        "-" if score is None else f"{score:.2f}" for score in (model.miou_single_scale, model.miou_multi_scale_flip)
-    )
-    return single, multi
-
-
-def _protocol(model: PublishedModel) -> str:
-    """Window and stride, in pixels."""
-    if model.window_size is None:
-        return "-"
-    if model.window_stride is None:
-        name = _file_name(model.config_url) if model.config_url else "its configuration"
-        return f"{model.window_size}/in {_link(name, model.config_url)}"
-    return f"{model.window_size}/{model.window_stride}"
-
-
-def _file_name(url: str | None) -> str:
-    """`variant.yml` or `config.py`: the kind of configuration, without the model's name before it."""
-    return "config.py" if (url or "").endswith("_config.py") else (url or "").rsplit("/", 1)[-1]
-
-
-def _link(text: str, url: str | None) -> str:
-    return f"[{text}]({url})" if url else text
-
-
 __all__ = [
     "PublishedModel",
     "get_published_model",
-    "list_published_models",
     "load_published_models",
-    "published_models_table",
 ]
