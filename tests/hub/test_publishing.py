@@ -421,3 +421,13 @@ def test_a_stranger_without_the_package_loads_runs_and_pushes_again(hub, said, c
         outputs = model(**inputs)
     (result,) = processor.post_process_semantic_segmentation(outputs, return_segmentation_scores=True)
     assert torch.equal(scores, result.segmentation_scores)
+
+
+def test_ctrl_c_while_pushing_stays_one(checkpoint, monkeypatch) -> None:
+    def interrupt(*args, **kwargs) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("segmenter_hf.hub.publishing.constants.is_offline_mode", lambda: False)
+    monkeypatch.setattr("segmenter_hf.hub.publishing._push", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        publish_model(checkpoint, "owner/name", token="hf_token")

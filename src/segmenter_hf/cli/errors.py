@@ -25,7 +25,7 @@ class UsageError(ValueError):
 
 
 class Terminated(BaseException):
-    """The process was told to end (SIGTERM, as Slurm and Kubernetes send it)."""
+    """The process was told to end (SIGTERM, as Slurm and Kubernetes send it); its text, if any, is for the user."""
 
 
 def cli_main(main: Callable[..., None]) -> Callable[..., None]:
@@ -52,7 +52,7 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
             if os.environ.get(TRACEBACK_VARIABLE):
                 raise
             is_terminated = isinstance(error, Terminated)
-            print("terminated" if is_terminated else "interrupted", file=sys.stderr)
+            print(str(error) or "terminated" if is_terminated else "interrupted", file=sys.stderr)
             raise SystemExit(128 + (signal.SIGTERM if is_terminated else signal.SIGINT)) from error
         except _user_errors() as error:
             if os.environ.get(TRACEBACK_VARIABLE):
@@ -121,4 +121,4 @@ def _leave_process_group(failed: bool) -> None:
         distributed.destroy_process_group()
 
 
-__all__ = ["UsageError", "cli_main"]
+__all__ = ["Terminated", "UsageError", "cli_main"]

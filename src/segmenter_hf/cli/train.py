@@ -19,7 +19,8 @@ A JSON file of arguments may come first, such as the `recipe.json` of an earlier
 
     segmenter-hf train outputs/scenes/recipe.json --output_dir outputs/scenes_again --seed 1
 
-A run that was interrupted resumes from its last checkpoint with the same command. `accelerate launch -m segmenter_hf train ...`,
+A run that was interrupted resumes from its last checkpoint with the same command; SIGTERM (Slurm, Kubernetes) ends it with
+a checkpoint. `accelerate launch -m segmenter_hf train ...`,
 with one of `scripts/configs/*.yaml`, trains on several GPUs or machines. Boolean options take true or false. Every other
 argument of `TrainingArguments` works too: `--help_all` lists them.
 """
@@ -42,8 +43,8 @@ from ..training.recipes import (
     read_arguments,
     recipe_arguments,
 )
-from ..training.run import train_segmenter
-from .errors import UsageError, cli_main
+from ..training.run import TrainingTerminated, train_segmenter
+from .errors import Terminated, UsageError, cli_main
 from .parsing import build_parser, parse_arguments
 
 
@@ -82,12 +83,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, training_args = parse_training_arguments(argv)
     if model_args.model_name_or_path is not None:
         model_args.model_name_or_path = resolve_model(model_args.model_name_or_path, model_args.model_type)
-    results = train_segmenter(model_args, data_args, training_args)
+    try:
+        results = train_segmenter(model_args, data_args, training_args)
+    except TrainingTerminated as terminated:
+        raise Terminated(describe_resumption(terminated, training_args)) from terminated
     if not training_args.should_save:
         return
     print(f"Mean IoU {as_percent(results['mean_iou'])} on {results['num_images']} images, single scale.")
     print(f"Model, card and images are in {training_args.output_dir}. Next:")
     print(f"  segmenter-hf predict --model_name_or_path {training_args.output_dir} --images IMAGE --output_dir OUT")
+
+
+def describe_resumption(terminated: TrainingTerminated, training_args: SegmentationTrainingArguments) -> str:
+    """Say where a training that was told to end has its checkpoint, and how to resume from it."""
+    names = ("overwrite_output_dir", "resume_from_checkpoint")
+    without = " and ".join(f"`--{name}`" for name in names if getattr(training_args, name))
+    command = "the same command" + (f" without {without}" if without else "")
+    return f"terminated: step {terminated.step} is saved in {terminated.checkpoint}; run {command} to resume"
 
 
 def parse_training_arguments(

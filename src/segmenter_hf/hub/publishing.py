@@ -262,7 +262,7 @@ def _explained(hub_model_id: str) -> Iterator[None]:
         yield
     except PublishingError:
         raise
-    except (HTTPError, OSError, RuntimeError, ValueError, KeyboardInterrupt) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         answer = _answer_of(error)
         status = None if answer is None else answer.response.status_code
         detail = getattr(answer, "server_message", None) or str(error).strip().split("\n")[0] or type(error).__name__
@@ -282,7 +282,7 @@ def _explained(hub_model_id: str) -> Iterator[None]:
         elif status in (409, 412):
             advice = f"{hub_model_id} was changed at the same time: look at it, and run the same command again."
         elif status is not None and status < 500 or isinstance(error, ValueError):
-            advice = "The Hub rejected it: mend what it says, and run the same command again."
+            advice = "The Hub rejected it: fix what it says, and run the same command again."
         else:
             advice = "The connection or the Hub failed: run the same command again when it is back."
         raise PublishingError(

@@ -308,6 +308,7 @@ class SegmentationTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"power": self.poly_power, "lr_end": self.min_learning_rate}
         super().__post_init__()
         check_finite(self)  # what was JSON is read now
+        self.enable_jit_checkpoint = False  # SegmentationTrainer always writes a checkpoint at SIGTERM, in its own way
         if self.metric_for_best_model is not None and self.metric_for_best_model.removeprefix("eval_") not in METRICS:
             raise ValueError(
                 f"`metric_for_best_model` must be one of {', '.join(METRICS)}, got {self.metric_for_best_model!r}."

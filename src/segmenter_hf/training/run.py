@@ -20,6 +20,7 @@ from .model_building import build_model_and_processor, override_config, parse_ov
 from .recipes import resolved_recipe
 from .results import save_trained_model
 from .splits import class_weights, find_label_set, load_splits, scan_masks
+from .termination import TrainingTerminated
 from .trainer import SegmentationTrainer
 from .warm_start import warm_start_decoder
 
@@ -45,6 +46,7 @@ def train_segmenter(
         FileExistsError: If `output_dir` holds files that are of no run.
         FloatingPointError: If the loss or a weight becomes NaN or infinite.
         OSError: If a checkpoint cannot be written.
+        TrainingTerminated: If the process was told to end by SIGTERM in training; it names the checkpoint to resume from.
         ValueError: If the arguments contradict each other or those of the run that `output_dir` holds, or label maps cannot
             be trained on.
     """
@@ -125,6 +127,7 @@ __all__ = [
     "SegmentationTrainer",
     "SegmentationTrainingArguments",
     "TrainDataset",
+    "TrainingTerminated",
     "build_model_and_processor",
     "class_weights",
     "override_config",

@@ -20,7 +20,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from ..data.label_sets import LabelSet
 from ..evaluation.evaluate import collate_examples, confusion_matrices, save_prediction_grid
@@ -35,6 +35,7 @@ from .checkpoints import explain_writing_errors
 from .features import encoder_replaced_by
 from .freezing import FreezeEncoder, get_encoder
 from .optimization import decays, has_own_rates, loss_weight, parameter_groups, polynomial_scheduler
+from .termination import EvaluationTerminated, SaveAtTermination, end_training, note_due_evaluation, shield_workers
 
 
 class SegmentationTrainer(Trainer):
@@ -61,7 +62,14 @@ class SegmentationTrainer(Trainer):
         super().__init__(compute_metrics=self.update_metric, **kwargs)
         self.average: WeightAverage | None = None
         self._freezing: FreezeEncoder | None = None
-        for callback in (SetEpoch(), StopAtNan(), ShowProgress(self), *self._callbacks_of_arguments()):
+        self._termination = SaveAtTermination(self)
+        for callback in (
+            SetEpoch(),
+            StopAtNan(),
+            ShowProgress(self),
+            *self._callbacks_of_arguments(),
+            self._termination,  # last: it evaluates as training begins, with the averaged weights
+        ):
             self.add_callback(callback)
 
     def _callbacks_of_arguments(self) -> Iterator[TrainerCallback]:
@@ -106,7 +114,7 @@ class SegmentationTrainer(Trainer):
         loader = super().get_train_dataloader()
         if self.args.dataloader_persistent_workers:
             getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
-        return loader
+        return shield_workers(loader)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
@@ -150,7 +158,7 @@ class SegmentationTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
         """A loader of whole images, which are collated as lists."""
         with self._collating_images():
-            return super().get_eval_dataloader(eval_dataset)
+            return shield_workers(super().get_eval_dataloader(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """As [`get_eval_dataloader`], for `predict`."""
@@ -257,6 +265,25 @@ class SegmentationTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     # Checkpoints
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trainer's training, which SIGTERM ends with a checkpoint.
+
+        Raises:
+            TrainingTerminated: If the process was told to end; a checkpoint is written.
+        """
+        with self._termination.handling_sigterm():
+            return super().train(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationTerminated:
+            note_due_evaluation(self)
+            self._save_checkpoint(model, trial)
+            end_training(self)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
