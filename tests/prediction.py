@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
-from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 
 from segmenter_hf.data.label_sets import label_set_from_names
 from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.inference.protocol import InferenceProtocol
+from segmenter_hf.models.image_processing_segmenter import SemanticSegmentationPostProcessorOutput
 
 
 def make_predictor(

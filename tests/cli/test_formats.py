@@ -15,6 +15,7 @@ from segmenter_hf.cli.train import main as train
 from segmenter_hf.export.onnx import export_onnx
 
 from ..data import formats
+from ..versions import needs_export
 
 
 SMALL = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,patch_size=8"
@@ -95,7 +96,7 @@ def test_a_format_goes_through_all_commands(tmp_path, name, capsys) -> None:
         sum(np.asarray(segment["mask"]).astype(bool).sum() for segment in segments) == formats.HEIGHT * formats.WIDTH
     )
 
-    if name in EXPORTED:
+    if name in EXPORTED and not needs_export.args[0]:
         export_onnx(str(model), tmp_path / "onnx", dtypes=("fp32",))
         (file,) = (tmp_path / "onnx").rglob("*.onnx")
         assert onnxruntime.InferenceSession(file).get_inputs()[0].name == "pixel_values"

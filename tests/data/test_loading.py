@@ -115,7 +115,7 @@ def test_a_folder_may_be_streamed(tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 2, 3])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_visit_every_row_of_a_stream_once(tmp_path, monkeypatch, num_workers, file_sizes, num_rows):
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after each epoch
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # 5 s after each epoch
     rows = dataset_of([mask_array(seed) for seed in range(sum(file_sizes))])
     for number, (size, end) in enumerate(zip(file_sizes, np.cumsum(file_sizes))):
         rows.select(range(end - size, end)).to_parquet(tmp_path / f"train-{number:05d}.parquet")

@@ -29,12 +29,16 @@ from segmenter_hf import (
 from segmenter_hf.data.label_sets import load_label_set
 
 from ..tiny_models import tiny_scenes_config
+from ..versions import needs_export
 
 
 pytest.importorskip("onnxruntime", reason="exports need the extra `onnx`")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs the extra `browser`")
 
 from segmenter_hf.export.onnx import export_onnx  # noqa: E402
+
+
+pytestmark = needs_export
 
 
 WEB = Path(__file__).parents[2] / "demo" / "web"

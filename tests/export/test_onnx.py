@@ -34,8 +34,10 @@ from segmenter_hf.export.onnx import OnnxExport, compare_with_model, export_onnx
 from segmenter_hf.inference.model_loading import load_model
 
 from ..models.test_encoder_families import FAMILIES, make_model
+from ..versions import needs_export
 
 
+pytestmark = needs_export
 ROOT = Path(__file__).parents[2]
 SCENES = load_label_set("scenes")
 # Weights as large as these make logits that differ from place to place.

@@ -15,6 +15,7 @@ from segmenter_hf.inference.model_loading import compile_network, load_model, tr
 from segmenter_hf.utils.http import http_client
 
 from ..tiny_models import save_tiny_scenes_model, tiny_scenes_config
+from ..versions import needs_compile
 
 
 def test_the_weights_of_the_revision_are_checked_and_not_those_of_main(tmp_path, monkeypatch) -> None:
@@ -35,6 +36,7 @@ def test_the_weights_of_the_revision_are_checked_and_not_those_of_main(tmp_path,
     assert model.config.num_labels == 8
 
 
+@needs_compile
 def test_any_number_of_models_is_compiled_in_one_process(monkeypatch) -> None:
     monkeypatch.setattr(
         model_loading.torch, "compile", functools.partial(torch.compile, backend="eager")

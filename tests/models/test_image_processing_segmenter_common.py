@@ -6,6 +6,7 @@ import tempfile
 import textwrap
 import unittest
 
+import pytest
 import torch
 from transformers import set_seed
 
@@ -17,6 +18,10 @@ from ..transformers_common import (
     ImageProcessingTestMixin,
     PostProcessSemanticSegmentationTestMixin,
 )
+
+
+if ImageProcessingTester is None or PostProcessSemanticSegmentationTestMixin is None:
+    pytest.skip("the common tests of this release of transformers have another form", allow_module_level=True)
 
 
 class SegmenterImageProcessingTester(ImageProcessingTester):

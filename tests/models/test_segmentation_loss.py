@@ -21,6 +21,8 @@ from segmenter_hf.models.segmentation_loss import (
     upsampled_dice_loss,
 )
 
+from ..versions import needs_compile
+
 
 def make_inputs(
     batch_size: int = 2,
@@ -266,6 +268,7 @@ def test_autocast_leaves_the_products_in_float32() -> None:
     assert torch.equal(got[1], expected[1])
 
 
+@needs_compile
 def test_the_loss_compiles_without_a_graph_break() -> None:
     head, features, labels, expected = head_and_inputs()
     compiled = torch.compile(head, backend="aot_eager", fullgraph=True)

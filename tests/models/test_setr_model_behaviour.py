@@ -15,6 +15,8 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, p
 from segmenter_hf import SegmenterImageProcessor, SetrConfig, SetrForSemanticSegmentation, SetrModel
 from segmenter_hf.models.modeling_setr import SetrBatchNorm
 
+from ..versions import needs_compile
+
 
 DECODER_TYPES = ("naive", "pup", "mla")
 
@@ -269,6 +271,7 @@ def test_the_pipeline_runs_the_sliding_window_protocol(tmp_path: Path, decoder_t
     }
 
 
+@needs_compile
 @pytest.mark.parametrize("decoder_type", DECODER_TYPES)
 def test_the_model_compiles_without_a_graph_break(decoder_type: str) -> None:
     torch.compiler.reset()  # what other tests compiled counts towards the limit

@@ -1,6 +1,7 @@
 """Windows cover images, and their merge equals upsampling, adding, dividing and resizing one by one."""
 
 import random
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -20,6 +21,8 @@ from segmenter_hf.models.sliding_window import (
     tile_size,
 )
 from segmenter_hf.models.window_geometry import Axis, Window, merge_matrix, window_corners, window_starts
+
+from ..versions import needs_precision
 
 
 @given(st.integers(1, 60), st.data())
@@ -188,6 +191,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
         merge_windows(torch.randn(1, 3, 3, 3), rows, 8)
 
 
+@needs_precision
 def test_whatever_is_set_outside_the_merge_is_in_float32_and_the_settings_stay() -> None:
     rows = torch.tensor(describe(0, 0, 0, [(0, 0)], (16, 16), (16, 16), (40, 30)))
     logits = torch.randn(1, 3, 2, 2)
@@ -217,6 +221,7 @@ def test_a_map_may_have_one_pixel_and_scores_are_kept_only_if_they_are_wanted() 
     assert segmentation.shape == (1, 1)
 
 
+@needs_precision
 @pytest.mark.parametrize(("precision", "dtype"), [("none", "float32"), ("ieee", "float32"), ("bf16", "float64")])
 def test_products_are_exact_whatever_is_set(precision, dtype) -> None:
     matmul = torch.backends.mkldnn.matmul
@@ -227,6 +232,17 @@ def test_products_are_exact_whatever_is_set(precision, dtype) -> None:
         assert matmul.fp32_precision == precision
     finally:
         matmul.fp32_precision = previous
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("highest", "float32"), ("high", "float64"), ("medium", "float64")])
+def test_products_are_exact_where_torch_has_one_setting_for_all_devices(precision, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace())
+    previous = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert product_dtype(torch.device("cpu")) == getattr(torch, dtype)
+    finally:
+        torch.set_float32_matmul_precision(previous)
 
 
 def test_tiles_are_bounded_on_every_device() -> None:

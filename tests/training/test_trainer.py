@@ -214,7 +214,9 @@ def test_a_half_written_checkpoint_is_never_chosen_and_removed(undisturbed, tmp_
 
 @pytest.mark.parametrize("kind", ["a stream", "workers that stay"])
 def test_what_feeds_a_run_finds_its_place_again(tmp_path, monkeypatch, kind) -> None:
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after each visit of a stream
+    monkeypatch.setattr(
+        datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False
+    )  # 5 s after each visit of a stream
     more = [
         "--dataloader_num_workers",
         "2",

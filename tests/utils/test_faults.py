@@ -27,6 +27,7 @@ from segmenter_hf.utils.atomic_files import atomic_directory, write_text
 from ..hub_server import TOKEN, Handler, running_hub
 from ..prediction import segment_images
 from ..tiny_models import save_tiny_scenes_model
+from ..versions import needs_export
 
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,7 @@ COMMANDS = {  # in the folder of a test: a card names its directory
     "evaluate": "--model_name_or_path model --output_dir out --dataset_name data --num_worst 1",
     "predict": "--model_name_or_path model --output_dir out --images a.png",
 }
+NAMES = [pytest.param(name, marks=needs_export) if name == "export_onnx" else name for name in COMMANDS]
 # Forked from a process that has imported everything, for that takes seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
@@ -178,7 +180,7 @@ def undisturbed(tmp_path_factory) -> Callable[[str], dict[str, bytes]]:
 # Killed
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_killed_while_it_writes_a_command_leaves_whole_files_and_works_again(name, folder, undisturbed) -> None:
     wanted = undisturbed(name)
     at_once = name not in ("evaluate", "predict")  # the others write file by file
@@ -245,7 +247,7 @@ def test_what_a_kill_leaves_is_no_picture_of_a_folder(tmp_path) -> None:
 # No room, no right
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_on_a_full_disk_a_command_says_what_it_could_not_write_and_leaves_nothing_half(
     name, folder, undisturbed
 ) -> None:
@@ -270,7 +272,7 @@ def test_a_full_disk_names_what_may_be_deleted(tmp_path) -> None:
         raise RuntimeError("I/O error: File too large (os error 27)")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_place_that_cannot_be_written_is_named(name, folder) -> None:
     (folder / "file").write_text("no folder")
     before = contents(folder)

@@ -16,6 +16,7 @@ from ..data.label_sets import LABEL_SET_FILE
 from ..inference.model_loading import load_model
 from ..models.sliding_window import merge_windows
 from ..utils.atomic_files import atomic_directory, check_replaceable, write_json
+from ..utils.versions import require_version
 from .dtypes import DEFAULT_DTYPES, check_dtypes, external_data, model_file, save_model, write_dtype
 
 
@@ -87,8 +88,10 @@ def write_onnx(model: PreTrainedModel, path: Path, opset: int | None = None) -> 
         `int`: The version of the ONNX operators.
 
     Raises:
+        ImportError: If torch is too early to leave the sizes open.
         ValueError: If torch cannot export for that version.
     """
+    require_version("torch", "2.10", "The export with open sizes")
     import onnx
     from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -274,7 +277,7 @@ def export_onnx(
 
     Raises:
         FileExistsError: If `output_dir` holds anything but an export that is to be replaced.
-        ImportError: If onnx, onnxruntime or onnxscript is missing.
+        ImportError: If onnx, onnxruntime or onnxscript is missing, or torch earlier than 2.10.
         ValueError: If a dtype is unknown, the exported model does not agree with the model, or torch cannot export for
             `opset`.
     """

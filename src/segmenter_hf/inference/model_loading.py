@@ -27,6 +27,7 @@ from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
 from ..utils.http import translate_http_errors
 from ..utils.messages import one_line
 from ..utils.processes import process_state
+from ..utils.versions import require_version
 
 
 # What libraries say instead of raising `MemoryError` or `torch.OutOfMemoryError`, in lower case.
@@ -109,7 +110,11 @@ def compile_network(model: PreTrainedModel) -> None:
 
     Args:
         model (`PreTrainedModel`): The model, whose `forward` is replaced.
+
+    Raises:
+        ImportError: If torch is earlier than 2.11, the first one whose compiler was seen to take the models.
     """
+    require_version("torch", "2.11", "Compilation")
     network = model.forward
 
     @functools.wraps(network)

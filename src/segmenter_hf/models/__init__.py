@@ -22,4 +22,10 @@ for _config, _model, _segmentation_model in (
     AutoModelForSemanticSegmentation.register(_config, _segmentation_model)
 
 # A subclass of what is there, which treats the models of others as before; imported by the first pipeline of that kind.
-PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = f"{__name__}.pipeline_segmenter.SegmenterPipeline"
+_task = PIPELINE_REGISTRY.supported_tasks["image-segmentation"]
+if isinstance(_task["impl"], str):
+    _task["impl"] = f"{__name__}.pipeline_segmenter.SegmenterPipeline"
+else:  # early releases of transformers hold classes
+    from .pipeline_segmenter import SegmenterPipeline
+
+    _task["impl"] = SegmenterPipeline

@@ -11,7 +11,6 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     ImageInput,
@@ -27,6 +26,17 @@ from .image_io import image_to_array, label_map_to_array, read_channels, read_im
 from .image_windows import ImageWindows, Normalization, ScaledImage, scaled_size
 from .resampling import resize_image, resize_labels
 from .sliding_window import merge_windows
+
+
+try:
+    from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
+except ImportError:  # transformers before 5.13
+
+    class SemanticSegmentationPostProcessorOutput(BatchFeature):  # type: ignore[no-redef]
+        """Class map and scores of one image, as transformers 5.13 and later have them."""
+
+        segmentation: torch.Tensor
+        segmentation_scores: torch.Tensor | None
 
 
 INTERPOLATION = {

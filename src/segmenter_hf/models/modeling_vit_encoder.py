@@ -40,6 +40,9 @@ from .token_merging import MergedTokens, merge_tokens
 if TYPE_CHECKING:  # never imported here: transformers copies the files that these lines name with a saved model
     from .pipeline_segmenter import SegmenterPipeline  # noqa: F401
 
+# torch before 2.7 does not say; nothing is exported with it.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
 
 @dataclass
 class VitEncoderOutput(BaseModelOutput):
@@ -257,7 +260,7 @@ class VitEncoderEmbeddings(nn.Module):
 
         An export always resizes, so that the exported model serves every size.
         """
-        if not torch.compiler.is_exporting() and grid == self.grid:
+        if not is_exporting() and grid == self.grid:
             return self.position_embeddings
         return resize_position_embeddings(
             self.position_embeddings,

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from ..models.configuration_segmenter import SegmenterConfig
 from ..models.configuration_setr import SetrConfig
+from ..utils.versions import require_version
 
 
 # The sizes of the paper (Strudel et al., ICCV 2021, table 1): width, layers, heads.
@@ -307,6 +308,8 @@ class SegmentationTrainingArguments(TrainingArguments):
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"power": self.poly_power, "lr_end": self.min_learning_rate}
         super().__post_init__()
+        if self.torch_compile:
+            require_version("torch", "2.11", "Compilation (`torch_compile`)")
         check_finite(self)  # what was JSON is read now
         self.enable_jit_checkpoint = False  # SegmentationTrainer always writes a checkpoint at SIGTERM, in its own way
         if self.metric_for_best_model is not None and self.metric_for_best_model.removeprefix("eval_") not in METRICS:

@@ -1,0 +1,14 @@
+"""Marks of tests whose subject needs a later version than the package itself."""
+
+import pytest
+import torch
+from packaging.version import Version
+
+
+TORCH = Version(torch.__version__)
+needs_export = pytest.mark.skipif(Version("2.10") > TORCH, reason="the export with open sizes needs torch 2.10")
+needs_compile = pytest.mark.skipif(Version("2.11") > TORCH, reason="compilation needs torch 2.11")
+needs_precision = pytest.mark.skipif(
+    not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"),
+    reason="torch has a precision for each device from 2.9 on",
+)
