@@ -49,6 +49,7 @@ CODE = {
     "segmentation_loss.py",
     "pipeline_segmenter.py",
     "sliding_window.py",
+    "patch_resizing.py",
     "token_merging.py",
     "window_geometry.py",
     "worker_threads.py",

@@ -30,6 +30,10 @@ class PredictionArguments:
     token_merging: bool = field(
         default=False, metadata={"help": "Merge similar patches in the network: approximate, faster."}
     )
+    patch_size: int | None = field(
+        default=None,
+        metadata={"help": "Resize the patches of the network: larger ones are approximate and faster, as 32 for 16."},
+    )
 
     def load_predictor(self, **fields: Any) -> Predictor:
         """The model with what belongs to it and the protocol, of which `fields` are further ones."""
@@ -46,6 +50,7 @@ class PredictionArguments:
             int8=self.int8,
             compile=self.compile,
             token_merging=self.token_merging,
+            patch_size=self.patch_size,
         )
 
 

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
+from ..models.configuration_vit_encoder import VitEncoderConfig
 from ..utils.http import translate_http_errors
 from ..utils.messages import one_line
 from ..utils.processes import process_state
@@ -50,6 +51,7 @@ def load_model(
     int8: bool = False,
     compile: bool = False,
     token_merging: bool = False,
+    patch_size: int | None = None,
 ) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:
     """Load a model with its image processor and label set: whole, finite, and of this package, or not at all.
 
@@ -66,6 +68,9 @@ def load_model(
             once is compiled anew, which takes up to a minute; it pays for many images.
         token_merging (`bool`, defaults to `False`): Whether similar patches become one token, in a model that was trained
             without it too: faster and approximate. Layers and threshold are those of the configuration, where it names some.
+        patch_size (`int`, *optional*): Side of the patches in pixels, for which the patch embedding and the positions are
+            resized (FlexiViT): approximate, and faster with larger ones. By default that of the model. The windows are rounded
+            up to whole patches.
 
     Returns:
         `tuple[PreTrainedModel, BaseImageProcessor, LabelSet]`: The model in evaluation mode, and what belongs to it.
@@ -83,6 +88,8 @@ def load_model(
         except ImportError as error:
             raise ImportError("8-bit weights need torchao: `pip install segmenter-hf[int8]`.") from error
         arguments["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
+    if patch_size is not None:
+        arguments["patch_size"] = patch_size
     model, processor = load_model_and_processor(name_or_path, revision, **arguments)
     if label_set is None:
         found = get_model_label_set(name_or_path, model.config.id2label, revision)
@@ -91,8 +98,8 @@ def load_model(
     found = found.with_background()
     check_label_set(model, found)
     model = model.to(target_device).eval()
-    if token_merging and not model.config.token_merging_layers:
-        model.config.token_merging_layers = sorted({0, model.config.num_hidden_layers // 3})  # 1 and 5 of 12 in ALGM
+    if token_merging:
+        enable_token_merging(model.config)
     if compile and model.config.token_merging_layers:
         raise ValueError(
             "`compile` and `token_merging` exclude each other: the number of tokens depends on the image."
@@ -100,6 +107,12 @@ def load_model(
     if compile:
         compile_network(model)
     return model, processor, found
+
+
+def enable_token_merging(config: VitEncoderConfig) -> None:
+    """Name the layers that merge tokens, where a configuration names none: the first, and the one after a third of them."""
+    if not config.token_merging_layers:
+        config.token_merging_layers = sorted({0, config.num_hidden_layers // 3})  # 1 and 5 of 12 in ALGM
 
 
 def compile_network(model: PreTrainedModel) -> None:
@@ -179,7 +192,27 @@ def load_model_and_processor(
             if not type(part).__module__.startswith("segmenter_hf."):
                 raise ValueError(f"{name_or_path}: expected a {expected}, got a {type(part).__name__}. {REMEDY}")
         check_weights(name_or_path, model, loading_info, revision=revision)
+    if kwargs.get("patch_size") is not None:
+        processor = with_patch_size(processor, model.config.patch_size)
     return model, processor
+
+
+def with_patch_size(processor: BaseImageProcessor, patch_size: int) -> BaseImageProcessor:
+    """The image processor for another patch size: windows, and strides as long as they, become whole patches.
+
+    Args:
+        processor (`BaseImageProcessor`): The image processor, which stays as it is.
+        patch_size (`int`): Side of the patches in pixels.
+
+    Returns:
+        `BaseImageProcessor`: One for patches of that size.
+    """
+    fields = processor.to_dict()
+    window_size, stride = processor.window_size, processor.window_stride
+    if processor.padding == "end":
+        window_size = -(-window_size // patch_size) * patch_size
+    stride = window_size if stride == processor.window_size else stride
+    return type(processor)(**fields | {"patch_size": patch_size, "window_size": window_size, "window_stride": stride})
 
 
 def _why_not_found(error: OSError) -> str:

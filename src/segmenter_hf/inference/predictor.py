@@ -94,7 +94,8 @@ class Predictor:
             device (`str`, *optional*): Where the model goes; by default a GPU where there is one.
             dtype (`torch.dtype`, *optional*): Type of the weights; float32 by default.
             runtime (`str`, defaults to `"torch"`): What runs the network.
-            kwargs: Further arguments of [`load_model`]: `label_set`, `revision`, `int8`, `compile`, `token_merging`.
+            kwargs: Further arguments of [`load_model`]: `label_set`, `revision`, `int8`, `compile`, `token_merging`,
+                `patch_size`.
 
         Returns:
             `Predictor`: The predictor.

@@ -212,6 +212,7 @@ class VitEncoderConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Fields of the configuration; as remote code it names the classes of the encoder, the model and the pipeline."""
         fields = super().to_dict()
+        fields.pop("_saved_sizes", None)  # of a patch size that was changed while loading
         if "auto_map" in fields:
             fields["auto_map"] = {**fields["auto_map"], **self.remote_classes}
             fields["custom_pipelines"] = REMOTE_PIPELINES
@@ -242,6 +243,48 @@ class VitEncoderConfig(PreTrainedConfig):
         names = {label: f"LABEL_{label}" for label in range(num_labels)}
         self.id2label = with_background_name(names) if self.use_single_logit else names
         self.label2id = {name: label for label, name in self.id2label.items()}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; with `patch_size` the one of [`~VitEncoderConfig.change_patch_size`]."""
+        patch_size = kwargs.pop("patch_size", None)
+        loaded = super().from_dict(config_dict, **kwargs)
+        if patch_size is not None:
+            (loaded[0] if isinstance(loaded, tuple) else loaded).change_patch_size(patch_size)
+        return loaded
+
+    def change_patch_size(self, patch_size: int) -> None:
+        """Set another patch size, and round `image_size`, the grid of the positions, up to whole patches.
+
+        The weights are resized by [`~VitEncoderPreTrainedModel.change_patch_size`] of the model. Where a model is then loaded
+        with this configuration, `from_pretrained` does so.
+
+        Args:
+            patch_size (`int`): Side of the patches in pixels.
+
+        Raises:
+            ValueError: If that is no size, or larger than the images.
+        """
+        largest = min(self.image_height_and_width)
+        if type(patch_size) is not int or not 1 <= patch_size <= largest:
+            raise ValueError(
+                f"`patch_size` must be a whole number of pixels from 1 to the {largest} of `image_size`, got {patch_size!r}."
+            )
+        if patch_size == self.patch_size:
+            return
+        saved = self.patch_size, self.image_size
+        sides = [-(-side // patch_size) * patch_size for side in self.image_height_and_width]
+        self.patch_size = patch_size
+        self.image_size = sides[0] if isinstance(self.image_size, int) else sides
+        self.validate_sizes()
+        self._saved_sizes = getattr(self, "_saved_sizes", saved)
+
+    def with_saved_patch_size(self) -> "VitEncoderConfig":
+        """A copy with the patch size that it had in its file, before [`~VitEncoderConfig.change_patch_size`]."""
+        config = copy.deepcopy(self)
+        config.patch_size, config.image_size = getattr(self, "_saved_sizes", (self.patch_size, self.image_size))
+        config.__dict__.pop("_saved_sizes", None)
+        return config
 
     @property
     def image_height_and_width(self) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit_encoder import VitEncoderConfig
+from .patch_resizing import resize_patch_kernel
 from .segmentation_loss import (
     plain_upsampled_cross_entropy,
     total_label_weight,
@@ -215,6 +216,13 @@ class VitEncoderPatchEmbeddings(nn.Module):
         self.padding = padding
         self.projection = nn.Conv2d(num_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
+    def change_patch_size(self, patch_size: int) -> None:
+        """Resize the weights for patches of another size."""
+        weight = resize_patch_kernel(self.projection.weight.detach(), patch_size)
+        self.projection.weight = nn.Parameter(weight, requires_grad=self.projection.weight.requires_grad)
+        self.projection.kernel_size = self.projection.stride = (patch_size, patch_size)
+        self.patch_size = patch_size
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) pixels to (batch, hidden, ceil(height / patch), ceil(width / patch))."""
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
@@ -254,6 +262,15 @@ class VitEncoderEmbeddings(nn.Module):
         self.layernorm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_pre_layer_norm else nn.Identity()
         )
+
+    def change_patch_size(self, patch_size: int, image_size: tuple[int, int]) -> None:
+        """Resize the patch embedding for patches of another size, and the positions to the grid of an image."""
+        self.patch_embeddings.change_patch_size(patch_size)
+        grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        if self.position_embeddings is not None and grid != self.grid:
+            positions = self.position_embeddings_for(grid).detach()
+            self.position_embeddings = nn.Parameter(positions, self.position_embeddings.requires_grad)
+        self.grid = grid
 
     def position_embeddings_for(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position embeddings (1, special tokens + grid height * grid width, hidden) of a grid of patches.
@@ -552,6 +569,53 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "patch_embeddings"
     # The loss is already a mean over pixels: Trainer divides it by the accumulation steps.
     accepts_loss_kwargs = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Load a model as transformers does, with another patch size where `patch_size` is given.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Directory or Hub name.
+            patch_size (`int`, *optional*): Side in pixels of the patches, for which the patch embedding and the positions are
+                resized: see [`~VitEncoderPreTrainedModel.change_patch_size`]. By default that of the file.
+            kwargs: Further arguments of transformers.
+
+        Returns:
+            The model, and what transformers says of it with `output_loading_info=True`.
+
+        Raises:
+            ValueError: If there cannot be such patches.
+        """
+        patch_size = kwargs.pop("patch_size", None)
+        config = kwargs.get("config")
+        if isinstance(config, VitEncoderConfig):  # as the Auto classes pass it, with the new patch size in it
+            kwargs["config"] = config.with_saved_patch_size()
+            patch_size = config.patch_size if patch_size is None else patch_size
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if patch_size is not None:
+            (loaded[0] if isinstance(loaded, tuple) else loaded).change_patch_size(patch_size)
+        return loaded
+
+    @torch.no_grad()
+    def change_patch_size(self, patch_size: int) -> None:
+        """Resize the patch embedding and the positions, so that the model takes patches of another size.
+
+        The embedding is multiplied by the pseudo-inverse of the resize of a patch (FlexiViT): an image that is enlarged by the
+        same factor as its patches has the tokens that it had. Images of the same size then have fewer tokens, and a result
+        that is faster and less exact. The model is saved with the new size. `patch_size` of its image processor must be the same.
+
+        Args:
+            patch_size (`int`): Side in pixels of the patches.
+
+        Raises:
+            ValueError: If that is no size, or larger than the images.
+        """
+        encoder = self.base_model
+        self.config.change_patch_size(patch_size)
+        if encoder.config is not self.config:
+            encoder.config.change_patch_size(patch_size)
+        if encoder.embeddings.patch_embeddings.patch_size != patch_size:
+            encoder.embeddings.change_patch_size(patch_size, self.config.image_height_and_width)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

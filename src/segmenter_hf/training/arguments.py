@@ -69,6 +69,15 @@ class ModelArguments:
     drop_path_rate: float | None = field(
         default=None, metadata={"help": "Stochastic depth of the encoder; by default that of the model."}
     )
+    patch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side of the patches in pixels; a model to start from is resized. By default that of the model."
+        },
+    )
+    token_merging: bool = field(
+        default=False, metadata={"help": "Merge similar patches in the encoder (ALGM): faster; saved with the model."}
+    )
     config_overrides: str = field(
         default="",
         metadata={"help": 'Other fields of the configuration, as in "patch_size=8,num_hidden_layers=4".'},

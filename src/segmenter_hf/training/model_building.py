@@ -9,7 +9,7 @@ from typing import Any, get_args
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from ..data.label_sets import LabelSet
-from ..inference.model_loading import check_weights, translate_loading_errors
+from ..inference.model_loading import check_weights, enable_token_merging, translate_loading_errors
 from ..models.configuration_vit_encoder import VitEncoderConfig
 from ..models.image_processing_segmenter import SegmenterImageProcessor
 from .arguments import CONFIGS, MODEL_SIZES, NORMALIZATIONS, DataArguments, ModelArguments
@@ -92,6 +92,8 @@ def _processor_fields(model_args: ModelArguments, data_args: DataArguments, labe
     }
     if data_args.value_range is not None:
         pixels["value_range"] = data_args.value_range
+    if model_args.patch_size is not None and model_args.model_name_or_path is not None:
+        pixels["patch_size"] = model_args.patch_size
     if model_args.normalization in NORMALIZATIONS:
         pixels["image_mean"], pixels["image_std"] = NORMALIZATIONS[model_args.normalization]
     return pixels
@@ -103,10 +105,14 @@ def _load_model(model_args: ModelArguments, labels: dict[str, Any], chosen: dict
     with translate_loading_errors(name):
         config = AutoConfig.from_pretrained(name, **labels)
         chosen = chosen | parse_overrides(model_args.config_overrides, config)
+        config = override_config(config, chosen)
+        if model_args.token_merging:
+            enable_token_merging(config)
         with _without_loading_report():
             model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
                 name,
-                config=override_config(config, chosen),
+                config=config,
+                patch_size=model_args.patch_size,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 attn_implementation=model_args.attn_implementation,
@@ -165,8 +171,13 @@ def _new_config(
         "intermediate_size": 4 * width,
         "image_size": crop_size,
     }
+    if model_args.patch_size is not None:
+        sizes["patch_size"] = model_args.patch_size
     overrides = parse_overrides(model_args.config_overrides, config_class())
-    return config_class(**sizes | chosen | overrides, **labels)
+    config = config_class(**sizes | chosen | overrides, **labels)
+    if model_args.token_merging:
+        enable_token_merging(config)
+    return config
 
 
 def parse_overrides(text: str, config: VitEncoderConfig) -> dict[str, Any]:
