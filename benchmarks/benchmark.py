@@ -5,7 +5,8 @@
 
 Each row is ours beside a peer: median seconds, spread (half the distance of the quartiles, in percent), the ratio, the
 peak of memory above the start, and the greatest difference of the results. `growth` shows how cost grows with windows and
-classes. Peers that are not installed are left out with a message: `pip install -e ".[bench]"`.
+classes. `--busy_core` measures the loss, the merge, preprocessing and a training step with 1 and with 2 threads, on a quiet machine
+and while a loop of its own keeps a core busy. Peers that are not installed are left out with a message: `pip install -e ".[bench]"`.
 """
 
 import gc
@@ -13,10 +14,14 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,6 +68,12 @@ class Arguments:
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     dtype: str = field(default="float32", metadata={"help": "Of the network: float32 or bfloat16."})
     repeats: int = field(default=5, metadata={"help": "Times that each side is measured, after one to warm up."})
+    busy_core: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure with 1 and 2 threads, quiet and beside a loop that keeps a core busy, and nothing else."
+        },
+    )
     json: str | None = field(default=None, metadata={"help": "File for the rows, with versions and machine."})
     output_dir: str | None = field(default=None, metadata={"help": "Directory for benchmark.json and benchmark.md."})
 
@@ -594,6 +605,113 @@ TASKS: dict[str, Callable[[Bench, Sequence[str]], Iterator[Row]]] = {
 }
 
 
+# ---- beside other work ----
+
+
+BUSY_SECONDS = 600  # the loop ends by itself, whatever becomes of this process
+THREADS = (1, 2)
+
+
+@dataclass
+class BusyRow:
+    case: str
+    threads: int
+    quiet_s: float
+    quiet_spread_percent: float
+    busy_s: float
+    busy_spread_percent: float
+    busy_to_quiet: float
+    plain_busy_s: float | None = None
+
+    def as_line(self) -> str:
+        """A row of the table in Markdown."""
+        plain = "-" if self.plain_busy_s is None else f"{1e3 * self.plain_busy_s:.4g} ms"
+        return (
+            f"| {self.case} | {self.threads} | {1e3 * self.quiet_s:.4g} ms ± {self.quiet_spread_percent:.0f} % | "
+            f"{1e3 * self.busy_s:.4g} ms ± {self.busy_spread_percent:.0f} % | {self.busy_to_quiet:.2f}x | {plain} |"
+        )
+
+
+BUSY_HEADER = "| case | threads | quiet | one core busy | busy / quiet | plain path, busy |\n|---|---|---|---|---|---|"
+
+
+@contextmanager
+def busy_core(seconds: float = BUSY_SECONDS) -> Iterator[subprocess.Popen]:
+    """Keep one core busy with a process that counts until the end of the block, or for so many seconds."""
+    loop = f"import time\nend = time.monotonic() + {seconds}\nwhile time.monotonic() < end: pass"
+    process = subprocess.Popen([sys.executable, "-c", loop])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def busy_cases(bench: Bench, size: str) -> dict[str, tuple[Callable[[], Any], Callable[[], Any] | None]]:
+    """What is measured beside a busy core: ours, and the plain path where there is one."""
+    processor, image = SegmenterImageProcessor(), make_image()
+    offsets = processor(image)["window_offsets"]
+    patch_logits = torch.randn(len(offsets), NUM_LABELS, 32, 32) * 4
+    labels = torch.randint(NUM_LABELS, (4, 512, 512))
+    logits = torch.randn(4, NUM_LABELS, 32, 32, requires_grad=True)
+    photograph = image.repeat(2, 0).repeat(2, 1)
+    models = [make_model(bench, size, use_tiled_loss=use).train() for use in (True, False)]
+    pixel_values, targets = torch.randn(1, 3, 512, 512, dtype=bench.dtype), labels[:1]
+
+    def step(model: SegmenterForSemanticSegmentation) -> None:
+        model.zero_grad()
+        model(pixel_values, labels=targets).loss.backward()
+
+    return {
+        "loss, forward and backward, batch 4": (
+            partial(loss_gradient, upsampled_cross_entropy, logits, labels),
+            partial(loss_gradient, plain_loss, logits, labels),
+        ),
+        f"merge of {len(offsets)} windows": (
+            lambda: merge_windows(patch_logits, offsets, 16)[0][0],
+            lambda: plain_scores(patch_logits, offsets, IMAGE_SIZE).argmax(0),
+        ),
+        "preprocessing of twice the height and width": (lambda: processor(photograph), None),
+        f"{size}: training step, batch 1": (partial(step, models[0]), partial(step, models[1])),
+    }
+
+
+def measure_busy_core(bench: Bench, size: str) -> list[BusyRow]:
+    """Time each case with 1 and 2 threads, quiet and beside a busy core, each after a run to warm up."""
+    before, rows = torch.get_num_threads(), []
+
+    def times(function: Callable[[], Any], repeats: int) -> list[float]:
+        function()
+        return [bench.seconds(function) for _ in range(repeats)]
+
+    try:
+        for case, (ours, plain) in busy_cases(bench, size).items():
+            for threads in THREADS:
+                torch.set_num_threads(threads)
+                quiet = times(ours, bench.repeats)
+                with busy_core():
+                    busy = times(ours, bench.repeats)
+                    plain_busy = times(plain, 1)[0] if plain is not None else None
+                medians = statistics.median(quiet), statistics.median(busy)
+                spreads = _spread_percent(quiet), _spread_percent(busy)
+                rows.append(
+                    BusyRow(
+                        case,
+                        threads,
+                        medians[0],
+                        spreads[0],
+                        medians[1],
+                        spreads[1],
+                        medians[1] / medians[0],
+                        plain_busy,
+                    )
+                )
+                print(rows[-1].as_line(), flush=True)
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
 # ---- report ----
 
 
@@ -629,6 +747,7 @@ def machine(bench: Bench) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if is_gpu else (names or [platform.processor()])[0],
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "network_dtype": str(bench.dtype).removeprefix("torch."),
         "repeats": bench.repeats,
         "python": platform.python_version(),
@@ -647,13 +766,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     bench = Bench(args)
     facts = machine(bench)
-    print(json.dumps(facts), HEADER, sep="\n\n")
-    rows = [asdict(row) for name in names for row in TASKS[name](bench, args.sizes)]
+    header = BUSY_HEADER if args.busy_core else HEADER
+    print(json.dumps(facts), header, sep="\n\n")
+    if args.busy_core:
+        results = measure_busy_core(bench, args.sizes[0])
+        lines, rows = [row.as_line() for row in results], [asdict(row) for row in results]
+    else:
+        rows = [asdict(row) for name in names for row in TASKS[name](bench, args.sizes)]
+        lines = [as_line(Row(**row)) for row in rows]
     for path in (args.json, args.output_dir and f"{args.output_dir}/benchmark.json"):
         if path:
             write_json(Path(path), {"machine": facts, "rows": rows})
     if args.output_dir:
-        text = "\n".join([HEADER, *(as_line(Row(**row)) for row in rows)])
+        text = "\n".join([header, *lines])
         write_text(Path(args.output_dir) / "benchmark.md", text + "\n")
 
 
