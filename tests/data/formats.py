@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import tifffile
 from PIL import Image
 
 
@@ -112,6 +113,52 @@ def metadata(root: Path) -> None:
         (root / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
+def scene_channels(seed: int, num_channels: int, high: int, dtype: type) -> np.ndarray:
+    """A scene of any number of channels, (height, width, channels), with values from 0 to `high`."""
+    gray = scene_image(seed).astype(np.float64)[..., :1] / 240
+    factors = np.linspace(1, 0.4, num_channels)
+    return (gray * factors * high).astype(dtype)
+
+
+def save_channels(path: Path, pixels: np.ndarray, **tags: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, pixels)
+    elif path.suffix == ".png":
+        Image.fromarray(pixels[..., 0]).save(path)
+    else:
+        tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig", **tags)
+
+
+def channels_format(suffix: str, num_channels: int, high: int, dtype: type, **tags: object) -> Callable[[Path], None]:
+    """A writer of two folders, whose images have any number of channels."""
+
+    def write(root: Path) -> None:
+        for split, seeds in SPLITS.items():
+            for seed in seeds:
+                pixels = scene_channels(seed, num_channels, high, dtype)
+                save_channels(root / "images" / split / f"plant{seed}{suffix}", pixels, **tags)
+                save(root / "masks" / split / f"plant{seed}.png", scene_ids(seed))
+
+    return write
+
+
+def geotiff(root: Path) -> None:
+    """Two folders, whose images are GeoTIFF of 4 channels with a coordinate reference system."""
+    import rasterio
+
+    for split, seeds in SPLITS.items():
+        for seed in seeds:
+            pixels = np.moveaxis(scene_channels(seed, 4, 255, np.uint8), -1, 0)
+            path = root / "images" / split / f"plant{seed}.tif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            profile = {"driver": "GTiff", "count": 4, "dtype": "uint8", "height": HEIGHT, "width": WIDTH}
+            profile |= {"crs": "EPSG:32633", "transform": rasterio.transform.from_origin(5e5, 5e6, 10, 10)}
+            with rasterio.open(path, "w", **profile) as scene:
+                scene.write(pixels)
+            save(root / "masks" / split / f"plant{seed}.png", scene_ids(seed))
+
+
 def encoded(pixels: np.ndarray) -> dict:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -127,9 +174,17 @@ def rows(split: str, label_column: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def parquet(root: Path) -> None:
-    for split, name in (("train", "train"), ("val", "validation")):
-        rows(split, "segmentation_map").to_parquet(root / f"{name}-00000-of-00001.parquet")
+def parquet_of(label_column: str) -> Callable[[Path], None]:
+    """A writer of parquet files with this column of masks."""
+
+    def write(root: Path) -> None:
+        for split, name in (("train", "train"), ("val", "validation")):
+            rows(split, label_column).to_parquet(root / f"{name}-00000-of-00001.parquet")
+
+    return write
+
+
+parquet = parquet_of("segmentation_map")
 
 
 def saved_to_disk(root: Path) -> None:

@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoImageProcessor, pipeline
 from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.cli.main import main
 from segmenter_hf.data.augmentation import SegmentationAugmentation
+from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.models.image_io import read_channels
+from segmenter_hf.training.channels import find_value_range
 
 from ..run_training import words
 from ..tiny_models import tiny_scenes_config
@@ -144,14 +146,67 @@ def test_augmentation_takes_any_channels_and_16_bits() -> None:
         assert not np.array_equal(crop[..., 0], crop[..., 3])
 
 
-def test_little_of_16_bits_is_warned_of(caplog) -> None:
-    from segmenter_hf.training.channels import warn_of_little_range
-
+def deep_row(pixels: np.ndarray, **tags: object) -> dict:
     buffer = io.BytesIO()
-    tifffile.imwrite(
-        buffer, np.full((8, 8, 4), 3000, dtype=np.uint16), photometric="minisblack", planarconfig="contig"
-    )
-    rows = [{"image": {"bytes": buffer.getvalue(), "path": None}}]
+    tifffile.imwrite(buffer, pixels, photometric="minisblack", planarconfig="contig", metadata=None, **tags)
+    return {"id": "deep", "image": {"bytes": buffer.getvalue(), "path": None}}
+
+
+def test_little_of_16_bits_is_warned_of(caplog) -> None:
+    processor = SegmenterImageProcessor()
     with caplog.at_level(logging.WARNING):
-        warn_of_little_range(rows, SegmenterImageProcessor())
-    assert "`value_range` 0 4095" in caplog.text
+        find_value_range([deep_row(np.full((8, 8, 4), 3000, dtype=np.uint16))], processor)
+    assert "`value_range` 0 4095" in caplog.text and processor.value_range is None
+
+
+GDAL_BITS = '<GDALMetadata>\n<Item name="NBITS" sample="0" role="image_structure">10</Item>\n</GDALMetadata>'
+GDAL_STATISTICS = (
+    '<GDALMetadata><Item name="STATISTICS_MAXIMUM" sample="0">2900</Item>'
+    '<Item name="STATISTICS_MINIMUM" sample="0">7</Item><Item name="STATISTICS_MAXIMUM" sample="1">3100</Item></GDALMetadata>'
+)
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ([(281, "H", 4, (4095, 4000, 4095, 4095), True)], [0, 4095]),
+        ([(280, "H", 4, (50, 60, 70, 80), True), (281, "H", 4, (4095,) * 4, True)], [50, 4095]),
+        ([(341, "H", 4, (900,) * 4, True), (281, "H", 4, (4095,) * 4, True)], [0, 900]),
+        ([(281, "H", 4, (65535,) * 4, True)], None),
+        ([(42112, "s", 0, GDAL_BITS, True)], [0, 1023]),
+        ([(42112, "s", 0, GDAL_STATISTICS, True)], [7, 3100]),
+        ([(42112, "s", 0, GDAL_STATISTICS.replace("3100", "nan").replace("2900", "nan"), True)], None),
+        ([], None),
+    ],
+)
+def test_the_range_of_values_is_that_of_the_metadata(tags, expected, caplog) -> None:
+    processor = SegmenterImageProcessor()
+    find_value_range([deep_row(np.full((8, 8, 4), 3000, dtype=np.uint16), extratags=tags)], processor)
+    assert processor.value_range == expected
+    given = SegmenterImageProcessor(value_range=[1, 2])
+    find_value_range([deep_row(np.full((8, 8, 4), 3000, dtype=np.uint16), extratags=tags)], given)
+    assert given.value_range == [1, 2]
+
+
+def test_the_range_of_values_holds_for_all_images() -> None:
+    pixels = np.full((8, 8, 4), 3000, dtype=np.uint16)
+    lower, higher = (deep_row(pixels, extratags=[(281, "H", 1, value, True)]) for value in (1023, 4095))
+    for rows, expected in (([lower, higher], [0, 4095]), ([lower, deep_row(pixels)], None)):
+        processor = SegmenterImageProcessor()
+        find_value_range(rows, processor)
+        assert processor.value_range == expected
+
+
+def test_floats_need_a_range() -> None:
+    row = deep_row(np.full((8, 8, 4), 0.5, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"deep: expected pixel values of 8 or 16 bits, got float32. .*`value_range`"):
+        find_value_range([row], SegmenterImageProcessor())
+    find_value_range([row], SegmenterImageProcessor(value_range=[0, 1]))
+
+
+def test_nan_is_refused_by_the_name_of_the_image() -> None:
+    pixels = np.full((8, 8, 4), 0.5, dtype=np.float32)
+    pixels[3, 3, 1] = np.nan
+    row = deep_row(pixels) | {"annotation": Image.fromarray(np.zeros((8, 8), np.uint8))}
+    with pytest.raises(ValueError, match="deep: the image holds NaN or infinite values. Replace them"):
+        decode_example(row, num_channels=4)

@@ -19,7 +19,7 @@ import torch
 import yaml
 from PIL import Image
 
-from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation
+from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.inference.attention import class_attention, patch_attention
 from segmenter_hf.inference.predictor import Predictor
@@ -316,3 +316,14 @@ def test_long_class_names_are_shown_whole() -> None:
     css = (ROOT / "src" / "segmenter_hf" / "demo" / "app.css").read_text(encoding="utf-8")
     (rule,) = (part for part in css.split("}") if part.strip().startswith(".legend .name"))
     assert "overflow-wrap: anywhere" in rule and "ellipsis" not in css
+
+
+def test_a_model_of_other_channels_is_refused(tmp_path) -> None:
+    config = tiny_scenes_config()
+    config.num_channels = 4
+    SegmenterForSemanticSegmentation(config).save_pretrained(tmp_path / "model")
+    SegmenterImageProcessor(image_mean=[0.5] * 4, image_std=[0.5] * 4, do_convert_rgb=False).save_pretrained(
+        tmp_path / "model"
+    )
+    with pytest.raises(ValueError, match="the demo shows RGB images, and the model takes 4 channels"):
+        load_models([tmp_path / "model"])

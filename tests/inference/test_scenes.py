@@ -18,7 +18,8 @@ rasterio = pytest.importorskip("rasterio")
 HEIGHT, WIDTH = 90, 130
 
 
-def write_scene(path, channels=4, dtype="uint16", high=4096, nodata=None) -> np.ndarray:
+def write_scene(path, channels=4, dtype="uint16", high=4096, nodata=None, tiled=True, crs=True) -> np.ndarray:
+    path.parent.mkdir(exist_ok=True)
     pixels = np.random.default_rng(0).integers(1, high, size=(channels, HEIGHT, WIDTH)).astype(dtype)
     if nodata is not None:
         pixels[:, :10] = nodata
@@ -30,8 +31,11 @@ def write_scene(path, channels=4, dtype="uint16", high=4096, nodata=None) -> np.
         "width": WIDTH,
         "nodata": nodata,
     }
-    profile |= {"crs": "EPSG:32633", "transform": rasterio.transform.from_origin(500000, 5000000, 10, 10)}
-    with rasterio.open(path, "w", tiled=True, blockxsize=64, blockysize=64, **profile) as scene:
+    if crs:
+        profile |= {"crs": "EPSG:32633", "transform": rasterio.transform.from_origin(500000, 5000000, 10, 10)}
+    if tiled:
+        profile |= {"tiled": True, "blockxsize": 64, "blockysize": 64}
+    with rasterio.open(path, "w", **profile) as scene:
         scene.write(pixels)
     return pixels
 
@@ -109,3 +113,40 @@ def test_other_channels_are_refused_with_both_numbers(folder) -> None:
     write_scene(folder / "scene.tif", channels=5)
     with pytest.raises(SystemExit, match="the scene has 5 channels, and the model takes 4"):
         predict(folder, "--full_resolution")
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.parametrize(("tiled", "limit"), [(True, 10**6), (False, HEIGHT * WIDTH - 1)])
+def test_a_large_tiff_without_coordinates_is_read_by_windows_too(tiled, limit, folder, recwarn) -> None:
+    pixels = write_scene(folder / "scene.tif", tiled=tiled, crs=False)
+    predict(folder, "--full_resolution", "--max_image_pixels", str(limit))
+    predictor = Predictor.from_pretrained(folder / "model", InferenceProtocol(full_resolution=True), device="cpu")
+    with rasterio.open(folder / "out" / "scene.tif") as output:
+        assert output.crs is None and np.array_equal(output.read(1), predictor(pixels).class_map.numpy())
+    with pytest.raises(SystemExit, match=r"scene.tif: polygons need a coordinate reference system.*`--vectorize`"):
+        predict(folder, "--full_resolution", "--max_image_pixels", str(limit), "--vectorize")
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_a_small_tiff_without_coordinates_is_an_image(folder) -> None:
+    write_scene(folder / "scene.tif", tiled=False, crs=False)
+    predict(folder, "--full_resolution")
+    assert {path.name for path in (folder / "out").iterdir()} == {"scene.png", "scene_overlay.png"}
+
+
+@pytest.mark.parametrize("views", [["--multi_scale_flip"], ["--scales", "0.5", "1"]])
+def test_scenes_of_several_scales_are_refused_by_the_options(views, folder) -> None:
+    write_scene(folder / "scene.tif")
+    with pytest.raises(SystemExit, match=r"one scale without flip: leave out `--scales` and `--multi_scale_flip`"):
+        predict(folder, "--full_resolution", *views)
+
+
+def test_a_damaged_scene_does_not_stop_the_others(folder) -> None:
+    write_scene(folder / "scenes" / "a.tif")
+    write_scene(folder / "scenes" / "b.tif")
+    content = bytearray((folder / "scenes" / "a.tif").read_bytes())
+    (folder / "scenes" / "a.tif").write_bytes(content[: len(content) // 2])
+    given = ["--model_name_or_path", str(folder / "model"), "--images", str(folder / "scenes"), "--device", "cpu"]
+    with pytest.raises(SystemExit, match=r"1 of 2 images cannot be read, the others are done:(.|\n)*a.tif"):
+        main(["predict", *given, "--output_dir", str(folder / "out"), "--full_resolution"])
+    assert (folder / "out" / "b.tif").is_file() and not (folder / "out" / "a.tif").exists()

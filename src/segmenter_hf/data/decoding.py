@@ -58,9 +58,16 @@ def decode_example(
     stored = stored_ids(mask, row_name(example, "annotation"), label_set)
     ids = class_ids(stored, row_label_set(example, label_set), ignore_index, reduce_labels)
     if isinstance(image, np.ndarray):
+        if np.issubdtype(image.dtype, np.floating) and not np.isfinite(image).all():
+            raise ValueError(
+                f"{row_name(example, 'image')}: the image holds NaN or infinite values. Replace them, for example with 0."
+            )
         return np.ascontiguousarray(np.moveaxis(image, 0, -1)), ids
     if image.mode == "F":
-        raise ValueError(f"{row_name(example)}: expected an image of 8 or 16 bits per channel, got floats.")
+        raise ValueError(
+            f"{row_name(example, 'image')}: expected an image of 8 or 16 bits per channel, got floats of one channel. Save "
+            "it as .npy, or as TIFF with all channels."
+        )
     with _translate_decoding_errors(row_name(example, "image")):
         if num_channels == 1 and image.mode.startswith("I"):
             return np.asarray(image)[..., None], ids

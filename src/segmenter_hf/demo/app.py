@@ -160,9 +160,20 @@ def load_models(names: Sequence[str | Path], device: str | None = None) -> dict[
 
     Returns:
         `dict[str, Predictor]`: The models by the names that the page shows.
+
+    Raises:
+        ValueError: If a model takes other images than RGB, which a browser cannot show.
     """
     shown = short_names(names)
-    return {shown[name]: Predictor.from_pretrained(name, device=device) for name in shown}
+    predictors = {shown[name]: Predictor.from_pretrained(name, device=device) for name in shown}
+    for name, predictor in zip(shown, predictors.values()):
+        channels = predictor.processor.num_channels
+        if channels != 3:
+            raise ValueError(
+                f"{name}: the demo shows RGB images, and the model takes {channels} channels (`num_channels`). Segment its "
+                "images with `segmenter-hf predict`."
+            )
+    return predictors
 
 
 def short_names(names: Sequence[str | Path]) -> dict[str | Path, str]:

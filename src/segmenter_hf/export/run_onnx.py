@@ -1,4 +1,5 @@
-"""Segment an image with the exported model beside this file; needs numpy, onnxruntime and Pillow, nothing else.
+"""Segment an image with the exported model beside this file; needs numpy, onnxruntime and Pillow, and tifffile for TIFF of
+other channels than three or of 16 bits.
 
     python run_onnx.py street.jpg labels.png
     python run_onnx.py street.jpg labels.png --model onnx/model_quantized.onnx
@@ -9,8 +10,8 @@ it is above 0 the pixel is 1, the class, and elsewhere 0, the background.
 This is the single-scale protocol of the published numbers: resize, sliding windows, mean of the logits that overlap,
 resize to the image's own size. It agrees with `post_process_semantic_segmentation` of segmenter-hf but for the rounding of
 float32, which may decide where two classes are as good as equal. It is written to be read: `scales`, `do_flip` and
-`do_split_windows` of `preprocessor_config.json` are not used, images have 8 bits, windows go through one at a time, and
-the scores of all classes at all pixels of the resized image are in memory at once.
+`do_split_windows` of `preprocessor_config.json` are not used, windows go through one at a time, and the scores of all
+classes at all pixels of the resized image are in memory at once.
 """
 
 import argparse
@@ -52,13 +53,76 @@ def starts(side: int, window: int, stride: int) -> list[int]:
     return [*range(0, side - window, stride), side - window]
 
 
-def prepare(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
-    """Resize and normalise an image: float32 (height, width, 3), no side shorter than a window."""
+def read_tiff(path: Path) -> np.ndarray:
+    """The first page of a TIFF: (height, width, channels)."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise SystemExit(f"error: {path}: TIFF of this kind is read by tifffile: `pip install tifffile`.") from error
+    with tifffile.TiffFile(path) as tiff:
+        page, series = tiff.pages[0], tiff.series[0]
+        is_stack = page.samplesperpixel == 1 and series.ndim == 3  # a page for each channel
+        values = series.asarray() if is_stack else page.asarray()
+        is_first = is_stack or page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
+    return np.moveaxis(values, 0, -1) if is_first and values.ndim == 3 else values
+
+
+def read_npy(path: Path, channels: int) -> np.ndarray:
+    """An array of numbers: (height, width, channels), however its axes are stored."""
+    values = np.load(path, allow_pickle=False)
+    shape = values.shape
+    if len(shape) == 3 and (shape[0] == channels or (shape[-1] != channels and shape[0] < shape[-1])):
+        return np.moveaxis(values, 0, -1)
+    return values
+
+
+def read_with_pillow(path: Path) -> Image.Image | None:
+    """An image, upright; nothing of a TIFF that Pillow does not read, or takes for one with transparency."""
+    with open(path, "rb") as file:
+        is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    try:
+        with Image.open(path) as opened:
+            if not is_tiff or opened.mode in ("1", "L", "P", "RGB", "CMYK", "I;16", "I;16B"):
+                return ImageOps.exif_transpose(opened)
+    except OSError:
+        if not is_tiff:
+            raise
+    return None
+
+
+def read_image(path: Path, settings: dict[str, Any]) -> np.ndarray:
+    """The pixels of an image file: (height, width, channels), of 8 bits or float32 from 0 to 255."""
+    channels, value_range = len(settings["image_mean"]), settings.get("value_range")
+    is_rgb = channels == 3
+    if path.suffix.lower() == ".npy":
+        values = read_npy(path, channels)
+    else:
+        image = read_with_pillow(path)
+        if image is None:
+            values = read_tiff(path)
+        elif image.mode.startswith(("I", "F")):
+            values = np.asarray(image)
+            values = values.astype(np.uint16) if image.mode.startswith("I") else values
+        else:
+            values = np.asarray(image.convert("RGB") if is_rgb else image)
+    values = values[..., None] if values.ndim == 2 else values
+    if is_rgb and values.shape[-1] == 1:
+        values = np.repeat(values, 3, axis=-1)
+    if values.shape[-1] != channels:
+        raise SystemExit(f"error: {path}: the image has {values.shape[-1]} channels, and the model takes {channels}.")
+    if value_range:
+        low, high = value_range
+        scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+        return np.clip(scaled, 0, 255)
+    if values.dtype == np.uint16:
+        return np.round(values / 257.0).astype(np.uint8)
+    return values if values.dtype == np.uint8 else values.astype(np.float32)
+
+
+def prepare(values: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
+    """Resize and normalise pixels: float32 (height, width, channels), no side shorter than a window."""
     if settings["resample"] != Image.Resampling.BILINEAR:
         raise SystemExit("error: this example resizes bilinearly, preprocessor_config.json asks for something else.")
-    if image.mode.startswith(("I", "F")):
-        raise SystemExit(f"error: expected an image with 8 bits, got the mode {image.mode!r}: convert it first.")
-    values = np.asarray(image.convert("RGB"))
     height, width = values.shape[:2]
     if settings["do_resize"]:
         size = settings["size"]
@@ -66,7 +130,8 @@ def prepare(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
         if size.get("longest_edge"):
             factor = min(factor, size["longest_edge"] / max(height, width))
         height, width = (max(int(side * factor + 0.5), 1) for side in (height, width))
-        values = np.rint(resize(values, height, width))
+        resized = resize(values, height, width)
+        values = np.rint(resized) if values.dtype == np.uint8 else resized
     values = values.astype(np.float32)
     if settings["do_rescale"]:
         values *= np.float32(settings["rescale_factor"])
@@ -80,9 +145,9 @@ def prepare(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
     return values
 
 
-def segment(image: Image.Image, session: onnxruntime.InferenceSession, settings: dict[str, Any]) -> np.ndarray:
-    """The class ids (height, width) of an image."""
-    values, window, stride = prepare(image, settings), settings["window_size"], settings["window_stride"]
+def segment(pixels: np.ndarray, session: onnxruntime.InferenceSession, settings: dict[str, Any]) -> np.ndarray:
+    """The class ids (height, width) of the pixels of an image (height, width, channels)."""
+    values, window, stride = prepare(pixels, settings), settings["window_size"], settings["window_stride"]
     height, width = values.shape[:2]
     scores, count = None, np.zeros((height, width, 1), np.float32)
     for top in starts(height, window, stride):
@@ -95,7 +160,7 @@ def segment(image: Image.Image, session: onnxruntime.InferenceSession, settings:
             scores[part] += resize(logits[0].transpose(1, 2, 0), window, window)
             count[part] += 1
     scores /= count
-    width, height = image.size
+    height, width = pixels.shape[:2]
     bands = [slice(first, first + 64) for first in range(0, height, 64)]  # rows of a large image, a few at a time
     return np.concatenate([class_ids(resize(scores, height, width, rows)) for rows in bands])
 
@@ -127,11 +192,10 @@ def main() -> None:
     # On a GPU: the package onnxruntime-gpu, and "CUDAExecutionProvider" before this one.
     session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
     try:
-        with Image.open(args.image) as opened:
-            image = ImageOps.exif_transpose(opened)
-    except OSError as error:  # also what is no image
+        pixels = read_image(Path(args.image), settings)
+    except (OSError, ValueError) as error:  # also what is no image
         raise SystemExit(f"error: {args.image} cannot be read: {error}") from error
-    ids = segment(image, session, settings)
+    ids = segment(pixels, session, settings)
     label_map(ids, [label["color"] for label in labels]).save(args.output)
     present = sorted(((ids == label["id"]).mean(), label["name"]) for label in labels)[::-1]
     print(f"Wrote {args.output}: {', '.join(f'{name} {share:.1%}' for share, name in present if share)}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
@@ -31,7 +32,7 @@ from ..data.loading import (
     load_segmentation_datasets,
 )
 from ..data.saved_datasets import is_saved_dataset, load_saved_dataset
-from ..models.image_io import decode_image
+from ..models.image_io import decode_channels
 from ..utils.atomic_files import locked_directory
 from ..utils.folders import visible_files
 from ..utils.http import translate_http_errors
@@ -346,8 +347,8 @@ def label_rows(
     Yields:
         `tuple[Row, bytes, bytes]`: A row, its encoded image, and its label map as a PNG file.
     """
-    limit = predictor.protocol.max_image_pixels
-    items = ((encoded := EncodedRow(row, limit), encoded.decode) for row in rows)
+    limit, channels = predictor.protocol.max_image_pixels, predictor.processor.num_channels
+    items = ((encoded := EncodedRow(row, limit, channels), encoded.decode) for row in rows)
     for result in predictor.stream(items, dtype=predictor.class_map_dtype):
         row = result.key.row
         progress.update()
@@ -365,17 +366,21 @@ class EncodedRow:
     Args:
         row (`Row`): The row.
         max_image_pixels (`int`): An image with more pixels is not decoded.
+        num_channels (`int`): Channels of the model, which the image must have.
     """
 
-    def __init__(self, row: Row, max_image_pixels: int) -> None:
-        self.row, self.max_image_pixels, self.content = row, max_image_pixels, b""
+    def __init__(self, row: Row, max_image_pixels: int, num_channels: int) -> None:
+        self.row, self.max_image_pixels, self.num_channels = row, max_image_pixels, num_channels
+        self.content = b""
 
-    def decode(self) -> Image.Image:
+    def decode(self) -> Image.Image | np.ndarray:
         """Read the image.
 
         Raises:
             FileNotFoundError: If it is a file that is not there. Other `OSError` may pass by: the row may yet have an image.
-            ValueError: If it is no image, or has too many pixels.
+            ValueError: If it is no image, has too many pixels, or other channels than the model.
         """
-        self.content = encoded_bytes(self.row.encoded() or {"bytes": None, "path": None})
-        return decode_image(io.BytesIO(self.content), f"row {self.row.index}", self.max_image_pixels)
+        encoded = self.row.encoded() or {"bytes": None, "path": None}
+        self.content = encoded_bytes(encoded)
+        name = f"row {self.row.index}" + (f" ({encoded['path']})" if encoded.get("path") else "")
+        return decode_channels(io.BytesIO(self.content), name, self.num_channels, self.max_image_pixels)

@@ -144,8 +144,8 @@ def predict_files(
     The pixels of a label map are class ids; it has the size of the image, turned upright by its EXIF orientation. The
     overlay of an image with a side of more than 4096 pixels is reduced by a whole factor.
 
-    With `full_resolution` of the protocol, a GeoTIFF with a coordinate reference system gives `NAME.tif` instead: see
-    [`predict_scene`]. Needs rasterio.
+    With `full_resolution` of the protocol, a TIFF that has a coordinate reference system, is stored in tiles or is too large
+    gives `NAME.tif` instead: see [`predict_scene`]. Needs rasterio.
 
     Args:
         predictor ([`Predictor`]): The model and the protocol.
@@ -166,10 +166,11 @@ def predict_files(
     """
     images = find_images(paths)
     endings = [".png", "_overlay.png", *(["_attention.png"] if attention else [])]
+    limit = predictor.protocol.max_image_pixels
     scenes = {
         name: images.pop(name)
         for name, path in list(images.items())
-        if predictor.protocol.full_resolution and is_scene(path)
+        if predictor.protocol.full_resolution and is_scene(path, limit)
     }
     if vectorize and images:
         raise ValueError(
@@ -178,19 +179,20 @@ def predict_files(
         )
     planned = plan_results(scenes, Path(output_dir), [".tif", *([".geojson"] if vectorize else [])])
     results = plan_results(images, Path(output_dir), endings)
-    limit = predictor.protocol.max_image_pixels
     channels = predictor.processor.num_channels
     items = ((name, partial(open_image, path, limit, channels)) for name, path in images.items())
     written: dict[str, Path] = {}
     unreadable: list[str] = []
     for name, path in scenes.items():
-        written[name] = predict_scene(predictor, path, *planned[name])
+        try:
+            written[name] = predict_scene(predictor, path, *planned[name])
+        except (OSError, ValueError) as error:
+            unreadable.append(_naming(path, error))
     with tqdm(total=len(images), desc="Segmenting", unit="image", disable=not show_progress) as progress:
         for result in predictor.stream(items, dtype=predictor.class_map_dtype):
             name, path = result.key, images[result.key]
             if result.error is not None:
-                message = str(result.error)
-                unreadable.append(message if str(path) in message else f"{path}: {message}")
+                unreadable.append(_naming(path, result.error))
             else:
                 save_results(predictor, result, path, results[name])
                 written[name] = results[name][0]
@@ -198,8 +200,16 @@ def predict_files(
             progress.update()
     if unreadable:
         listed = "\n  ".join(unreadable)
-        raise ValueError(f"{len(unreadable)} of {len(images)} images cannot be read, the others are done:\n  {listed}")
+        raise ValueError(
+            f"{len(unreadable)} of {len(images) + len(scenes)} images cannot be read, the others are done:\n  {listed}"
+        )
     return written
+
+
+def _naming(path: Path, error: Exception) -> str:
+    """What is wrong with a file, with its path."""
+    message = str(error)
+    return message if str(path) in message else f"{path}: {message}"
 
 
 def save_results(predictor: Predictor, result: Segmentation, path: Path, outputs: Sequence[Path]) -> None:

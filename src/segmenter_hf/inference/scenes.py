@@ -4,6 +4,9 @@ Needs rasterio: `pip install segmenter-hf[geo]`.
 """
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,15 @@ ROWS_AT_ONCE = 512
 NO_CLASS = 255  # in a map of 8 bits; 65535 in one of 16
 
 
-def is_scene(path: Path) -> bool:
-    """Whether a file is a TIFF with a coordinate reference system, and rasterio is available to read it."""
+def is_scene(path: Path, max_image_pixels: int) -> bool:
+    """Whether rasterio is available and a file is a TIFF to read by windows.
+
+    That is a TIFF with a coordinate reference system, one that is stored in tiles, and one that is too large to read whole.
+
+    Args:
+        path (`Path`): The file.
+        max_image_pixels (`int`): Images with more pixels are too large.
+    """
     if path.suffix.lower() not in (".tif", ".tiff"):
         return False
     try:
@@ -33,10 +43,22 @@ def is_scene(path: Path) -> bool:
     except ImportError:
         return False
     try:
-        with rasterio.open(path, driver="GTiff") as scene:
-            return scene.crs is not None
+        with _open_scene(path) as scene:
+            is_large = scene.height * scene.width > max_image_pixels
+            return scene.crs is not None or scene.profile.get("tiled", False) or is_large
     except rasterio.errors.RasterioError:
         return False
+
+
+@contextmanager
+def _open_scene(path: Path) -> Iterator[Any]:
+    """A TIFF opened by rasterio, which says nothing where it has no coordinate reference system."""
+    import rasterio
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(path, driver="GTiff") as scene:
+            yield scene
 
 
 class SceneWindows(ImageWindows):
@@ -94,8 +116,8 @@ def predict_scene(predictor: Predictor, path: Path, output: Path, polygons: Path
     Args:
         predictor ([`Predictor`]): The model and the protocol, of one scale without flip.
         path (`Path`): The GeoTIFF.
-        output (`Path`): The GeoTIFF of classes to write: with coordinate reference system, transform and color table, and
-            255 (or 65535) where the scene has no data.
+        output (`Path`): The GeoTIFF of classes to write: with coordinate reference system and transform, where the scene has
+            them, with a color table, and 255 (or 65535) where the scene has no data.
         polygons (`Path`, *optional*): A GeoJSON file to write: a polygon in WGS 84 for each connected region, with the
             properties `class_id` and `label`.
 
@@ -109,8 +131,15 @@ def predict_scene(predictor: Predictor, path: Path, output: Path, polygons: Path
     import rasterio
 
     if predictor.protocol.scales != (1.0,) or predictor.protocol.flip:
-        raise ValueError(f"{path}: scenes are segmented at one scale without flip: leave out `scales` and `flip`.")
-    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MEGABYTES), rasterio.open(path, driver="GTiff") as scene:
+        raise ValueError(
+            f"{path}: scenes are segmented at one scale without flip: leave out `scales` and `multi_scale_flip`."
+        )
+    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MEGABYTES), _open_scene(path) as scene:
+        if polygons is not None and scene.crs is None:
+            raise ValueError(
+                f"{path}: polygons need a coordinate reference system, and this TIFF has none: leave out `vectorize`, or "
+                "assign one, for example with `gdal_edit.py -a_srs EPSG:32633`."
+            )
         windows = SceneWindows(scene, predictor.processor)
         (result,) = predictor.stream([(path, windows)], dtype=predictor.class_map_dtype)
         class_map = result.class_map.cpu().numpy()

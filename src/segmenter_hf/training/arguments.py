@@ -191,7 +191,9 @@ class DataArguments:
     )
     value_range: list[float] | None = field(
         default=None,
-        metadata={"help": "Pixel values that become black and white, as in 0 4095; by default those of 8 or 16 bits."},
+        metadata={
+            "help": "Pixel values that become black and white, as in 0 4095; by default what TIFF files declare, or those of 8 or 16 bits."
+        },
     )
     photometric_distortion: bool = field(default=True, metadata={"help": "Change colours at random in training."})
     window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network in evaluation."})

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.decoding import open_channels
+from ..data.decoding import open_channels, row_name
+from ..data.encoded_images import encoded_bytes
 from ..data.loading import AnyDataset
+from ..data.value_ranges import stored_value_range
 from ..models.image_io import pil_to_array, scale_values
 from ..models.image_processing_segmenter import SegmenterImageProcessor
 
@@ -60,12 +62,49 @@ def measure_statistics(dataset: AnyDataset, processor: SegmenterImageProcessor) 
     return mean.round(6).tolist(), std.round(6).tolist()
 
 
-def warn_of_little_range(dataset: AnyDataset, processor: SegmenterImageProcessor) -> None:
-    """Warn where the first 16-bit images use little of their range, as those of sensors with 10, 12 or 14 bits do."""
+def find_value_range(dataset: AnyDataset, processor: SegmenterImageProcessor) -> None:
+    """Give the processor the range of pixel values that the first images declare, unless it has one.
+
+    Without one, warn where 16-bit images use little of their range, as those of sensors with 10, 12 or 14 bits do.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The training set.
+        processor (`SegmenterImageProcessor`): Its `value_range` is set.
+
+    Raises:
+        ValueError: If images hold floats, and no range is known.
+    """
     if processor.value_range is not None:
         return
-    rows = itertools.islice(dataset, WATCHED_IMAGES)
-    deep = [image for row in rows if (image := open_raw(row)) is not None]
+    deep, ranges, floats = [], [], None
+    for row in itertools.islice(dataset, WATCHED_IMAGES):
+        image = open_raw(row)
+        if image is None:
+            continue
+        deep.append(image)
+        ranges.append(row_value_range(row))
+        if np.issubdtype(image.dtype, np.floating):
+            floats = floats or f"{row_name(row, 'image')}: expected pixel values of 8 or 16 bits, got {image.dtype}"
+    if ranges and None not in ranges:
+        lows, highs = zip(*ranges)
+        processor.value_range = [min(lows), max(highs)]
+        logger.warning(
+            "The image files say that their values are from %g to %g: that is the `value_range` now.",
+            *processor.value_range,
+        )
+    elif floats is not None:
+        raise ValueError(f"{floats}. Say which values are black and white with `value_range`, such as 0 1.")
+    else:
+        warn_of_little_range(deep)
+
+
+def row_value_range(row: dict[str, Any]) -> tuple[float, float] | None:
+    """The range that the image file of a row declares."""
+    return stored_value_range(encoded_bytes(row["image"])) if isinstance(row["image"], dict) else None
+
+
+def warn_of_little_range(deep: list[np.ndarray]) -> None:
+    """Warn where 16-bit images use little of their range."""
     highest = max((int(image.max()) for image in deep), default=65535)
     if highest < LITTLE * 65535:
         bits = max(highest, 1).bit_length()
@@ -78,8 +117,14 @@ def warn_of_little_range(dataset: AnyDataset, processor: SegmenterImageProcessor
 
 
 def open_raw(row: dict[str, Any]) -> np.ndarray | None:
-    """The pixels of a 16-bit image; nothing of others."""
-    image = open_channels(row, None)
-    if isinstance(image, Image.Image):
-        return np.asarray(image) if image.mode.startswith("I") else None
-    return image if image.dtype == np.uint16 else None
+    """The pixels of an image of 16 bits or floats; nothing of others, nor of one that cannot be read.
+
+    What cannot be read is reported where the masks are checked, or in training.
+    """
+    try:
+        image = open_channels(row, None)
+        if isinstance(image, Image.Image):
+            return np.asarray(image) if image.mode.startswith(("I", "F")) else None
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return image if image.dtype == np.uint16 or np.issubdtype(image.dtype, np.floating) else None

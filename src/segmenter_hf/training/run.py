@@ -12,7 +12,7 @@ from ..utils.atomic_files import locked_directory
 from .adapters import add_adapters, merge_adapters
 from .arguments import DataArguments, ModelArguments, SegmentationTrainingArguments
 from .callbacks import StartRun
-from .channels import measure_statistics, warn_of_little_range
+from .channels import find_value_range, measure_statistics
 from .checkpoints import find_checkpoint
 from .datasets import TrainDataset, build_train_dataset
 from .features import FEATURES_FOLDER, cache_features
@@ -69,7 +69,7 @@ def _train(
     model, processor = build_model_and_processor(model_args, data_args, one_class, weights)
     if training_args.lora_rank is not None:
         add_adapters(model, training_args.lora_rank, training_args.lora_alpha, training_args.lora_targets)
-    warn_of_little_range(train_set, processor)
+    find_value_range(train_set, processor)
     if model_args.normalization == "dataset":
         processor.image_mean, processor.image_std = measure_statistics(train_set, processor)
     if training_args.ddp_find_unused_parameters is None:
