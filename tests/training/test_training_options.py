@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoConfig
 
@@ -14,6 +15,7 @@ from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation
 from segmenter_hf.inference.files import predict_files
 from segmenter_hf.inference.predictor import Predictor
+from segmenter_hf.training.arguments import SegmentationTrainingArguments
 from segmenter_hf.training.run import class_weights, train_segmenter
 from segmenter_hf.utils.atomic_files import locked_directory
 
@@ -213,3 +215,9 @@ def test_the_recorded_results_are_those_of_the_saved_model_after_mixed_precision
     (dataset,) = load_segmentation_datasets(splits=["validation"], scenes_validation=5).values()
     again = evaluate_segmentation(Predictor.from_pretrained(tmp_path), dataset, show_progress=False)
     assert results["per_category_iou"] == pytest.approx(again["per_category_iou"], abs=1e-6, nan_ok=True)
+
+
+def test_bfloat16_needs_no_option_on_a_machine_without_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    arguments = SegmentationTrainingArguments(str(tmp_path), bf16=True)
+    assert arguments.use_cpu and arguments.device.type == "cpu"

@@ -318,6 +318,8 @@ class SegmentationTrainingArguments(TrainingArguments):
             )
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"power": self.poly_power, "lr_end": self.min_learning_rate}
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers refuses bf16 on a machine without a GPU that was not told so
         super().__post_init__()
         if self.torch_compile:
             require_version("torch", "2.11", "Compilation (`torch_compile`)")
