@@ -8,6 +8,7 @@ Without a model the one of `make demo` is shown; where there is none it is train
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..training import run
 from .errors import cli_main
@@ -29,6 +30,10 @@ class Arguments:
     )
     max_image_pixels: int = field(default=50_000_000, metadata={"help": "Larger images are refused."})
     device: str | None = field(default=None, metadata={"help": "Device of the models; a GPU where there is one."})
+    runtime: Literal["torch", "onnxruntime", "openvino"] = field(
+        default="torch",
+        metadata={"help": "What runs the networks; others than torch run what `segmenter-hf export` wrote."},
+    )
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for other machines too."})
     port: int | None = field(default=None, metadata={"help": "Port to listen on; the first free one from 7860."})
 
@@ -47,5 +52,5 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"There is no model in {args.output_dir} yet: training a small one on drawn street scenes, some minutes."
         )
         train_scenes_model(Path(run.__file__).parent / "demo.json", args.output_dir)
-    models = load_models(args.model_name_or_path or [args.output_dir], args.device)
+    models = load_models(args.model_name_or_path or [args.output_dir], args.device, args.runtime)
     launch_page(build_page(models, args.max_image_pixels), server_name=args.host, server_port=args.port)

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "dataset": args.dataset_name,
         "split": limited_split(data_args.split, data_args.max_samples),
         "model": prediction_args.model_name_or_path,
-        "dtype": str(predictor.model.dtype).removeprefix("torch."),
+        **predictor.describe_network(),
         "int8_weights": prediction_args.int8,
     }
     save_results(args.output_dir, results, label_set.labels)

@@ -1,7 +1,7 @@
 """The arguments that the subcommands share which run a model: which one and how, and on which labelled images."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,6 +34,13 @@ class PredictionArguments:
         default=None,
         metadata={"help": "Resize the patches of the network: larger ones are approximate and faster, as 32 for 16."},
     )
+    runtime: Literal["torch", "onnxruntime", "openvino"] = field(
+        default="torch",
+        metadata={"help": "What runs the network; others than torch run what `segmenter-hf export` wrote."},
+    )
+    precision: str | None = field(
+        default=None, metadata={"help": "Of an exported model, one that it was exported in; by default the first."}
+    )
 
     def load_predictor(self, **fields: Any) -> Predictor:
         """The model with what belongs to it and the protocol, of which `fields` are further ones."""
@@ -46,6 +53,8 @@ class PredictionArguments:
             make_protocol(**fields),
             device=self.device,
             dtype=torch.bfloat16 if self.bf16 else torch.float32,
+            runtime=self.runtime,
+            precision=self.precision,
             label_set=self.label_set,
             int8=self.int8,
             compile=self.compile,

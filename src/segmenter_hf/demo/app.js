@@ -129,6 +129,7 @@ async function showResult() {
   find(".average").textContent = percent(confidence.reduce((sum, level) => sum + level, 0) / 255 / confidence.length);
   fillLegend(classes);
   fillMenu(sourceMenu, [["spot", "the spot I click"], ...classes.map(({id, name}) => [id, name])]);
+  find("[value=attention]").parentElement.hidden = !result.encoder_layers;  // an exported model has none
   find(".source").hidden = !result.decoder_layers;
   fillMenu(headMenu, [[0, "all, averaged"]]);
   chooseSource();

@@ -151,12 +151,15 @@ def launch_page(page: gr.Blocks, **kwargs: Any) -> None:
     )
 
 
-def load_models(names: Sequence[str | Path], device: str | None = None) -> dict[str, Predictor]:
+def load_models(
+    names: Sequence[str | Path], device: str | None = None, runtime: str = "torch"
+) -> dict[str, Predictor]:
     """Load models for `build_page`, by names that are short and differ.
 
     Args:
         names (`Sequence` of `str` or `Path`): Directories or Hub names.
         device (`str`, *optional*): Where the models go; by default a GPU where there is one.
+        runtime (`str`, defaults to `"torch"`): What runs the networks; others show no attention.
 
     Returns:
         `dict[str, Predictor]`: The models by the names that the page shows.
@@ -165,7 +168,7 @@ def load_models(names: Sequence[str | Path], device: str | None = None) -> dict[
         ValueError: If a model takes other images than RGB, which a browser cannot show.
     """
     shown = short_names(names)
-    predictors = {shown[name]: Predictor.from_pretrained(name, device=device) for name in shown}
+    predictors = {shown[name]: Predictor.from_pretrained(name, device=device, runtime=runtime) for name in shown}
     for name, predictor in zip(shown, predictors.values()):
         channels = predictor.processor.num_channels
         if channels != 3:
@@ -314,7 +317,7 @@ def describe_segmentation(predictor: Predictor, picture: Image.Image) -> dict[st
             for class_id in np.argsort(-areas, kind="stable").tolist()
             if areas[class_id]
         ],
-        "encoder_layers": model.config.num_hidden_layers,
+        "encoder_layers": model.config.num_hidden_layers if predictor.runtime == "torch" else 0,
         "decoder_layers": model.config.decoder_num_hidden_layers if has_class_attention(model) else 0,
     }
 
@@ -346,6 +349,8 @@ def describe_attention(
     asked = (x, y, layer) if class_id is None else (class_id, layer)
     if any(type(number) is not int for number in asked):
         raise refusal(NOT_UNDERSTOOD)
+    if predictor.runtime != "torch":
+        raise refusal("This model is an exported one, which shows classes only.")
     try:
         if class_id is None:
             attention = patch_attention(predictor, picture, (x, y), layer)

@@ -4,6 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from .quantization import write_static_onnx
+
 
 if TYPE_CHECKING:
     import onnx
@@ -16,11 +20,18 @@ DTYPE_SUFFIXES = {
     "q8": "_quantized",
     "int8": "_int8",
     "uint8": "_uint8",
+    "static": "_static",  # of this package: a `dtype` with a name that transformers.js does not know
     "q4": "_q4",
     "q4f16": "_q4f16",
     "bnb4": "_bnb4",
 }
 DEFAULT_DTYPES = ("fp32", "fp16", "q8")
+PRECISION_DTYPES = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "int8": "static",
+    "int8-dynamic": "q8",
+}  # that onnxruntime runs
 MAX_PROTOBUF_BYTES = 2**31 - 2**20  # what a file without external data may have, less some for what is not a weight
 # All layers of the encoder and the decoders are matrix products, apart from the convolutions, which stay as they are.
 QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
@@ -66,20 +77,24 @@ def check_dtypes(dtypes: Sequence[str]) -> None:
         raise ValueError(f"`dtypes` must be a list of some of {list(DTYPE_SUFFIXES)}, got {unknown or dtypes!r}.")
 
 
-def write_dtype(source: Path, dtype: str, path: Path) -> None:
+def write_dtype(source: Path, dtype: str, path: Path, windows: list[np.ndarray] | None = None) -> None:
     """Write a float32 model in another number format; its inputs and outputs stay float32.
 
     `"fp16"` stores and computes in float16. `"q8"`, `"int8"` and `"uint8"` keep the weights of matrix products in 8 bits,
     with a scale for each output channel, and quantize their inputs while they run. `"q4"`, `"q4f16"` and `"bnb4"` keep
-    these weights in 4 bits, with a scale for each block.
+    these weights in 4 bits, with a scale for each block. `"static"` has 8 bits too, with ranges of inputs from images.
 
     Args:
         source (`Path`): The float32 model.
         dtype (`str`): One of `DTYPE_SUFFIXES` but `"fp32"`.
         path (`Path`): The file to write.
+        windows (`list[np.ndarray]`, *optional*): Pixel values to calibrate `"static"` with.
     """
     import onnx
 
+    if dtype == "static":
+        write_static_onnx(source, path, windows or [])
+        return
     model = onnx.load(source)
     if dtype in ("q8", "int8", "uint8"):
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -111,6 +126,7 @@ def write_dtype(source: Path, dtype: str, path: Path) -> None:
 __all__ = [
     "DEFAULT_DTYPES",
     "DTYPE_SUFFIXES",
+    "PRECISION_DTYPES",
     "check_dtypes",
     "external_data",
     "model_file",

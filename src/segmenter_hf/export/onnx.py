@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,17 +12,28 @@ import torch
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from ..data.label_sets import LABEL_SET_FILE
+from ..data.label_sets import LABEL_SET_FILE, LabelSet
 from ..inference.model_loading import load_model
+from ..inference.runtimes import EXPORT_FIELD
 from ..models.sliding_window import merge_windows
 from ..utils.atomic_files import atomic_directory, check_replaceable, write_json
 from ..utils.versions import require_version
-from .dtypes import DEFAULT_DTYPES, check_dtypes, external_data, model_file, save_model, write_dtype
+from .dtypes import (
+    DEFAULT_DTYPES,
+    PRECISION_DTYPES,
+    check_dtypes,
+    external_data,
+    model_file,
+    save_model,
+    write_dtype,
+)
+from .quantization import calibration_windows
 
 
 ONNX_FOLDER = "onnx"
 EXAMPLE_FILE = "run_onnx.py"
-FILES = (ONNX_FOLDER, "config.json", "preprocessor_config.json", LABEL_SET_FILE, EXAMPLE_FILE)
+OPENVINO_FOLDER = "openvino"
+FILES = (ONNX_FOLDER, OPENVINO_FOLDER, "config.json", "preprocessor_config.json", LABEL_SET_FILE, EXAMPLE_FILE)
 FILES += ("model.onnx", "model.onnx.data")  # of exports by earlier versions
 # Float32 in another order of summation; of the largest logit. A wrong operator is further off by far.
 TOLERANCE = 1e-4
@@ -152,9 +163,8 @@ def compare_with_model(model: PreTrainedModel, path: Path) -> dict[Shape, float]
     return differences
 
 
-@torch.no_grad()
 def compare_label_maps(model: PreTrainedModel, processor: BaseImageProcessor, path: Path) -> float:
-    """Segment an image of random blocks with a model and with its export, by the whole protocol at a single scale.
+    """Segment an image with a model and with a file of its export in onnxruntime: see `label_map_agreement`.
 
     Args:
         model (`PreTrainedModel`): The model that was exported, on the CPU, in evaluation mode.
@@ -163,25 +173,47 @@ def compare_label_maps(model: PreTrainedModel, processor: BaseImageProcessor, pa
 
     Returns:
         `float`: The share of pixels, from 0 to 1, that have the same class.
+    """
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(pixel_values: torch.Tensor) -> torch.Tensor:
+        (logits,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
+        return torch.from_numpy(logits)
+
+    return label_map_agreement(model, processor, run, path.name)
+
+
+@torch.no_grad()
+def label_map_agreement(
+    model: PreTrainedModel, processor: BaseImageProcessor, run: Callable[[torch.Tensor], torch.Tensor], name: str
+) -> float:
+    """Segment an image of random blocks with a model and with its export, by the whole protocol at a single scale.
+
+    Args:
+        model (`PreTrainedModel`): The model that was exported, on the CPU, in evaluation mode.
+        processor (`BaseImageProcessor`): Its image processor.
+        run (`Callable`): Computes the logits of pixel values with the exported file.
+        name (`str`): The name of the file, for messages.
+
+    Returns:
+        `float`: The share of pixels, from 0 to 1, that have the same class.
 
     Raises:
         ValueError: If the exported model gives NaN or infinite logits.
     """
-    from onnxruntime import InferenceSession
-
     height, width = CHECKED_IMAGE_SIZE
     blocks = np.random.default_rng(0).integers(0, 256, (height // 10, width // 10, model.config.num_channels))
     image = np.kron(blocks, np.ones((10, 10, 1))).astype(np.uint8)
     inputs = processor(image, input_data_format="channels_last", scales=[1.0], do_flip=False)
-    session = InferenceSession(path, providers=["CPUExecutionProvider"])
     expected, found = [], []
     for pixel_values in inputs["pixel_values"].split(WINDOWS_AT_ONCE):
         expected.append(model(pixel_values=pixel_values).logits)
-        (logits,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
-        found.append(torch.from_numpy(logits).float())
+        found.append(run(pixel_values).float())
     if not all(bool(logits.isfinite().all()) for logits in found):
         raise ValueError(
-            f"{path.name} gives NaN or infinite logits: the model needs more range than that dtype has. Nothing was kept: "
+            f"{name} gives NaN or infinite logits: the model needs more range than that dtype has. Nothing was kept: "
             "leave it out of `dtypes`."
         )
     maps = [
@@ -199,6 +231,7 @@ def write_all_dtypes(
     folder: Path,
     dtypes: Sequence[str],
     opset: int | None,
+    windows: list[np.ndarray] | None = None,
 ) -> tuple[int, dict[Shape, float], dict[str, float]]:
     """Write the model files of an export into a folder and compare each with the model.
 
@@ -216,17 +249,26 @@ def write_all_dtypes(
     for dtype in dict.fromkeys(("fp32", *dtypes)):
         path = folder / model_file(dtype)
         if dtype != "fp32":
-            write_dtype(source, dtype, path)
+            write_dtype(source, dtype, path, windows)
         agreements[dtype] = compare_label_maps(model, processor, path)
-    if not agreements["fp32"] >= LEAST_AGREEMENT:
-        raise ValueError(
-            f"The exported model gives the class of the model at {agreements['fp32']:.2%} of the pixels, expected "
-            f"{LEAST_AGREEMENT:.1%}. Nothing was kept: try another `opset`, or other versions of torch and onnxscript."
-        )
+    check_agreement(agreements["fp32"])
     if "fp32" not in dtypes:
         source.unlink()
         external_data(source).unlink(missing_ok=True)
     return opset, differences, agreements
+
+
+def check_agreement(share: float) -> None:
+    """Refuse a float32 model whose label map is another.
+
+    Raises:
+        ValueError: If fewer than 99.9 % of the pixels have the class of the model.
+    """
+    if not share >= LEAST_AGREEMENT:
+        raise ValueError(
+            f"The exported model gives the class of the model at {share:.2%} of the pixels, expected "
+            f"{LEAST_AGREEMENT:.1%}. Nothing was kept: try another `opset`, or other versions of torch and onnxscript."
+        )
 
 
 def fields_of(part: PreTrainedConfig | BaseImageProcessor) -> dict[str, Any]:
@@ -244,10 +286,52 @@ def check_export_directory(directory: Path, overwrite: bool) -> None:
         FileExistsError: If `directory` must not be written.
     """
     check_replaceable(directory, overwrite, FILES)
-    patterns = ("model*.onnx", "model*.onnx_data")
-    for path in sorted((directory / ONNX_FOLDER).glob("*")):
+    patterns = ("model*.onnx", "model*.onnx_data", "model*.xml", "model*.bin")
+    held = [*(directory / ONNX_FOLDER).glob("*"), *(directory / OPENVINO_FOLDER).glob("*")]
+    for path in sorted(held):
         if not any(fnmatch(path.name, pattern) for pattern in patterns):
             raise FileExistsError(f"{path} is not of an export and would be lost: give a new directory.")
+
+
+def load_for_export(
+    model_name_or_path: str | Path, output_dir: Path, overwrite: bool
+) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:
+    """Load a model after checking that it can be exported to a directory.
+
+    Raises:
+        FileExistsError: If the directory must not be written.
+        ImportError: If onnx, onnxruntime or onnxscript is missing.
+        ValueError: If the model cannot be exported.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"The export needs onnx, onnxruntime and onnxscript: `pip install segmenter-hf[onnx]` ({error})."
+        ) from error
+    check_export_directory(output_dir, overwrite)
+    model, processor, label_set = load_model(model_name_or_path, device="cpu")
+    if model.config.token_merging_layers:
+        raise ValueError(
+            "A model that merges tokens cannot be exported: their number depends on the image. Set `token_merging_layers` to "
+            "null in its config.json; the weights are the same."
+        )
+    return model, processor, label_set
+
+
+def write_companions(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    label_set: LabelSet,
+    directory: Path,
+    fields: dict[str, Any],
+) -> None:
+    """Write what belongs to model files: `config.json` with further fields, the image processor and the label set."""
+    write_json(directory / "config.json", {**fields_of(model.config), **fields})
+    write_json(directory / "preprocessor_config.json", fields_of(processor))
+    label_set.save(directory / LABEL_SET_FILE)
 
 
 def export_onnx(
@@ -255,6 +339,7 @@ def export_onnx(
     output_dir: str | Path,
     *,
     dtypes: Sequence[str] = DEFAULT_DTYPES,
+    calibration_images: str | Path | None = None,
     opset: int | None = None,
     overwrite: bool = False,
 ) -> OnnxExport:
@@ -268,7 +353,9 @@ def export_onnx(
         model_name_or_path (`str` or `Path`): Directory or Hub name of a model of this package.
         output_dir (`str` or `Path`): The directory to write; appears when it is complete and compared.
         dtypes (`Sequence[str]`, defaults to `("fp32", "fp16", "q8")`): The number formats to write, as transformers.js
-            names them: `"fp32"`, `"fp16"`, `"q8"`, `"int8"`, `"uint8"`, `"q4"`, `"q4f16"`, `"bnb4"`.
+            names them: `"fp32"`, `"fp16"`, `"q8"`, `"int8"`, `"uint8"`, `"q4"`, `"q4f16"`, `"bnb4"`; or `"static"`, 8 bits calibrated with
+            images.
+        calibration_images (`str` or `Path`, *optional*): Folder of images as the model will see, for `"static"`.
         opset (`int`, *optional*): Version of the ONNX operators; by default the one that torch recommends.
         overwrite (`bool`, defaults to `False`): Whether to replace an earlier export in `output_dir`.
 
@@ -278,36 +365,27 @@ def export_onnx(
     Raises:
         FileExistsError: If `output_dir` holds anything but an export that is to be replaced.
         ImportError: If onnx, onnxruntime or onnxscript is missing, or torch earlier than 2.10.
-        ValueError: If a dtype is unknown, the exported model does not agree with the model, or torch cannot export for
+        ValueError: If a dtype is unknown, `"static"` has no images, the exported model does not agree, or torch cannot export for
             `opset`.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"The export needs onnx, onnxruntime and onnxscript: `pip install segmenter-hf[onnx]` ({error})."
-        ) from error
     check_dtypes(dtypes)
-    output_dir = Path(output_dir)
-    check_export_directory(output_dir, overwrite)
-    model, processor, label_set = load_model(model_name_or_path, device="cpu")
-    if model.config.token_merging_layers:
+    if "static" in dtypes and calibration_images is None:
         raise ValueError(
-            "A model that merges tokens cannot be exported: their number depends on the image. Set `token_merging_layers` to "
-            "null in its config.json; the weights are the same."
+            "8 bits without 'dynamic' need `calibration_images`, a folder of images as the model will see."
         )
+    output_dir = Path(output_dir)
+    model, processor, label_set = load_for_export(model_name_or_path, output_dir, overwrite)
+    windows = calibration_windows(processor, calibration_images) if "static" in dtypes else None
     with atomic_directory(output_dir.absolute()) as temporary:
         folder = temporary / ONNX_FOLDER
-        opset, differences, agreements = write_all_dtypes(model, processor, folder, dtypes, opset)
-        config = fields_of(model.config)
+        opset, differences, agreements = write_all_dtypes(model, processor, folder, dtypes, opset, windows)
+        precisions = {dtype: precision for precision, dtype in PRECISION_DTYPES.items()}
+        runnable = [precisions[dtype] for dtype in dict.fromkeys(dtypes) if dtype in precisions]
+        fields: dict[str, Any] = {EXPORT_FIELD: {"onnxruntime": runnable}}
         split = {path.name: 1 for path in sorted(folder.glob("*.onnx")) if external_data(path).exists()}
         if split:
-            config["transformers.js_config"] = {"use_external_data_format": split}
-        write_json(temporary / "config.json", config)
-        write_json(temporary / "preprocessor_config.json", fields_of(processor))
-        label_set.save(temporary / LABEL_SET_FILE)
+            fields["transformers.js_config"] = {"use_external_data_format": split}
+        write_companions(model, processor, label_set, temporary, fields)
         shutil.copyfile(Path(__file__).parent / EXAMPLE_FILE, temporary / EXAMPLE_FILE)
     return OnnxExport(output_dir, opset, differences, {dtype: agreements[dtype] for dtype in dtypes})
 

@@ -19,6 +19,7 @@ from transformers.image_utils import ImageInput
 from ..models.token_merging import MergedTokens
 from ..models.window_geometry import Window
 from .predictor import Predictor
+from .runtimes import RuntimeNetwork
 from .visualization import attention_overlay, picture_table
 
 
@@ -118,7 +119,7 @@ def patch_attention(predictor: Predictor, image: ImageInput, point: tuple[int, i
     Raises:
         ValueError: If the point is not in the image or there is no such layer.
     """
-    model = predictor.model
+    model = _torch_model(predictor)
     pixel_values, (rows, columns), (height, width) = _whole_image(predictor, image)
     x, y = point
     if not (0 <= x < width and 0 <= y < height):
@@ -144,7 +145,7 @@ def class_attention(predictor: Predictor, image: ImageInput, class_id: int, laye
     Raises:
         ValueError: If the decoder has no class embeddings, or there is no such class or layer.
     """
-    model = predictor.model
+    model = _torch_model(predictor)
     pixel_values, (rows, columns), _ = _whole_image(predictor, image)
     if not 0 <= class_id < model.config.num_labels:
         raise ValueError(f"`class_id` must be from 0 to {model.config.num_labels - 1}, got {class_id}.")
@@ -152,9 +153,18 @@ def class_attention(predictor: Predictor, image: ImageInput, class_id: int, laye
     return probabilities[0, :, 0, : rows * columns].unflatten(-1, (rows, columns)).cpu().numpy()
 
 
-def has_class_attention(model: PreTrainedModel) -> bool:
-    """Whether the model has class embeddings that attend to patches: a Segmenter with a mask transformer."""
-    return hasattr(model.decode_head, "class_embeddings")
+def has_class_attention(model: PreTrainedModel | RuntimeNetwork) -> bool:
+    """Whether the model has class embeddings that attend to patches: a Segmenter with a mask transformer, run by torch."""
+    return not isinstance(model, RuntimeNetwork) and hasattr(model.decode_head, "class_embeddings")
+
+
+def _torch_model(predictor: Predictor) -> PreTrainedModel:
+    if isinstance(predictor.model, RuntimeNetwork):
+        raise ValueError(
+            f"An exported model gives logits and no attention: load the model itself, with the runtime 'torch' instead of "
+            f"{predictor.runtime!r}."
+        )
+    return predictor.model
 
 
 def attention_picture(predictor: Predictor, image: Image.Image, class_map: np.ndarray, layer: int = -1) -> Image.Image:

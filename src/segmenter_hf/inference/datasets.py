@@ -297,7 +297,7 @@ def describe_run(predictor: Predictor, layout: OutputLayout, source: dict[str, A
     """What the label maps depend on: the content of `prediction.json`."""
     return {
         "model": predictor.model.name_or_path,
-        "dtype": str(predictor.model.dtype).removeprefix("torch."),
+        **predictor.describe_network(),
         **source,
         "split": layout.split,
         "protocol": predictor.protocol.describe(predictor.processor),

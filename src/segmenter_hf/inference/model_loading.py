@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import (
@@ -306,7 +306,11 @@ def stored_integers(name_or_path: str | Path, revision: str | None = None) -> se
     return found
 
 
-def check_label_set(model: PreTrainedModel, label_set: LabelSet) -> None:
+class _HasConfig(Protocol):
+    config: Any
+
+
+def check_label_set(model: _HasConfig, label_set: LabelSet) -> None:
     """Refuse a label set that is not for the model, or whose names cannot be written.
 
     Raises:

@@ -19,10 +19,10 @@ from ..models.sliding_window import WindowMerger
 from ..models.window_geometry import Window
 from .model_loading import check_label_set, is_out_of_memory, load_model
 from .protocol import InferenceProtocol
+from .runtimes import RuntimeNetwork, load_network
 
 
 CLASS_MAP_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
-RUNTIMES = ("torch",)
 
 InputImage = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 
@@ -54,7 +54,8 @@ class Predictor:
     ```
 
     Args:
-        model (`PreTrainedModel`): A semantic segmentation model of this package; it is put into evaluation mode.
+        model (`PreTrainedModel` or [`RuntimeNetwork`]): A semantic segmentation model of this package; it is put into
+            evaluation mode. Or its network in another runtime.
         processor (`BaseImageProcessor`): Its image processor.
         label_set (`LabelSet`): Its classes.
         protocol (`InferenceProtocol`, *optional*): How images are seen; single scale by default.
@@ -65,13 +66,13 @@ class Predictor:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | RuntimeNetwork,
         processor: BaseImageProcessor,
         label_set: LabelSet,
         protocol: InferenceProtocol | None = None,
     ) -> None:
         check_label_set(model, label_set)
-        self.model = model.eval()
+        self.model: PreTrainedModel | RuntimeNetwork = model.eval()
         self.processor = processor
         self.label_set = label_set
         self.protocol = InferenceProtocol() if protocol is None else protocol
@@ -84,6 +85,7 @@ class Predictor:
         device: str | None = None,
         dtype: torch.dtype | None = None,
         runtime: str = "torch",
+        precision: str | None = None,
         **kwargs: Any,
     ) -> "Predictor":
         """Load a model with all that belongs to it.
@@ -92,8 +94,11 @@ class Predictor:
             name_or_path (`str` or `Path`): Directory or Hub name of the model.
             protocol (`InferenceProtocol`, *optional*): How images are seen; single scale by default.
             device (`str`, *optional*): Where the model goes; by default a GPU where there is one.
-            dtype (`torch.dtype`, *optional*): Type of the weights; float32 by default.
-            runtime (`str`, defaults to `"torch"`): What runs the network.
+            dtype (`torch.dtype`, *optional*): Type of the weights; float32 by default. For `"torch"` only.
+            runtime (`str`, defaults to `"torch"`): What runs the network: `"torch"`, or `"onnxruntime"` or `"openvino"` for
+                a directory that `export_model` wrote for it. Everything but the network stays the same.
+            precision (`str`, *optional*): With an exported model one of the precisions it was exported in: `"float32"`,
+                `"bfloat16"`, `"float16"`, `"int8"` or `"int8-dynamic"`; by default the first of them.
             kwargs: Further arguments of [`load_model`]: `label_set`, `revision`, `int8`, `compile`, `token_merging`,
                 `patch_size`.
 
@@ -101,17 +106,45 @@ class Predictor:
             `Predictor`: The predictor.
 
         Raises:
+            ImportError: If the runtime is not installed.
             OSError: If there is no such model, or a file is missing.
-            ValueError: If there is no such runtime, or as [`load_model`].
+            ValueError: If there is no such runtime or precision, an argument is not for the runtime, or as [`load_model`].
         """
-        if runtime not in RUNTIMES:
-            raise ValueError(f"`runtime` must be {' or '.join(map(repr, RUNTIMES))}, got {runtime!r}.")
+        if runtime != "torch":
+            refused = sorted(
+                name for name in ("int8", "compile", "token_merging", "patch_size") if kwargs.pop(name, False)
+            )
+            refused += ["dtype"] if dtype not in (None, torch.float32) else []
+            if refused:
+                raise ValueError(
+                    f"`{refused[0]}` is for the runtime 'torch' only: a model is exported with its precision, and "
+                    f"{runtime!r} runs it as it is. Leave it out, or give `precision`."
+                )
+            return cls(*load_network(name_or_path, runtime, precision=precision, device=device, **kwargs), protocol)
+        if precision is not None:
+            raise ValueError("`precision` is for exported models: give `dtype` with the runtime 'torch'.")
         dtype = torch.float32 if dtype is None else dtype
         return cls(*load_model(name_or_path, device=device, dtype=dtype, **kwargs), protocol)
 
     def with_protocol(self, protocol: InferenceProtocol) -> "Predictor":
         """Return the same model with another protocol."""
         return type(self)(self.model, self.processor, self.label_set, protocol)
+
+    @property
+    def runtime(self) -> str:
+        """What runs the network: `"torch"`, `"onnxruntime"` or `"openvino"`."""
+        return self.model.runtime if isinstance(self.model, RuntimeNetwork) else "torch"
+
+    @property
+    def precision(self) -> str:
+        """What the network computes in, such as `"float32"`, `"bfloat16"` or `"int8"`."""
+        if isinstance(self.model, RuntimeNetwork):
+            return self.model.precision
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def describe_network(self) -> dict[str, str]:
+        """Return what to save beside results: `dtype`, and `runtime` where it is another than torch."""
+        return {"dtype": self.precision} | ({} if self.runtime == "torch" else {"runtime": self.runtime})
 
     @property
     def class_map_dtype(self) -> torch.dtype:
@@ -129,6 +162,8 @@ class Predictor:
         Returns:
             `torch.FloatTensor` of shape `(num_windows, num_labels, patch_height, patch_width)`: Patch logits, on any device.
         """
+        if isinstance(self.model, RuntimeNetwork):
+            return self.model(pixel_values)
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         return self.model(pixel_values=pixel_values, return_dict=True).logits
 

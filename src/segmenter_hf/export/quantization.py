@@ -1,0 +1,116 @@
+"""Static quantization to 8 bits: ranges of what layers take in come from images, each output channel of a weight has a scale."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.folder_files import image_files
+from ..models.image_io import read_channels
+
+
+MAX_CALIBRATION_WINDOWS = 64  # more of them change the ranges little
+NNCF_CI = "NNCF_CI"  # nncf reports each use to its makers unless this is set when it is imported
+
+
+def calibration_windows(processor: Any, images: str | Path) -> list[np.ndarray]:
+    """Cut the images of a folder into windows as prediction does, at a single scale.
+
+    Args:
+        processor (`SegmenterImageProcessor`): The image processor of the model.
+        images (`str` or `Path`): A folder of images, or one image.
+
+    Returns:
+        `list[np.ndarray]`: Pixel values of shape (1, channels, height, width) and dtype `float32`: of at most 64 windows, from
+        images all over the folder.
+
+    Raises:
+        FileNotFoundError: If there is no image.
+        ValueError: If an image cannot be read.
+    """
+    images = Path(images)
+    paths = image_files(images) if images.is_dir() else [images] if images.is_file() else []
+    if not paths:
+        raise FileNotFoundError(
+            f"{images}: expected a folder of images, as the model will see, for `calibration_images`."
+        )
+    paths = paths[:: -(-len(paths) // MAX_CALIBRATION_WINDOWS)]
+    each = -(-MAX_CALIBRATION_WINDOWS // len(paths))
+    windows = []
+    for path in paths:
+        source = processor.lazy_windows(read_channels(path, processor.num_channels), scales=[1.0], do_flip=False)
+        windows += [source.pixel_values(window)[None].numpy() for window in source.windows[:each]]
+    return windows[:MAX_CALIBRATION_WINDOWS]
+
+
+class _WindowReader:
+    """Windows in the form in which onnxruntime asks for them."""
+
+    def __init__(self, windows: list[np.ndarray]) -> None:
+        self._windows: Iterator[np.ndarray] = iter(windows)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next window, or `None` after the last."""
+        window = next(self._windows, None)
+        return None if window is None else {"pixel_values": window}
+
+
+def write_static_onnx(source: Path, path: Path, windows: list[np.ndarray]) -> None:
+    """Quantize the products of a float32 model with its weights; those between activations, in attention, stay.
+
+    Args:
+        source (`Path`): The float32 model.
+        path (`Path`): The file to write.
+        windows (`list[np.ndarray]`): Pixel values to calibrate with, from `calibration_windows`.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    graph = onnx.load(source, load_external_data=False).graph
+    weights = {weight.name for weight in graph.initializer}
+    nodes = [node.name for node in graph.node if node.op_type in ("Gemm", "MatMul") and node.input[1] in weights]
+    quantize_static(
+        source,
+        path,
+        _WindowReader(windows),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        nodes_to_quantize=nodes,
+    )
+
+
+def quantize_openvino(model: Any, windows: list[np.ndarray] | None) -> Any:
+    """Quantize a model of OpenVINO to 8 bits with nncf.
+
+    Args:
+        model (`openvino.Model`): The float32 model; it may be changed.
+        windows (`list[np.ndarray]`, *optional*): Pixel values to calibrate with. Without them only weights are quantized
+            and what layers take in is quantized while it runs.
+
+    Returns:
+        `openvino.Model`: The quantized model.
+
+    Raises:
+        ImportError: If nncf is missing.
+    """
+    reports = os.environ.get(NNCF_CI)
+    os.environ[NNCF_CI] = "1"
+    try:
+        import nncf
+    except ImportError as error:
+        raise ImportError(f"8 bits for OpenVINO need nncf: `pip install segmenter-hf[openvino]` ({error}).") from error
+    finally:
+        if reports is None:
+            del os.environ[NNCF_CI]
+    nncf.set_log_level("ERROR")
+    if windows is None:
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    dataset = nncf.Dataset([{"pixel_values": window} for window in windows])
+    return nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(windows))
+
+
+__all__ = ["calibration_windows", "quantize_openvino", "write_static_onnx"]
