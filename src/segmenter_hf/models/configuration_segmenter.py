@@ -1,8 +1,8 @@
 """Configuration of Segmenter (Strudel et al., ICCV 2021)."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from .configuration_vit_encoder import VitEncoderConfig, strict_config
+from .configuration_vit_encoder import DERIVED, Derived, VitEncoderConfig, strict_config
 
 
 @strict_config
@@ -54,16 +54,16 @@ class SegmenterConfig(VitEncoderConfig):
     out_indices: list[int] | tuple[int, ...] | None = None
     decoder_norm: Literal["none", "batch_norm"] = "none"
     decoder_num_hidden_layers: int = 2
-    decoder_num_attention_heads: int | None = None
-    decoder_hidden_size: int | None = None
-    decoder_intermediate_size: int | None = None
+    decoder_num_attention_heads: Derived[int] = DERIVED
+    decoder_hidden_size: Derived[int] = DERIVED
+    decoder_intermediate_size: Derived[int] = DERIVED
     decoder_layer_norm_eps: float | int = 1e-5
-    decoder_mask_norm_eps: float | int | None = None
+    decoder_mask_norm_eps: Derived[float | int] = DERIVED
     decoder_hidden_dropout_prob: float | int = 0.1
     decoder_attention_probs_dropout_prob: float | int = 0.1
     decoder_drop_path_rate: float | int = 0.0
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.decoder_num_attention_heads is None:
             self.decoder_num_attention_heads = self.num_attention_heads
         if self.decoder_hidden_size is None:

@@ -1,9 +1,9 @@
 """Configuration of SETR (Zheng et al., CVPR 2021)."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from .configuration_vit_encoder import VitEncoderConfig, strict_config
+from .configuration_vit_encoder import DERIVED, Derived, VitEncoderConfig, strict_config
 
 
 # Fields that follow from the decoder where they are not given: sections 3.2 and 4.1 of the paper, and the settings of
@@ -109,25 +109,25 @@ class SetrConfig(VitEncoderConfig):
     hidden_size: int = 1024
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    intermediate_size: int | None = None
+    intermediate_size: Derived[int] = DERIVED
     drop_path_rate: float | int = 0.0
-    use_class_token: bool | None = None
+    use_class_token: Derived[bool] = DERIVED
     use_final_layer_norm: bool = False
     decoder_type: Literal["naive", "pup", "mla"] = "pup"
-    out_indices: list[int] | tuple[int, ...] | None = None
+    out_indices: Derived[list[int] | tuple[int, ...]] = DERIVED
     decoder_hidden_size: int = 256
-    decoder_num_convs: int | None = None
-    decoder_kernel_size: int | None = None
-    decoder_upsample_factor: int | None = None
+    decoder_num_convs: Derived[int] = DERIVED
+    decoder_kernel_size: Derived[int] = DERIVED
+    decoder_upsample_factor: Derived[int] = DERIVED
     decoder_align_corners: bool = False
     decoder_classifier_kernel_size: int = 1
     use_auxiliary_head: bool = True
     auxiliary_loss_weight: float | int = 0.4
-    auxiliary_num_convs: int | None = None
-    auxiliary_kernel_size: int | None = None
-    auxiliary_upsample_factor: int | None = None
+    auxiliary_num_convs: Derived[int] = DERIVED
+    auxiliary_kernel_size: Derived[int] = DERIVED
+    auxiliary_upsample_factor: Derived[int] = DERIVED
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         for name, value in DECODER_DEFAULTS.get(self.decoder_type, {}).items():

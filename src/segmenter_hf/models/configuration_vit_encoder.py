@@ -2,8 +2,9 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from functools import wraps
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -17,6 +18,13 @@ MAX_LAYERS, MAX_SIZE, MAX_LABELS, MAX_REGISTER_TOKENS = 1000, 2**24, 2**20, 4096
 REMOTE_PIPELINES = {
     "image-segmentation": {"impl": "pipeline_segmenter.SegmenterPipeline", "pt": ["AutoModelForSemanticSegmentation"]}
 }
+# A field that may be left out or `None`, in whose place `__post_init__` puts a value: whoever reads it gets a `Field`.
+Field = TypeVar("Field")
+if TYPE_CHECKING:
+    Derived = Annotated[Field, "or `None` when the configuration is made"]
+else:
+    Derived = Optional
+DERIVED: Any = None
 LIMITED = ("_size", "_layers", "_heads", "_channels", "_convs", "_factor")
 
 
@@ -30,11 +38,11 @@ def check_labels(name: str, id2label: Any, num_labels: Any) -> None:
         raise ValueError(f"{name}: `id2label` must name the classes 0, 1, 2 and so on, got {id2label!r:.200}.")
 
 
-def with_background_name(id2label: dict[int, str]) -> dict[int, str]:
+def with_background_name(id2label: Mapping[int, str] | Mapping[str, str]) -> dict[int, str]:
     """Name the labels 0 and 1 of a model with one class: a background, and the class.
 
     Args:
-        id2label (`dict[int, str]`): The name of the class alone.
+        id2label (`Mapping[int, str]`): The name of the class alone.
 
     Returns:
         `dict[int, str]`: Both names.
@@ -49,14 +57,14 @@ def strict_config(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     original_init = cls.__init__
 
     @wraps(original_init)
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         check_labels(cls.__name__, kwargs.get("id2label"), kwargs.get("num_labels"))
         try:
             original_init(self, *args, **kwargs)
         except StrictDataclassError as error:
             raise ValueError(f"{cls.__name__}: {error.__cause__ or error}") from error
 
-    cls.__init__ = __init__
+    setattr(cls, "__init__", __init__)  # noqa: B010 - an assignment is no valid override for type checkers
     return cls
 
 
@@ -155,9 +163,9 @@ class VitEncoderConfig(PreTrainedConfig):
     num_channels: int = 3
     padding: Literal["end", "center"] = "end"
     qkv_bias: bool = True
-    query_bias: bool | None = None
-    key_bias: bool | None = None
-    value_bias: bool | None = None
+    query_bias: Derived[bool] = DERIVED
+    key_bias: Derived[bool] = DERIVED
+    value_bias: Derived[bool] = DERIVED
     layerscale_value: float | int | None = None
     use_gated_mlp: bool = False
     num_register_tokens: int = 0
@@ -229,15 +237,15 @@ class VitEncoderConfig(PreTrainedConfig):
         """Take what a file says for granted: `to_dict` writes it."""
 
     @property
-    def num_labels(self) -> int | None:
+    def num_labels(self) -> int:
         """Number of logits of a pixel: that of the names in `id2label`, or 1 with `use_single_logit`."""
-        if self.id2label is None:
-            return None
+        if self.id2label is None:  # while the configuration is made
+            return 0
         return 1 if self.use_single_logit and len(self.id2label) <= 2 else len(self.id2label)
 
     @num_labels.setter
     def num_labels(self, num_labels: int) -> None:
-        if self.num_labels == num_labels:
+        if self.id2label is not None and self.num_labels == num_labels:
             return
         self.use_single_logit = num_labels == 1
         names = {label: f"LABEL_{label}" for label in range(num_labels)}

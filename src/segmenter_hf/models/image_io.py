@@ -46,14 +46,15 @@ def pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
     """PIL image of any mode to (channels, height, width), 8 bit unless it holds floats; transparency is dropped."""
     step = max(PIXELS_AT_ONCE // image.width, 1)
     if image.height > step:
-        array = None
+        array: np.ndarray | None = None
         for top in range(0, image.height, step):
             bottom = min(top + step, image.height)
             rows = pil_to_array(image.crop((0, top, image.width, bottom)), do_convert_rgb)
             if array is None:
                 array = np.empty((len(rows), image.height, image.width), rows.dtype)
             array[:, top:bottom] = rows
-        return array
+        if array is not None:
+            return array
     if image.mode.startswith("I"):
         image = PIL.Image.fromarray(to_uint8(np.asarray(image), is_16_bit=True))
     if do_convert_rgb and image.mode not in ("RGB", "F"):
@@ -142,7 +143,7 @@ def label_map_to_array(label_map: Any, do_reduce_labels: bool) -> np.ndarray:
     return np.where((labels == 0) | (labels == 255), 255, labels - 1) if do_reduce_labels else labels
 
 
-def read_image(source: "str | os.PathLike", max_pixels: int | None = None) -> PIL.Image.Image:
+def read_image(source: "str | os.PathLike[str]", max_pixels: int | None = None) -> PIL.Image.Image:
     """Read the first picture of an image file, turned upright by its EXIF orientation, in its own mode.
 
     Args:
@@ -195,7 +196,7 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> PI
 
 
 def read_channels(
-    source: "str | os.PathLike", num_channels: int = 3, max_pixels: int | None = None
+    source: "str | os.PathLike[str]", num_channels: int = 3, max_pixels: int | None = None
 ) -> PIL.Image.Image | np.ndarray:
     """Read an image file with the channels that a model takes, and the depth that it is stored with.
 
@@ -300,7 +301,7 @@ def _load_npy(file: BinaryIO, num_channels: int | None, limit: int | None) -> np
         raise ValueError(f"expected numbers in two or three dimensions, got {dtype} of the shape {shape}.")
     is_first = len(shape) == 3 and (shape[0] == num_channels or (shape[-1] != num_channels and shape[0] < shape[-1]))
     sides = shape if len(shape) == 2 else shape[1:] if is_first else shape[:2]
-    _check_pixels(*sides, limit)
+    _check_pixels(sides[0], sides[1], limit)
     file.seek(0)
     array = np.load(file, allow_pickle=False)
     return array[None] if array.ndim == 2 else array if is_first else np.moveaxis(array, -1, 0)
@@ -313,7 +314,7 @@ def _load_tiff(file: BinaryIO, num_channels: int | None, limit: int | None) -> n
     except ImportError:
         return None
     with tifffile.TiffFile(file) as tiff:
-        page, series = tiff.pages[0], tiff.series[0]
+        page, series = tiff.pages.first, tiff.series[0]
         samples = page.samplesperpixel
         _check_pixels(page.imagelength, page.imagewidth, limit)
         if samples == 1 and num_channels not in (None, 1, 3) and series.ndim == 3:  # a page for each channel

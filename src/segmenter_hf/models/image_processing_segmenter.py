@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_processing_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
@@ -106,12 +106,12 @@ def check_window_fields(
     Raises:
         ValueError: If they do not.
     """
-    edges = [] if size is None else [size.shortest_edge, size.longest_edge]
-    edges = [edge for edge in edges if edge is not None]
-    if not all(type(edge) is int and edge > 0 for edge in edges) or (do_resize and not size.shortest_edge):
+    shortest, longest = (None, None) if size is None else (size.shortest_edge, size.longest_edge)
+    edges = [edge for edge in (shortest, longest) if edge is not None]
+    if not all(type(edge) is int and edge > 0 for edge in edges) or (do_resize and not shortest):
         raise ValueError(
             '`size` must have a "shortest_edge" and may have a "longest_edge", in pixels, positive integers; got '
-            f"{dict(size)}."
+            f"{None if size is None else dict(size)}."
         )
     if patch_size < 1 or window_size < 1 or padding == "end" and window_size % patch_size:
         raise ValueError(
@@ -175,14 +175,14 @@ def check_label_maps(image_sizes: Sequence[Sequence[int]], map_sizes: Sequence[S
         )
 
 
-def _read_maps(maps: ImageInput) -> ImageInput:
+def _read_maps(maps: Any) -> Any:
     """Read label maps that are given as paths; others pass through."""
     if isinstance(maps, (list, tuple)):
         return [_read_maps(labels) for labels in maps]
     return read_image(maps) if isinstance(maps, (str, os.PathLike)) else maps
 
 
-class _SegmenterImageProcessing:
+class _SegmenterImageProcessing(BaseImageProcessor):
     """What both backends share, which is everything: they differ in what must be installed."""
 
     valid_kwargs = SegmenterImageProcessorKwargs
@@ -212,11 +212,15 @@ class _SegmenterImageProcessing:
         checked = SegmenterImageProcessorKwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
         checked |= {"do_convert_rgb", "do_resize", "do_rescale", "do_normalize"}
         with _value_errors():
-            validate_typed_dict(self.valid_kwargs, {name: kwargs[name] for name in checked & kwargs.keys()})
-        super().__init__(**kwargs)
+            self._validate_types({name: value for name, value in kwargs.items() if name in checked})
+        super().__init__(**kwargs)  # type: ignore[misc]  # takes the keys of `valid_kwargs`
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
-    def preprocess(
+    def _validate_types(self, fields: dict[str, Any]) -> None:
+        # Its annotation asks for a dictionary, and its documentation for the class of one.
+        validate_typed_dict(self.valid_kwargs, fields)  # type: ignore[type-var]
+
+    def preprocess(  # type: ignore[misc]  # `return_tensors` is among the base class's own keys
         self,
         images: ImageInput,
         segmentation_maps: ImageInput | None = None,
@@ -281,7 +285,7 @@ class _SegmenterImageProcessing:
         (windows,) = self._split_windows(image, None, **kwargs)
         return windows
 
-    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]  # called by names
         super()._validate_preprocess_kwargs(**kwargs)
         names = ("do_resize", "size", "window_size", "window_stride", "patch_size", "padding", "scales")
         check_window_fields(**{name: kwargs[name] for name in names})
@@ -295,7 +299,7 @@ class _SegmenterImageProcessing:
         """Channels of the images: one for each value of `image_mean`, 3 where it is one number for all."""
         return len(self.image_mean) if isinstance(self.image_mean, Sequence) else 3
 
-    def fetch_images(self, image_url_or_urls: ImageInput) -> ImageInput:
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Read paths and URLs; images pass through."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
@@ -303,10 +307,10 @@ class _SegmenterImageProcessing:
             return read_channels(image_url_or_urls, self.num_channels)
         return image_url_or_urls
 
-    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
+    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
         """A flat list of images, in which grey arrays (height, width) have a channel too."""
         images = self.fetch_images(images) if expected_ndims == 3 else _read_maps(images)
-        given = images if isinstance(images, (list, tuple)) else [images]
+        given: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
         flat = [part for image in given for part in (image if isinstance(image, (list, tuple)) else [image])]
         wrong = [type(image).__name__ for image in flat if not is_valid_image(image)]
         if wrong or not flat:
@@ -319,7 +323,8 @@ class _SegmenterImageProcessing:
         if expected_ndims == 3:
             given = [image[None] if getattr(image, "ndim", 0) == 2 else image for image in given]
             images = given if isinstance(images, (list, tuple)) else given[0]
-        return make_flat_list_of_images(images, expected_ndims=expected_ndims)
+        images_flat: Any = make_flat_list_of_images(images, expected_ndims=expected_ndims)  # a list of them
+        return list(images_flat)
 
     def process_image(self, image: ImageInput, **kwargs: Any) -> torch.Tensor:
         """Bring one image to (channels, height, width), uint8 or float32."""
@@ -341,23 +346,23 @@ class _SegmenterImageProcessing:
     ) -> list[ImageWindows]:
         """The windows of each image."""
         with _value_errors():
-            validate_typed_dict(self.valid_kwargs, kwargs)
+            self._validate_types(kwargs)
             fields = {name: getattr(self, name, None) for name in self._valid_kwargs_names} | kwargs
             fields = self._standardize_kwargs(**fields)
             self._validate_preprocess_kwargs(**fields)
         convert = {name: fields[name] for name in ("do_convert_rgb", "input_data_format", "device", "value_range")}
         arrays = [self.process_image(image, **convert) for image in self._prepare_images_structure(images)]
-        maps: list[torch.Tensor | None] = [None] * len(arrays)
+        maps: Sequence[torch.Tensor | None] = [None] * len(arrays)
         if segmentation_maps is not None:
             given = self._prepare_images_structure(segmentation_maps, expected_ndims=2)
-            maps = [self.process_segmentation_map(labels, fields["do_reduce_labels"]) for labels in given]
-            check_label_maps([array.shape[-2:] for array in arrays], [labels.shape for labels in maps])
-            maps = [labels.to(array.device) for labels, array in zip(maps, arrays)]
+            label_maps = [self.process_segmentation_map(labels, fields["do_reduce_labels"]) for labels in given]
+            check_label_maps([array.shape[-2:] for array in arrays], [labels.shape for labels in label_maps])
+            maps = [labels.to(array.device) for labels, array in zip(label_maps, arrays)]
         return [
             ImageWindows.split(
                 self._scale(array, labels, fields),
                 index,
-                array.shape[-2:],
+                (array.shape[-2], array.shape[-1]),
                 fields["do_flip"],
                 fields["window_size"] if fields["do_split_windows"] else None,
                 fields["window_stride"],
@@ -380,17 +385,18 @@ class _SegmenterImageProcessing:
             fields["rescale_factor"] if fields["do_rescale"] else None,
             *((fields["image_mean"], fields["image_std"]) if fields["do_normalize"] else (None, None)),
         )
+        image_size = (image.shape[-2], image.shape[-1])
         edges, fixed_side = fields["size"] if fields["do_resize"] else None, None
         if edges is not None:
             fixed_side = fields["window_size"] if fields["do_resize_to_window"] else None
             edges = (edges.shortest_edge, edges.longest_edge)
         scaled_images = []
         for scale in fields["scales"]:
-            size = scaled_size(image.shape[-2:], scale, edges, fixed_side)
+            size = scaled_size(image_size, scale, edges, fixed_side)
             pixels = resize_image(image, size, INTERPOLATION[fields["resample"]])
             scaled = ScaledImage(pixels, normalize, None if labels is None else resize_labels(labels, size))
             smallest_side = fields["window_size"] if fields["do_split_windows"] else 1
-            scaled_images.append(scaled.enlarged(smallest_side, image.shape[-2:]))
+            scaled_images.append(scaled.enlarged(smallest_side, image_size))
         return scaled_images
 
     def post_process_semantic_segmentation(
@@ -417,7 +423,8 @@ class _SegmenterImageProcessing:
         Raises:
             ValueError: If windows are missing, or the number of target sizes is not that of the images.
         """
-        logits, patch_size = outputs.logits, self.patch_size
+        of_model: Any = outputs  # of any class that has the fields
+        logits, patch_size = of_model.logits, self.patch_size
         window_offsets = getattr(outputs, "window_offsets", None)
         if window_offsets is None:
             patch_size, sizes = 1, logits.shape[-2:] * 3
@@ -432,7 +439,7 @@ class _SegmenterImageProcessing:
             for segmentation, scores in merged
         ]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Fields of the processor; as remote code it names the classes of both backends."""
         fields = super().to_dict()
         if "auto_map" in fields:
@@ -441,7 +448,8 @@ class _SegmenterImageProcessing:
         return fields
 
 
-class SegmenterImageProcessor(_SegmenterImageProcessing, TorchvisionBackend):
+# Their `process_image` has options by position, which nothing calls: `_split_windows` calls ours.
+class SegmenterImageProcessor(_SegmenterImageProcessing, TorchvisionBackend):  # type: ignore[misc]
     r"""Image processor of Segmenter and SETR, the default where torchvision is installed.
 
     It carries out the protocol of the published results: resize with the aspect ratio kept and without antialiasing,
@@ -472,7 +480,7 @@ class SegmenterImageProcessor(_SegmenterImageProcessing, TorchvisionBackend):
     """
 
 
-class SegmenterImageProcessorPil(_SegmenterImageProcessing, PilBackend):
+class SegmenterImageProcessorPil(_SegmenterImageProcessing, PilBackend):  # type: ignore[misc]
     r"""[`SegmenterImageProcessor`] without torchvision: the same arguments, and the same results to the bit."""
 
 

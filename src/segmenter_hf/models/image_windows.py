@@ -1,6 +1,6 @@
 """One image at several scales, and its windows, whose pixel values are made when they are asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ class ScaledImage(NamedTuple):
     """An image (channels, height, width) at one scale, what normalises parts of it, and its labels (height, width)."""
 
     pixels: torch.Tensor
-    normalize: Callable[[torch.Tensor], torch.Tensor] | None
+    normalize: Normalization | None
     labels: torch.Tensor | None
 
     @property

@@ -1,6 +1,7 @@
 """Segmenter (Strudel et al., "Segmenter: Transformer for Semantic Segmentation", ICCV 2021)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,13 +39,13 @@ class SegmenterSemanticSegmenterOutput(ModelOutput):
         window_offsets (`torch.LongTensor` of shape `(batch_size, 11)`, when given): Passed on for the image processor.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    window_offsets: torch.LongTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    decoder_attentions: tuple[torch.Tensor, ...] | None = None
+    window_offsets: torch.Tensor | None = None
 
 
 class SegmenterLinearDecoder(nn.Module):
@@ -187,13 +188,14 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
         """
         height, width = pixel_values.shape[-2:]
         outputs = self.segmenter(pixel_values, **kwargs)
+        options: dict[str, Any] = {**kwargs}
         tokens = outputs.last_hidden_state
         if outputs.feature_states is not None:
             tokens = torch.cat([self.segmenter.layernorm(states) for states in outputs.feature_states], dim=-1)
         if outputs.merged_tokens and self.config.decoder_type == "mask_transformer":
-            tokens, kwargs["merged"] = outputs.merged_hidden_state, outputs.merged_tokens[-1]
+            tokens, options["merged"] = outputs.merged_hidden_state, outputs.merged_tokens[-1]
         patches = tokens[:, self.segmenter.embeddings.num_prefix_tokens :]
-        masks, decoder_hidden_states, decoder_attentions = self.decode_head(patches, **kwargs)
+        masks, decoder_hidden_states, decoder_attentions = self.decode_head(patches, **options)
         grid = patch_grid(pixel_values, self.config.patch_size)
         logits = masks.transpose(1, 2).unflatten(2, grid)  # (batch, labels, grid height, grid width)
 

@@ -31,12 +31,12 @@ class SetrSemanticSegmenterOutput(ModelOutput):
         window_offsets (`torch.LongTensor` of shape `(batch_size, 11)`, when given): Passed on for the image processor.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    auxiliary_logits: tuple[torch.FloatTensor, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    window_offsets: torch.LongTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    auxiliary_logits: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    window_offsets: torch.Tensor | None = None
 
 
 class SetrConvLayer(nn.Module):
@@ -230,7 +230,8 @@ class SetrForSemanticSegmentation(SetrPreTrainedModel):
             features = self.neck(features)
         logits = self.decode_head(features if self.neck is not None else features[-1])
 
-        loss, auxiliary_logits = None, None
+        loss: torch.Tensor | None = None
+        auxiliary_logits: tuple[torch.Tensor, ...] = ()
         if labels is not None or output_auxiliary_logits:
             auxiliary_logits = tuple(head(level) for head, level in zip(self.auxiliary_heads, features))
         if labels is not None:

@@ -61,8 +61,8 @@ class VitEncoderOutput(BaseModelOutput):
         merged_tokens (`tuple[MergedTokens]`): With token merging, which token holds each patch after each merging layer.
     """
 
-    feature_states: tuple[torch.FloatTensor, ...] | None = None
-    merged_hidden_state: torch.FloatTensor | None = None
+    feature_states: tuple[torch.Tensor, ...] | None = None
+    merged_hidden_state: torch.Tensor | None = None
     merged_tokens: tuple[MergedTokens, ...] | None = None
 
 
@@ -277,10 +277,13 @@ class VitEncoderEmbeddings(nn.Module):
 
         An export always resizes, so that the exported model serves every size.
         """
+        positions = self.position_embeddings
+        if positions is None:
+            raise ValueError("The positions of this encoder are rotary: it has no position embeddings.")
         if not is_exporting() and grid == self.grid:
-            return self.position_embeddings
+            return positions
         return resize_position_embeddings(
-            self.position_embeddings,
+            positions,
             self.grid,
             grid,
             self.config.position_embedding_interpolation,
@@ -307,8 +310,11 @@ class VitEncoderEmbeddings(nn.Module):
         """Pixels (batch, channels, height, width) to tokens (batch, prefix + patches, hidden)."""
         patches = self.patch_embeddings(pixel_values)
         batch_size, grid = patches.shape[0], (patches.shape[2], patches.shape[3])
-        special = [token for token in (self.cls_token, self.distillation_token) if token is not None]
-        special = [token.expand(batch_size, -1, -1) for token in special]
+        special = [
+            token.expand(batch_size, -1, -1)
+            for token in (self.cls_token, self.distillation_token)
+            if token is not None
+        ]
         tokens = torch.cat([*special, patches.flatten(2).transpose(1, 2)], dim=1)
         if self.position_embeddings is not None:
             tokens = tokens + self.position_embeddings_for(grid)
@@ -386,7 +392,7 @@ class VitEncoderAttention(nn.Module):
         query = self.project(self.q_proj, hidden_states, rotary)
         key = self.project(self.k_proj, hidden_states, rotary)
         value = self.project(self.v_proj, hidden_states)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, probabilities = attention(
@@ -438,13 +444,13 @@ class VitEncoderAllReduce(torch.autograd.Function):
     """Sum over all processes; its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
-    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
         total = values.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return VitEncoderAllReduce.apply(gradient)
 
 
@@ -453,6 +459,12 @@ class VitEncoderBatchNorm(nn.BatchNorm2d):
 
     torch's `SyncBatchNorm` does the same on GPUs alone, and only after a conversion of the model.
     """
+
+    # Not optional as in the base class: it always has a momentum and keeps statistics.
+    momentum: float
+    num_batches_tracked: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) to the same shape."""
@@ -499,6 +511,9 @@ class VitEncoderLayer(GradientCheckpointingLayer):
     `layerscale_value`, `use_gated_mlp` and `biases` (of query, key and value) are options of the encoder's layers.
     """
 
+    layer_scale1: nn.Parameter | None  # behind the attention
+    layer_scale2: nn.Parameter | None  # behind the MLP
+
     def __init__(
         self,
         config: VitEncoderConfig,
@@ -522,7 +537,7 @@ class VitEncoderLayer(GradientCheckpointingLayer):
         self.layernorm_after = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         mlp_class = VitEncoderGatedMlp if use_gated_mlp else VitEncoderMlp
         self.mlp = mlp_class(hidden_size, intermediate_size, config.hidden_act, hidden_dropout_prob)
-        for name in ("layer_scale1", "layer_scale2"):  # after attention and MLP
+        for name in ("layer_scale1", "layer_scale2"):
             scale = None if layerscale_value is None else nn.Parameter(torch.full((hidden_size,), layerscale_value))
             self.register_parameter(name, scale)
         self.dropout = nn.Dropout(hidden_dropout_prob)
@@ -557,7 +572,7 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
 
     config: VitEncoderConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # annotated as a list, and a tuple in all of transformers
     supports_gradient_checkpointing = True
     _no_split_modules = ["VitEncoderEmbeddings", "VitEncoderLayer"]
     _supports_sdpa = True
@@ -630,7 +645,8 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
                     init.trunc_normal_(token, std=std)
         elif isinstance(module, VitEncoderLayer) and module.layerscale_value is not None:
             for scale in (module.layer_scale1, module.layer_scale2):
-                init.constant_(scale, module.layerscale_value)
+                if scale is not None:
+                    init.constant_(scale, module.layerscale_value)
 
     def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Loss of logits upsampled to the padded input, whose padding is labelled as ignored.
@@ -662,9 +678,11 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
         if self.config.padding == "end":
             labels = pad_to_patches(labels, self.config.patch_size, "end", value=ignore_index)
         logits = with_background(logits)
-        weights = self.config.semantic_loss_class_weights
-        weights = None if weights is None else logits.new_tensor(weights, dtype=torch.float32)
-        loss_function = upsampled_cross_entropy if self.config.use_tiled_loss else plain_upsampled_cross_entropy
+        of_classes = self.config.semantic_loss_class_weights
+        weights = None if of_classes is None else logits.new_tensor(of_classes, dtype=torch.float32)
+        loss_function: Callable[..., torch.Tensor] = (
+            upsampled_cross_entropy if self.config.use_tiled_loss else plain_upsampled_cross_entropy
+        )
         focal_gamma, ohem_fraction = self.config.semantic_loss_focal_gamma, self.config.semantic_loss_ohem_fraction
         if focal_gamma or ohem_fraction < 1:
             loss_function = partial(upsampled_hard_pixel_loss, focal_gamma=focal_gamma, ohem_fraction=ohem_fraction)

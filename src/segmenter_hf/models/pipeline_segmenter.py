@@ -40,21 +40,23 @@ class SegmenterPipeline(ImageSegmentationPipeline):
             forward["window_batch_size"] = window_batch_size
         return preprocess, forward, postprocess
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]  # as in the base class, which narrows its own base
         self,
-        image: "str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor",
+        image: "str | os.PathLike[str] | PIL.Image.Image | np.ndarray | torch.Tensor",
         subtask: str | None = None,
         timeout: float | None = None,
     ) -> dict[str, Any]:
         """Cut one image into windows: `{"image": {"pixel_values", "window_offsets"}}`."""
         if not self._has_windows:
             return super().preprocess(image, subtask=subtask, timeout=timeout)
-        inputs = self.image_processor(
-            images=[read_input(image, timeout, self.image_processor.num_channels)], return_tensors="pt"
-        ).to(self.dtype)
+        processor: Any = self.image_processor
+        inputs = processor(images=[read_input(image, timeout, processor.num_channels)], return_tensors="pt")
+        inputs = inputs.to(self.dtype)
         return {"image": dict(inputs)}  # one value for an image, so that transformers collates a list of images
 
-    def _forward(self, model_inputs: dict[str, Any], window_batch_size: int = 8) -> Any:
+    def _forward(  # type: ignore[override]  # as in the base class, which narrows its own base
+        self, model_inputs: dict[str, Any], window_batch_size: int = 8
+    ) -> Any:
         """Windows of one image, or of a list of images, through the network; the logits of each image apart."""
         if "image" not in model_inputs:
             return super()._forward(model_inputs)
@@ -69,7 +71,9 @@ class SegmenterPipeline(ImageSegmentationPipeline):
         ]
         return {"image": outputs[0] if isinstance(images, dict) else outputs}
 
-    def postprocess(self, model_outputs: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    def postprocess(  # type: ignore[override]  # all arguments are passed on
+        self, model_outputs: Any, **kwargs: Any
+    ) -> list[dict[str, Any]]:
         """Merge the windows of one image into a mask for each class that occurs."""
         if "image" in model_outputs:
             model_outputs = ModelOutput({**model_outputs["image"], "target_size": None})  # the size of the image

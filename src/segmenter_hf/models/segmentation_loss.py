@@ -10,8 +10,9 @@ import hashlib
 import inspect
 import math
 import sys
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -296,16 +297,12 @@ class _TiledLoss:
         if needs_gradient:
             gradient = torch.empty_like(self.logits, memory_format=torch.contiguous_format)
         for image in range(len(self.logits)):
-            bands = run_in_threads(
-                lambda band, image=image: self._band(image, band, needs_gradient), self.rows, self.device
-            )
+            loss_of_band = partial(self._band, image, needs_gradient=needs_gradient)
+            bands = run_in_threads(loss_of_band, self.rows, self.device)
             total += torch.stack([loss for loss, _ in bands]).sum()
             if needs_gradient:
-                run_in_threads(
-                    lambda parts, image=image: self._add_bands(gradient[image], parts),
-                    [[of_band for _, of_band in bands]],
-                    self.device,
-                )
+                of_bands = [of_band for _, of_band in bands if of_band is not None]
+                run_in_threads(partial(self._add_bands, gradient[image]), [of_bands], self.device)
         result_dtype = torch.float64 if self.logits.dtype == torch.float64 else torch.float32
         return (total * math.log(2)).to(result_dtype), gradient
 
@@ -325,12 +322,14 @@ class _TiledLoss:
         for column in self.columns:
             tile = buffer[: len(column.weights) * height * self.num_labels].view(len(column.weights), -1)
             torch.mm(column.weights, band[column.logits].flatten(1), out=tile)
-            of_pixels = [
-                None if values is None else values[:, column.pixels].T.reshape(-1, 1)
-                for values in (target, hard, soft)
-            ]
-            scores = tile.view(-1, self.num_labels)  # (width * height, labels)
-            total += self._tile(scores, *of_pixels, self.needs_max_subtraction[image], needs_gradient)
+            total += self._tile(
+                tile.view(-1, self.num_labels),  # (width * height, labels)
+                target[:, column.pixels].T.reshape(-1, 1),
+                hard[:, column.pixels].T.reshape(-1, 1),
+                None if soft is None else soft[:, column.pixels].T.reshape(-1, 1),
+                self.needs_max_subtraction[image],
+                needs_gradient,
+            )
             if gradient is not None:
                 gradient[column.logits].flatten(1).addmm_(column.weights.T, tile)
         if gradient is not None:
@@ -399,12 +398,14 @@ def _shapes(
     return logits.new_empty((), dtype=dtype), gradient
 
 
-def _keep_gradient(ctx, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
 
-def _multiply_gradient(ctx, loss_gradient: torch.Tensor, _: torch.Tensor | None) -> tuple:
+def _multiply_gradient(
+    ctx: Any, loss_gradient: torch.Tensor, _: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("The tiled loss is differentiable once: set `use_tiled_loss=False` for second derivatives.")
     (gradient,) = ctx.saved_tensors
@@ -421,11 +422,12 @@ def _operator_name() -> str:
     return f"upsampled_cross_entropy_{hashlib.sha256(''.join(sources).encode()).hexdigest()[:12]}"
 
 
-def _register() -> "torch.library.CustomOpDef | torch._ops.OpOverload":
+def _register() -> "Callable[..., tuple[torch.Tensor, torch.Tensor]]":
     """The operator, made once in a process even if this file is loaded twice, as remote code may be."""
     name = _operator_name()
     if hasattr(getattr(torch.ops, NAMESPACE), name):
-        return getattr(getattr(torch.ops, NAMESPACE), name)
+        registered: Callable[..., tuple[torch.Tensor, torch.Tensor]] = getattr(getattr(torch.ops, NAMESPACE), name)
+        return registered
     schema = (
         "(Tensor logits, Tensor labels, int ignore_index, Tensor? class_weights, float label_smoothing, "
         "bool needs_gradient) -> (Tensor, Tensor)"

@@ -9,6 +9,7 @@ logits that no later row needs are dropped: an image of any height needs the mem
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import interpolate
@@ -31,7 +32,7 @@ def product_dtype(device: torch.device) -> torch.dtype:
     That is so with `torch.set_float32_matmul_precision("high")`, for instance. The setting is one for all threads, and not of
     this file: it is looked at and not changed.
     """
-    matmul = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
     if not hasattr(matmul, "fp32_precision"):  # torch before 2.9
         return torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
     return torch.float32 if matmul.fp32_precision in ("none", "ieee") else torch.float64
@@ -287,6 +288,8 @@ class WindowMerger:
 
     def _merge_row(self, views: list[_View], row: int) -> None:
         """Merge a row of tiles of the map."""
+        segmentation = self.segmentation
+        assert segmentation is not None  # made when the first windows were added
         bands = [view.merge_row(row) for view in views]
         top, bottom = views[0].rows[row].start, views[0].rows[row].stop
         # Tiles are computed in place: fresh memory for each would cost more than the arithmetic.
@@ -305,7 +308,7 @@ class WindowMerger:
                 if self._needs_softmax:
                     add_softmax(merged, logits.view(-1, num_labels), view.needs_max_subtraction)
             merged = merged.view(right - left, bottom - top, num_labels)
-            self.segmentation[top:bottom, left:right] = argmax_classes(merged).T
+            segmentation[top:bottom, left:right] = argmax_classes(merged).T
             if self.scores is not None:
                 self.scores[:, top:bottom, left:right] = merged.permute(2, 1, 0) / len(views)
 
@@ -368,14 +371,15 @@ def merge_windows(
         )
     if any(len(size) != 2 or min(size) < 1 for size in target_sizes or ()):
         raise ValueError(f"`target_sizes` must be (height, width) of at least one pixel each, got {target_sizes}.")
-    merged = []
+    merged: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for position, image in enumerate(sorted(images)):
         indices = images[image]
         of_image = [windows[index] for index in indices]
         size = None if target_sizes is None else target_sizes[position]
         merger = WindowMerger(of_image, patch_size, size, return_scores, padding=padding)
         merger.add(of_image, logits if len(images) == 1 else logits[indices])
-        merged.append((merger.segmentation, merger.scores))
+        if merger.segmentation is not None:  # it is, for every image has windows and logits
+            merged.append((merger.segmentation, merger.scores))
     return merged
 
 

@@ -161,7 +161,7 @@ def merge_tiles(axis: Axis, tile_size: int, device: torch.device, dtype: torch.d
         stop = min(start + tile_size, axis.side)
         pixels = (axis.side - stop, axis.side - start) if axis.flip else (start, stop)
         rows = merge_matrix(axis, *pixels)
-        used = rows.any(0).nonzero()[0]
+        used = np.flatnonzero(rows.any(0))
         weights = torch.from_numpy(np.ascontiguousarray(rows[::-1, used] if axis.flip else rows[:, used]))
         first_patch, last_patch = int(used[0]), int(used[-1]) + 1
         gaps = len(used) < last_patch - first_patch

@@ -78,7 +78,7 @@ def translate_writing_errors(path: str | os.PathLike) -> Iterator[None]:
                 )
                 message += f"still writes it: {', '.join(partial)}."
             raise OSError(f"{path} could not be written: {error}. {message}") from error
-        if getattr(error, "errno", None) in FORBIDDEN:
+        if isinstance(error, OSError) and error.errno in FORBIDDEN:
             advice = "a shorter name" if error.errno == errno.ENAMETOOLONG else "a place that can be written"
             raise type(error)(f"{path} could not be written: {error}. Give {advice}.") from error
         raise
