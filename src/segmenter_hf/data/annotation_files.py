@@ -96,7 +96,7 @@ def _coco_file_split(root: Path, name: str | None, file: Path, content: dict[str
         classes = tuple(dict.fromkeys(categories.values()))
     else:
         masks = dict(_instance_masks(file, content, entries, categories))
-        classes = with_background(categories.values())
+        classes = with_background(list(categories.values()))
     stems = {number: path.relative_to(folder).with_suffix("").as_posix() for number, path in images.items()}
     if len(set(stems.values())) < len(stems):
         stems = {number: f"{stem} {number}" for number, stem in stems.items()}

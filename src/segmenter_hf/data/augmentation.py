@@ -115,7 +115,8 @@ class SegmentationAugmentation:
         if mask.shape != image.shape[:2]:
             raise ValueError(f"mask must have the size of the image, {image.shape[:2]}, got {mask.shape}.")
         size = rescaled_size(image.shape[:2], self.size, self.max_ratio, rng.uniform(*self.ratio_range))
-        window = draw_crop_window(mask, size, self.crop_size, self.cat_max_ratio, self.ignore_index, rng)
+        crop_size = self.crop_size if isinstance(self.crop_size, tuple) else (self.crop_size, self.crop_size)
+        window = draw_crop_window(mask, size, crop_size, self.cat_max_ratio, self.ignore_index, rng)
         image, mask = resize_image(image, size, window), resize_mask(mask, size, window)
         if rng.random() < self.flip_probability:
             image, mask = horizontal_flip(image, mask)
@@ -127,7 +128,7 @@ class SegmentationAugmentation:
         if self.photometric_distortion and image.shape[2] >= 3:
             image = np.concatenate([_distort(image[..., :3], rng), image[..., 3:]], axis=2)
         pad_value = self.pad_value if image.dtype == np.uint8 else tuple(257 * np.atleast_1d(self.pad_value))
-        return pad_to_crop(image, mask, self.crop_size, pad_value, self.ignore_index)
+        return pad_to_crop(image, mask, crop_size, pad_value, self.ignore_index)
 
 
 def _distort(image: np.ndarray, rng: Generator) -> np.ndarray:
@@ -250,7 +251,7 @@ def draw_crop_window(
 def is_balanced(mask: np.ndarray, cat_max_ratio: float, ignore_index: int) -> bool:
     """Says whether a mask has two classes or more, each with less than `cat_max_ratio` of the valid pixels."""
     counts = np.bincount(mask[mask != ignore_index])
-    return np.count_nonzero(counts) > 1 and counts.max() < cat_max_ratio * counts.sum()
+    return bool(np.count_nonzero(counts) > 1 and counts.max() < cat_max_ratio * counts.sum())
 
 
 def horizontal_flip(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

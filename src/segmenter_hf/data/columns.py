@@ -1,12 +1,12 @@
 """Which columns of a dataset hold the images and the masks."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 
 
-AnyDataset = datasets.Dataset | datasets.IterableDataset
+AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 # Names that columns have in the datasets of the Hub, lower case; the first that is there counts for images.
 IMAGE_COLUMNS = ("image", "images", "img", "pixel_values", "photo", "picture")

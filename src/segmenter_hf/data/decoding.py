@@ -107,6 +107,7 @@ def _check_sizes(example: dict[str, Any], image_size: tuple[int, ...], mask_size
 def open_channels(example: dict[str, Any], num_channels: int | None = 3) -> Image.Image | np.ndarray:
     """Open the image of a row: see [`read_channels`] for the kinds of files; JPEG, PNG and others are not decoded yet."""
     value, name = example["image"], row_name(example, "image")
+    image: Image.Image | np.ndarray
     if not isinstance(value, dict):
         image = open_image(example, "image")
     else:
@@ -114,8 +115,10 @@ def open_channels(example: dict[str, Any], num_channels: int | None = 3) -> Imag
             content = encoded_bytes(value)
         except FileNotFoundError as error:
             raise ValueError(f"{name}: cannot be read as an image: {error}") from error
-        image = load_array(io.BytesIO(content), name, num_channels)
-        if image is None:
+        array = load_array(io.BytesIO(content), name, num_channels)
+        if array is not None:
+            image = array
+        else:
             with _translate_decoding_errors(name):
                 image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     if num_channels is not None:

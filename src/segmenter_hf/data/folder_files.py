@@ -14,6 +14,10 @@ MAX_JSON_BYTES = 2**31
 NUM_SHOWN = 5
 
 
+# A file, or what `described_masks.describe` makes of an annotation.
+Mask = Path | dict[str, Any]
+
+
 class FolderSplit(NamedTuple):
     """The files of a split.
 
@@ -25,7 +29,7 @@ class FolderSplit(NamedTuple):
     """
 
     images: dict[str, Path]
-    masks: dict[str, Path | dict[str, Any]]
+    masks: dict[str, Mask]
     expected: str
     names: tuple[str, ...] = ()
 

@@ -43,7 +43,7 @@ from datasets.table import table_cast
 from ..utils.folders import visible_files
 from .annotation_files import coco_split, labelme_split
 from .encoded_images import RowImage
-from .folder_files import NUM_SHOWN, FolderSplit, check_existence, files_by_stem, image_files, path_inside
+from .folder_files import NUM_SHOWN, FolderSplit, Mask, check_existence, files_by_stem, image_files, path_inside
 from .label_set_files import find_label_file
 from .label_sets import LabelSet, label_set_from_names, load_label_set
 
@@ -313,7 +313,7 @@ def _one_folder(folder: Path) -> FolderSplit | None:
     )
 
 
-def match_masks(images: Mapping[str, Path], masks: Mapping[str, Path]) -> dict[str, Path]:
+def match_masks(images: Mapping[str, Path], masks: Mapping[str, Path]) -> dict[str, Mask]:
     """The masks by the names of their images, which are the same or lack an ending such as `_mask`.
 
     Raises:
@@ -327,7 +327,7 @@ def match_masks(images: Mapping[str, Path], masks: Mapping[str, Path]) -> dict[s
                 f"{path.parent}: one image has two masks, {matched[name].name} and {path.name}. Keep one."
             )
         matched[name] = path
-    return matched
+    return {**matched}
 
 
 def _image_name(stem: str, images: Collection[str]) -> str | None:
@@ -344,7 +344,7 @@ def _cityscapes_split(root: Path, name: str) -> FolderSplit | None:
     folder = root / "gtFine" / name
     masks = next(filter(None, (_files_by_ending(folder, ending) for ending in _CITYSCAPES_ENDINGS)), {})
     expected = f"{folder}, named CITY/X{' or CITY/X'.join(_CITYSCAPES_ENDINGS)}"
-    return FolderSplit(images, masks, expected) if images else None
+    return FolderSplit(images, {**masks}, expected) if images else None
 
 
 def _files_by_ending(folder: Path, ending: str) -> dict[str, Path]:
@@ -414,7 +414,8 @@ def _metadata_split(root: Path, folder: Path, columns: tuple[str, str]) -> Folde
         split.images[stem] = path_inside(root, folder, image, where)
         if mask:
             split.masks[stem] = path_inside(root, folder, mask, where)
-    check_existence(file, [*split.images.values(), *split.masks.values()])
+    files = [mask for mask in split.masks.values() if isinstance(mask, Path)]
+    check_existence(file, [*split.images.values(), *files])
     return split
 
 

@@ -198,7 +198,7 @@ def check_masks(
     label_map = (label_set.label_id_to_train_id or {}) if label_set is not None else {}
     if ignore_index not in label_map:
         mapped_ids.discard(ignore_index)
-    if mapped_ids and max(mapped_ids) < num_labels <= max(label_map):
+    if label_set is not None and mapped_ids and max(mapped_ids) < num_labels <= max(label_map):
         logger.warning(
             "The stored ids end at %d, but the label set %r maps ids up to %d to its %d classes. If the masks hold class ids "
             "already, use a label set without label_id_to_train_id.",

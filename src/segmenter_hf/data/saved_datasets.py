@@ -27,9 +27,10 @@ def load_saved_dataset(root: Path) -> dict[str, datasets.Dataset]:
     file = root / "dataset_dict.json"
     content = read_json(file)
     splits = content.get("splits") if isinstance(content, dict) else None
-    if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+    names = [split for split in splits if isinstance(split, str)] if isinstance(splits, list) else []
+    if not isinstance(splits, list) or len(names) < len(splits):
         raise ValueError(f"{file}: expected a list of `splits`, got {content!r:.200}.")
-    return {_SPLITS.get(split, split): _load(root, path_inside(root, root, split, str(file))) for split in splits}
+    return {_SPLITS.get(split, split): _load(root, path_inside(root, root, split, str(file))) for split in names}
 
 
 def _load(root: Path, folder: Path) -> datasets.Dataset:
@@ -37,8 +38,9 @@ def _load(root: Path, folder: Path) -> datasets.Dataset:
     check_existence(root, [state, folder / "dataset_info.json"])
     content = read_json(state)
     files = content.get("_data_files") if isinstance(content, dict) else None
-    names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
-    if not names or not all(isinstance(name, str) for name in names):
+    given = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+    names = [name for name in given if isinstance(name, str)]
+    if not names or len(names) < len(given):
         raise ValueError(f"{state}: expected a list of `_data_files`, got {files!r:.200}.")
     check_existence(state, [path_inside(root, folder, name, str(state)) for name in names])
     try:

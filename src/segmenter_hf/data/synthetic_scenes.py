@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import datasets
 import numpy as np
@@ -28,6 +29,7 @@ SKY, BUILDING, ROAD, PAVEMENT, TREE, CAR, PERSON, SIGN = range(8)
 
 Color = tuple[float, float, float]  # 0..255
 Point = tuple[float, float]
+Values = TypeVar("Values", Color, Point)
 Range = tuple[float, float]
 
 # Drawn this many times larger and averaged down. Odd, so that every pixel has a central sample, which is its label.
@@ -116,7 +118,7 @@ def embedded_scenes(num_images: int, size: tuple[int, int] = (192, 256), seed: i
     """
     if not 0 < num_images <= 1_000_000 or seed < 0:
         raise ValueError(f"Expected 1 to 1,000,000 images and a seed of at least 0, got {num_images} and {seed}.")
-    columns = {"image": [], "annotation": [], "id": []}
+    columns: dict[str, list[Any]] = {"image": [], "annotation": [], "id": []}
     for scene_seed in range(seed * 1_000_000, seed * 1_000_000 + num_images):
         image, mask = draw_scene(scene_seed, size)
         columns["image"].append({"bytes": _png(image), "path": None})
@@ -154,12 +156,12 @@ def _png(array: np.ndarray) -> bytes:
 # Colours, and the painter
 
 
-def _mix(first: Sequence[float], second: Sequence[float], share: float) -> tuple[float, ...]:
-    return tuple(a + share * (b - a) for a, b in zip(first, second))
+def _mix(first: Values, second: Values, share: float) -> Values:
+    return cast(Values, tuple(a + share * (b - a) for a, b in zip(first, second)))
 
 
-def _shade(color: Color, factor: float) -> Color:
-    return tuple(channel * factor for channel in color)
+def _shade(color: Values, factor: float) -> Values:
+    return cast(Values, tuple(channel * factor for channel in color))
 
 
 def _smooth_noise(rng: Generator, size: tuple[int, int], bumps: tuple[int, int]) -> np.ndarray:
@@ -188,7 +190,7 @@ class _Painter:
 
     def pick(self, palette: Sequence[Color], spread: float = 11) -> Color:
         """Draws a colour near one of the palette: brighter or darker as a whole, and each channel shifted a little."""
-        base = np.asarray(palette[self.rng.integers(len(palette))])
+        base = np.asarray(palette[int(self.rng.integers(len(palette)))])
         return tuple((base + self.rng.normal(0, spread) + self.rng.normal(0, spread / 3, 3)).tolist())
 
     def project(self, x: float, y: float, z: float) -> Point:
@@ -491,7 +493,8 @@ class _Thing:
 
 def _furnish(painter: _Painter, street: _Street) -> list[_Thing]:
     """Chooses what is in the street and where: everything in the picture, large enough, and mostly beside the rest."""
-    rng, things = painter.rng, []
+    rng = painter.rng
+    things: list[_Thing] = []
     height, width = painter.image.height, painter.image.width
 
     def span(x: float, z: float, half_width: float) -> Range:
