@@ -239,13 +239,13 @@ class VitEncoderConfig(PreTrainedConfig):
     @property
     def num_labels(self) -> int:
         """Number of logits of a pixel: that of the names in `id2label`, or 1 with `use_single_logit`."""
-        if self.id2label is None:  # while the configuration is made
-            return 0
+        if self.id2label is None:
+            return None  # type: ignore[return-value]  # only while transformers makes the configuration
         return 1 if self.use_single_logit and len(self.id2label) <= 2 else len(self.id2label)
 
     @num_labels.setter
     def num_labels(self, num_labels: int) -> None:
-        if self.id2label is not None and self.num_labels == num_labels:
+        if self.num_labels == num_labels:
             return
         self.use_single_logit = num_labels == 1
         names = {label: f"LABEL_{label}" for label in range(num_labels)}
