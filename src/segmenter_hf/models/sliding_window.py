@@ -32,7 +32,9 @@ def product_dtype(device: torch.device) -> torch.dtype:
     That is so with `torch.set_float32_matmul_precision("high")`, for instance. The setting is one for all threads, and not of
     this file: it is looked at and not changed.
     """
-    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    matmul: Any = (
+        torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    )
     if not hasattr(matmul, "fp32_precision"):  # torch before 2.9
         return torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
     return torch.float32 if matmul.fp32_precision in ("none", "ieee") else torch.float64
