@@ -1,0 +1,62 @@
+"""What a training was told holds for the commands that use its model, unless they are told otherwise."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from segmenter_hf.cli.evaluate import main as evaluate
+from segmenter_hf.cli.train import main as train
+
+from ..data import formats
+
+
+SMALL = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,patch_size=8"
+TRAINING = (
+    f"--config_overrides {SMALL} --crop_size 32 --image_size 32 --max_steps 1 --eval_strategy no --save_strategy no "
+    "--load_best_model_at_end false --report_to none --disable_tqdm true --use_cpu true --validation_fraction 0.4 --data_seed 3"
+).split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model that was trained on a folder without splits, and another folder like it."""
+    root = tmp_path_factory.mktemp("remembered")
+    for name in ("data", "other"):
+        (root / name).mkdir()
+        formats.one_folder(root / name)
+    train(["--dataset_name", str(root / "data"), "--output_dir", str(root / "model"), *TRAINING])
+    return root
+
+
+def results(folder: Path, *options: str) -> dict:
+    output = ["--output_dir", str(folder / "evaluation"), "--num_worst", "0", "--device", "cpu"]
+    evaluate(["--model_name_or_path", str(folder / "model"), *output, *options])
+    return json.loads((folder / "evaluation" / "results.json").read_text())
+
+
+def test_evaluation_takes_dataset_and_split_from_the_recipe(folder, capsys) -> None:
+    found = results(folder)
+    assert found["num_images"] == 2 and found["dataset"] == str(folder / "data")
+    trained = json.loads((folder / "model" / "results.json").read_text())
+    assert found["per_category_iou"] == pytest.approx(trained["per_category_iou"], nan_ok=True)
+    assert "--validation_fraction 0.4 --data_seed 3" in capsys.readouterr().out
+
+
+def test_options_of_the_command_come_before_those_of_the_recipe(folder, capsys) -> None:
+    assert results(folder, "--validation_fraction", "0.2")["num_images"] == 1
+    assert "--validation_fraction" not in capsys.readouterr().out
+    other = results(folder, "--data_seed", "0")
+    assert other["num_images"] == 2 and "--data_seed" not in capsys.readouterr().out
+
+
+def test_another_dataset_is_split_in_the_same_way(folder) -> None:
+    found = results(folder, "--dataset_name", str(folder / "other"))
+    assert found["dataset"] == str(folder / "other") and found["num_images"] == 2
+
+
+def test_a_new_model_says_that_it_starts_from_random_weights(tmp_path, caplog) -> None:
+    (tmp_path / "data").mkdir()
+    formats.one_folder(tmp_path / "data")
+    train(["--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "model"), *TRAINING])
+    assert "training from random weights" in caplog.text
