@@ -195,8 +195,8 @@ def test_gradient_checkpointing_keeps_loss_and_gradients(decoder_type: str) -> N
         return loss.detach(), gradients(model)
 
     expected = train_step()
-    model.activation_checkpointing_enable()
-    assert model.is_activation_checkpointing
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
     torch.testing.assert_close(train_step(), expected)
 
 
