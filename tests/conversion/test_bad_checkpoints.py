@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
+from segmenter_hf.conversion.configuration_files import lookup, read_yaml
 from segmenter_hf.conversion.convert import convert_checkpoint
 from segmenter_hf.conversion.pretrained import resolve_model
-from segmenter_hf.conversion.safe_loading import lookup, read_checkpoint, read_yaml
+from segmenter_hf.conversion.safe_loading import read_checkpoint
 from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.inference.model_loading import load_model

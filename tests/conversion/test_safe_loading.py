@@ -18,14 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 from segmenter_hf.conversion import safe_loading
+from segmenter_hf.conversion.configuration_files import lookup, read_python_config, read_yaml
 from segmenter_hf.conversion.convert import convert_checkpoint
-from segmenter_hf.conversion.safe_loading import (
-    lookup,
-    read_checkpoint,
-    read_json,
-    read_python_config,
-    read_yaml,
-)
+from segmenter_hf.conversion.safe_loading import read_checkpoint
+from segmenter_hf.utils.json_files import read_json_object
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -296,7 +292,7 @@ def test_configurations_that_are_too_large_or_grow_are_refused(tmp_path) -> None
         read_python_config("model = " + "(" * 10_000, ["model"], "checkpoint.pth")
 
 
-@pytest.mark.parametrize("read", [read_yaml, read_json])
+@pytest.mark.parametrize("read", [read_yaml, read_json_object])
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html></html>", b"\xff\xfe\x00", b"[1, 2]", b"{"])
 def test_a_configuration_that_is_none_is_refused(content, read, tmp_path) -> None:
     path = tmp_path / "config"

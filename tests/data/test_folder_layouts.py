@@ -105,7 +105,7 @@ def test_metadata_that_names_missing_files_or_no_mask_is_refused(tmp_path):
     ):
         load_segmentation_datasets(str(tmp_path), splits=["train"])
     metadata.write_text('{"image_file_name": "a.png"')
-    with pytest.raises(ValueError, match="metadata.jsonl:1: expected a line of JSON"):
+    with pytest.raises(ValueError, match="metadata.jsonl:1: expected JSON"):
         load_segmentation_datasets(str(tmp_path), splits=["train"])
     metadata.write_text('{"image_file_name": "a.png", "mask_file_name": "a.png"}\n' * 2)
     with pytest.raises(ValueError, match="metadata.jsonl:2: expected one row per image"):

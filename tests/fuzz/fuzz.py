@@ -33,10 +33,12 @@ from transformers import HfArgumentParser
 
 from segmenter_hf.cli.errors import cli_main
 from segmenter_hf.cli.parsing import parse_arguments
+from segmenter_hf.conversion.configuration_files import read_python_config, read_yaml
 from segmenter_hf.conversion.convert import convert_checkpoint
-from segmenter_hf.conversion.safe_loading import read_checkpoint, read_json, read_python_config, read_yaml
+from segmenter_hf.conversion.safe_loading import read_checkpoint
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.models.image_processing_segmenter import SegmenterImageProcessor
+from segmenter_hf.utils.json_files import read_json_object
 
 
 EXPECTED = (ValueError, FileNotFoundError)
@@ -218,7 +220,7 @@ def readers(folder: Path) -> dict[str, Callable[[Path], object]]:
 
     found = dict.fromkeys(IMAGES, lambda path: processor(path))
     found |= dict.fromkeys(("pth", "safetensors", "npz", "pdparams"), checkpoint)
-    found |= {"yml": read_yaml, "json": lambda path: (read_json(path), load_label_set(path))}
+    found |= {"yml": read_yaml, "json": lambda path: (read_json_object(path), load_label_set(path))}
     return found | {"py": lambda path: read_python_config(path.read_bytes().decode("latin1"), ["model"], str(path))}
 
 

@@ -23,7 +23,7 @@ from ..hub.publishing import (
     read_recorded_result,
 )
 from ..inference.protocol import InferenceProtocol
-from ..utils.atomic_files import read_json_object
+from ..utils.json_files import read_json_object
 from .errors import UsageError, cli_main
 from .parsing import build_parser, parse_arguments
 from .prediction_arguments import EvaluationDataArguments

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..models.modeling_segmenter import SegmenterForSemanticSegmentation
 from . import vit_checkpoints
+from .configuration_files import lookup, read_python_config, read_text
 from .mmsegmentation_common import class_names, palette, processor_config
-from .safe_loading import Checkpoint, lookup, read_python_config, read_text
+from .safe_loading import Checkpoint
 from .state_dicts import Conversion, Rename, get_tensor
 
 

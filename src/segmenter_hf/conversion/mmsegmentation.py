@@ -8,6 +8,7 @@ import torch
 
 from ..models.modeling_segmenter import SegmenterForSemanticSegmentation
 from . import setr
+from .configuration_files import lookup
 from .mmsegmentation_common import (
     DEFAULT_EPS,
     backbone_renames,
@@ -19,7 +20,7 @@ from .mmsegmentation_common import (
     read_config,
 )
 from .rstrudel import decoder_renames
-from .safe_loading import Checkpoint, lookup
+from .safe_loading import Checkpoint
 from .state_dicts import Conversion, Rename, count_layers, get_tensor
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .safe_loading import Checkpoint, lookup, read_python_config, read_text
+from .configuration_files import lookup, read_python_config, read_text
+from .safe_loading import Checkpoint
 from .state_dicts import Rename, count_layers, get_tensor, qkv
 
 

@@ -7,7 +7,8 @@ import torch
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_STANDARD_MEAN
 
 from ..models.modeling_segmenter import SegmenterForSemanticSegmentation
-from .safe_loading import Checkpoint, lookup, read_yaml
+from .configuration_files import lookup, read_yaml
+from .safe_loading import Checkpoint
 from .state_dicts import (
     Conversion,
     Rename,

@@ -6,9 +6,10 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ..utils.json_files import read_json_object
 from .adaptation import ENCODERS
 from .convert import conversion_version, convert_checkpoint, detect_format
-from .safe_loading import INDEX_FILE, read_checkpoint, read_json, sha256_of, weights_file
+from .safe_loading import INDEX_FILE, read_checkpoint, sha256_of, weights_file
 
 
 HUB_FILES = ["config.json", "preprocessor_config.json", "model.safetensors", INDEX_FILE, "model-*-of-*.safetensors"]
@@ -38,7 +39,7 @@ def resolve_model(
     if not path.exists():
         path, url = download_snapshot(str(name_or_path))
     config_path = path / "config.json"
-    if config_path.is_file() and read_json(config_path).get("model_type") in ENCODERS:
+    if config_path.is_file() and read_json_object(config_path).get("model_type") in ENCODERS:
         return str(name_or_path)
     weights = weights_file(path)
     folder = Path(cache_dir or Path(constants.HF_HOME) / "segmenter_hf" / "converted")

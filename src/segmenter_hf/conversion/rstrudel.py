@@ -13,7 +13,8 @@ from transformers.image_utils import (
 )
 
 from ..models.modeling_segmenter import SegmenterForSemanticSegmentation
-from .safe_loading import Checkpoint, lookup, read_yaml
+from .configuration_files import lookup, read_yaml
+from .safe_loading import Checkpoint
 from .state_dicts import Conversion, Rename, count_layers, get_tensor, timm_layers
 
 

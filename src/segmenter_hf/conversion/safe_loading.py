@@ -1,43 +1,34 @@
-"""Read checkpoints and their configuration files without running anything that they contain.
+"""Read checkpoints without running anything that they contain.
 
-Pickles name functions and have them called, YAML tags name classes to build, and configurations are Python source.
+Pickles name functions and have them called.
 Here a file can only produce tensors, numbers, strings and containers of these; anything else that it names is refused.
 Every way in which a file can be wrong ends in a `ValueError` that names the file.
 """
 
-import ast
 import hashlib
-import json
-import math
 import pickle
 import pickletools
 import re
 import reprlib
 import warnings
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..utils.json_files import read_json_object
 from ..utils.messages import one_line
 
 
 INDEX_FILE = "model.safetensors.index.json"  # of weights in several files
-MAX_TEXT_BYTES = 1 << 20  # a configuration
-MAX_JSON_BYTES = 1 << 24  # a configuration with the names of 21,000 classes
 MAX_ARCHIVE_BYTES = 64 << 30  # all arrays of an .npz, unpacked
 MAX_COMPRESSION = 16  # weights hardly shrink: by more than that only files made to fill the memory do
 MAX_SHARING = 4  # how often the tensors of a file may use its bytes: tied weights twice
-# What PyYAML's constructors raise for values that are not of their tag, beside its own errors.
-CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-MAX_YAML_NODES = 100_000  # with everything that aliases repeat
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     config = None
     if path.is_dir():
-        config = read_json(path / "config.json") if (path / "config.json").is_file() else None
+        config = read_json_object(path / "config.json") if (path / "config.json").is_file() else None
         path = weights_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Give the path of a checkpoint.")
@@ -168,7 +159,7 @@ def _read_torch(path: Path) -> Any:
     if is_archive:
         members = _archive_members(path)
         if not any(Path(member.filename).name == "data.pkl" for member in members):
-            raise ValueError(f"{path}: expected a PyTorch checkpoint, got {_describe(path)}.")
+            raise ValueError(f"{path}: expected a PyTorch checkpoint, got {describe_file(path)}.")
         # torch.save stores its members as they are, so their sizes must fit into the file
         size = sum(member.file_size for member in members)
         if size > path.stat().st_size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -177,7 +168,7 @@ def _read_torch(path: Path) -> Any:
                 "Download it again, or write it again with torch.save."
             )
     elif not head.startswith(b"\x80"):
-        raise ValueError(f"{path}: expected a PyTorch checkpoint, got {_describe(path)}.")
+        raise ValueError(f"{path}: expected a PyTorch checkpoint, got {describe_file(path)}.")
     try:
         with (
             warnings.catch_warnings(),
@@ -281,7 +272,7 @@ def _check_memo(path: Path) -> None:
 
 def _read_pdparams(path: Path) -> Any:
     if not _head(path).startswith(b"\x80"):
-        raise ValueError(f"{path}: expected a file of paddle.save, got {_describe(path)}.")
+        raise ValueError(f"{path}: expected a file of paddle.save, got {describe_file(path)}.")
     try:
         _check_memo(path)
         with path.open("rb") as file:
@@ -299,10 +290,10 @@ def _read_pdparams(path: Path) -> Any:
 
 def _read_npz(path: Path) -> dict[str, torch.Tensor]:
     if not _head(path).startswith(b"PK"):
-        raise ValueError(f"{path}: expected a NumPy archive, got {_describe(path)}.")
+        raise ValueError(f"{path}: expected a NumPy archive, got {describe_file(path)}.")
     members = _archive_members(path)
     if not all(member.filename.endswith(".npy") for member in members):
-        raise ValueError(f"{path}: expected a NumPy archive, got {_describe(path)}.")
+        raise ValueError(f"{path}: expected a NumPy archive, got {describe_file(path)}.")
     size = sum(member.file_size for member in members)
     largest = min(MAX_ARCHIVE_BYTES, MAX_COMPRESSION * path.stat().st_size)
     if size > largest:
@@ -324,7 +315,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: expected safetensors, got {_describe(path)} ({error}).") from error
+        raise ValueError(f"{path}: expected safetensors, got {describe_file(path)} ({error}).") from error
 
 
 def _parts(path: Path) -> list[Path]:
@@ -336,7 +327,8 @@ def _parts(path: Path) -> list[Path]:
     """
     if path.name != INDEX_FILE:
         return [path]
-    names = lookup(read_json(path), "weight_map", dict, path).values()
+    names = read_json_object(path).get("weight_map")
+    names = names.values() if isinstance(names, dict) else ["no `weight_map`"]
     wrong = [name for name in names if not (isinstance(name, str) and re.fullmatch(r"[\w-]+\.safetensors", name))]
     if wrong or not names:
         raise ValueError(f"{path}: expected the names of safetensors files beside it, got {reprlib.repr(wrong)}.")
@@ -356,148 +348,6 @@ def _read_parts(path: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-# ---- configurations ----
-
-
-class VariantLoader(yaml.SafeLoader):
-    """YAML of plain values, plus the tuples that yaml.dump writes."""
-
-    def get_single_node(self) -> yaml.Node | None:
-        """Refuse aliases and merge keys that repeat each other: a short text of them stands for a gigantic one."""
-        node = super().get_single_node()
-        if node is not None and _expanded_size(node, {}) > MAX_YAML_NODES:
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*) or merge keys (<<) repeat too much")
-        return node
-
-
-def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
-    """Number of nodes below a node with everything that aliases repeat; infinite if a node holds itself."""
-    if node not in sizes:
-        sizes[node] = math.inf
-        parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
-        sizes[node] = 1 + sum(_expanded_size(part, sizes) for part in parts)
-    return sizes[node]
-
-
-VariantLoader.add_constructor(
-    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node))
-)
-
-
-def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Read a text file that is not suspiciously large."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    if path.stat().st_size > max_bytes:
-        raise ValueError(
-            f"{path}: expected at most {max_bytes} bytes, got {path.stat().st_size}. Is it the right file?"
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got {_describe(path)}.") from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of plain values and `!!python/tuple`, such as the `variant.yml` of rstrudel/segmenter."""
-    text = read_text(path)
-    try:
-        content = yaml.load(text, Loader=VariantLoader)
-    except (yaml.YAMLError, *CONSTRUCTOR_ERRORS) as error:
-        mark = getattr(error, "problem_mark", None)  # with it the error ends in the line of the file and a caret below
-        said = (
-            f"line {mark.line + 1}, column {mark.column + 1}: {one_line(error.problem)}" if mark else one_line(error)
-        )
-        raise ValueError(
-            f"{path}: expected YAML of plain values and tuples. {type(error).__name__}: {said}"
-        ) from error
-    return _mapping(content, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object."""
-    try:
-        content = json.loads(read_text(path, MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON. {error}") from error
-    return _mapping(content, path)
-
-
-def read_python_config(text: str, names: Iterable[str], where: str) -> dict[str, Any]:
-    """Read some variables of a configuration of mmsegmentation, which is Python source, without running it.
-
-    Args:
-        text (`str`): The source, with literals and `dict(...)` only, as mmcv writes it into checkpoints.
-        names (`Iterable[str]`): The variables to read; the others may hold anything.
-        where (`str`): What to call the source in errors.
-
-    Returns:
-        `dict[str, Any]`: Values of those variables that the source assigns.
-
-    Raises:
-        ValueError: If it is not Python, or one of the variables is not made of literals.
-    """
-    wanted, values = set(names), {}
-    if len(text) > MAX_TEXT_BYTES:
-        raise ValueError(f"{where}: expected at most {MAX_TEXT_BYTES} characters, got {len(text)}.")
-    try:
-        for statement in ast.parse(text).body:
-            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-                name = statement.targets[0].id
-                if name in wanted:
-                    values[name] = _literal(statement.value)
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{where}: expected Python source of literals and dict(...) only. {error}") from error
-    return values
-
-
-def _literal(node: ast.expr) -> Any:
-    calls_dict = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict"
-    if calls_dict and not node.args and all(keyword.arg for keyword in node.keywords):
-        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
-    if isinstance(node, ast.Dict) and all(node.keys):
-        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values)}
-    if isinstance(node, ast.List):
-        return [_literal(element) for element in node.elts]
-    if isinstance(node, ast.Tuple):
-        return tuple(_literal(element) for element in node.elts)
-    if isinstance(node, (ast.Constant, ast.UnaryOp)):
-        return ast.literal_eval(node)
-    raise ValueError(f"Line {node.lineno} asks for {ast.unparse(node)[:100]}.")
-
-
-def lookup(
-    config: dict[str, Any], name: str, kind: type | tuple[type, ...], where: Path | str | None, default: Any = None
-) -> Any:
-    """Get a value from nested dictionaries.
-
-    Args:
-        config (`dict[str, Any]`): The outermost dictionary.
-        name (`str`): Keys joined by dots.
-        kind (`type` or `tuple[type, ...]`): What the value must be; whole numbers are floats too.
-        where (`Path` or `str`): Where the dictionary is from, for the error.
-        default (*optional*): What to return where there is no value.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: If there is neither a value nor a default, or the value is of another kind.
-    """
-    value: Any = config
-    for key in name.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    if value is None and default is not None:
-        return default
-    kinds = kind if isinstance(kind, tuple) else (float, int) if kind is float else (kind,)
-    if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
-        expected = " or ".join(kind.__name__ for kind in kinds)
-        got = "nothing" if value is None else reprlib.repr(value)[:100]
-        raise ValueError(f"{where}: expected `{name}` of type {expected}, got {got}.")
-    return value
-
-
 # ---- what is wrong with a file ----
 
 
@@ -509,7 +359,7 @@ def _head(path: Path) -> bytes:
     return head
 
 
-def _describe(path: Path) -> str:
+def describe_file(path: Path) -> str:
     """What a file is instead, and what to do about it."""
     head = _head(path)
     text = head.lstrip().lower()
@@ -547,9 +397,3 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(
         f"{path}: the file is damaged or cut short, download it again. {type(error).__name__}: {one_line(said)}"
     )
-
-
-def _mapping(content: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected named values, got {_describe(path)}.")
-    return content

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..models.modeling_setr import SetrForSemanticSegmentation
+from .configuration_files import lookup
 from .mmsegmentation_common import (
     backbone_renames,
     class_names,
@@ -20,7 +21,7 @@ from .mmsegmentation_common import (
     processor_config,
     read_config,
 )
-from .safe_loading import Checkpoint, lookup
+from .safe_loading import Checkpoint
 from .state_dicts import Conversion, Rename, count_layers, get_tensor, square_image_size, timm_layers
 
 

@@ -18,7 +18,8 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from .safe_loading import Checkpoint, lookup
+from .configuration_files import lookup
+from .safe_loading import Checkpoint
 from .state_dicts import (
     Rename,
     count_layers,

@@ -17,7 +17,9 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from .safe_loading import Checkpoint, lookup, read_json
+from ..utils.json_files import read_json_object
+from .configuration_files import lookup
+from .safe_loading import Checkpoint
 from .state_dicts import Rename, count_layers, get_tensor
 
 
@@ -201,6 +203,6 @@ def normalization(checkpoint: Checkpoint, family: Family) -> tuple[list[float], 
     path = checkpoint.path.with_name("preprocessor_config.json")
     if not path.is_file():
         return family.normalization
-    config = read_json(path)
+    config = read_json_object(path)
     mean, std = (lookup(config, name, (list, tuple), path) for name in ("image_mean", "image_std"))
     return mean, std

@@ -9,9 +9,10 @@ import torch
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
 from ..models.modeling_segmenter import SegmenterModel
+from ..utils.json_files import read_json_object
 from . import timm_encoders, transformers_encoders
 from .mmsegmentation_common import layer_renames
-from .safe_loading import Checkpoint, read_json
+from .safe_loading import Checkpoint
 from .state_dicts import Conversion, Rename, count_layers, get_tensor, infer_num_heads, square_image_size
 
 
@@ -107,7 +108,7 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
         ValueError: If tensors or values of the configuration are missing.
     """
     check_plain(checkpoint)
-    config, state_dict = read_json(config_path) if config_path else checkpoint.config, checkpoint.state_dict
+    config, state_dict = read_json_object(config_path) if config_path else checkpoint.config, checkpoint.state_dict
     if "Transformer/encoder_norm/scale" in checkpoint.state_dict:
         source, model = "google-research/vision_transformer", augreg_config(checkpoint)
         renames, unused = AUGREG, AUGREG_UNUSED

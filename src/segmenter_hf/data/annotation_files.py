@@ -10,14 +10,16 @@ from PIL import Image
 
 from ..models.image_io import IMAGE_FORMATS
 from ..utils.folders import visible_files
+from ..utils.json_files import read_json
 from .described_masks import BACKGROUND_NAMES, describe
-from .folder_files import NUM_SHOWN, FolderSplit, check_existence, image_files, path_inside, read_json
+from .folder_files import NUM_SHOWN, FolderSplit, check_existence, image_files, path_inside
 from .label_set_files import IGNORE_NAME
 
 
 logger = logging.getLogger(__name__)
 
 COCO_KINDS = ("instances", "panoptic")
+MAX_ANNOTATION_BYTES = 2**31  # labelme embeds the image
 # Where COCO files are, relative to the folder, with the name of the split.
 _COCO_SPLIT_FILES = (
     *("{0}/_annotations.coco.json", "{0}/annotations.json", "{0}/coco.json", "{0}/labels.json"),
@@ -66,7 +68,7 @@ def coco_split(root: Path, name: str | None, config: str | None = None) -> Folde
 def _read_quietly(file: Path) -> Any:
     """The content of a JSON file, or nothing if it is none: it may have nothing to do with COCO."""
     try:
-        return read_json(file)
+        return read_json(file, MAX_ANNOTATION_BYTES)
     except ValueError as error:
         logger.warning("%s", error)
         return None
@@ -208,7 +210,7 @@ def labelme_split(root: Path, folder: Path) -> FolderSplit | None:
     masks: dict[str, Path | dict[str, Any]] = {}
     names: set[str] = set()
     for file in files:
-        content = read_json(file)
+        content = read_json(file, MAX_ANNOTATION_BYTES)
         if not _is_labelme(content):
             raise ValueError(f"{file}: expected a file of labelme with `shapes` and `imagePath`, as {files[0]} is.")
         stem = file.relative_to(folder).with_suffix("").as_posix()

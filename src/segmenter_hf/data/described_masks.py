@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..models.image_io import IMAGE_FORMATS
+from ..utils.json_files import parse_json
 from .encoded_images import DESCRIBED_MASK, encoded_bytes
 from .label_set_files import IGNORE_NAME
 from .label_sets import LabelSet
@@ -61,12 +62,12 @@ def draw_mask(value: dict[str, Any], label_set: LabelSet | None, name: str) -> I
             f"{name}: the mask names its classes: give a label set, such as `dataset_label_set` of the dataset."
         )
     try:
-        content = json.loads(value["bytes"][len(DESCRIBED_MASK) :])
+        content = parse_json(value["bytes"][len(DESCRIBED_MASK) :], name)
         if "segments" in content:
             ids = _segment_ids(value, content["segments"], label_set, name)
         else:
             ids = _object_ids(content, label_set, name)
-    except (AttributeError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{name}: the annotation is not of the form that it should have: {error!r}.") from error
     fits = ids.min(initial=0) >= 0 and ids.max(initial=0) <= 255
     return Image.fromarray(ids.astype(np.uint8 if fits else np.int32))

@@ -1,6 +1,5 @@
-"""Files of a folder: images by name, paths that must stay inside, JSON of bounded size."""
+"""Files of a folder: images by name, paths that must stay inside."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +9,6 @@ from ..models.image_io import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from ..utils.folders import visible_files
 
 
-MAX_JSON_BYTES = 2**31
 NUM_SHOWN = 5
 
 
@@ -74,17 +72,3 @@ def check_existence(source: Path, paths: Iterable[Path]) -> None:
     """
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise ValueError(f"{source} names {len(missing)} files that do not exist: {', '.join(missing[:NUM_SHOWN])}.")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of at most `MAX_JSON_BYTES`.
-
-    Raises:
-        ValueError: If it is larger, or no JSON.
-    """
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path}: expected JSON of at most {MAX_JSON_BYTES} bytes, got {path.stat().st_size}.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got a file that is not: {error}") from error

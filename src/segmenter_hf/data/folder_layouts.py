@@ -27,7 +27,6 @@ A split that has images and no masks is reported, and cannot be loaded; one wher
 
 import csv
 import itertools
-import json
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -41,6 +40,7 @@ from datasets.iterable_dataset import ArrowExamplesIterable
 from datasets.table import table_cast
 
 from ..utils.folders import visible_files
+from ..utils.json_files import parse_json
 from .annotation_files import coco_split, labelme_split
 from .encoded_images import RowImage
 from .folder_files import NUM_SHOWN, FolderSplit, Mask, check_existence, files_by_stem, image_files, path_inside
@@ -428,10 +428,7 @@ def _metadata_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             return
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}:{number}: expected a line of JSON: {error}") from error
+                row = parse_json(line, f"{file}:{number}")
                 if not isinstance(row, dict):
                     raise ValueError(f"{file}:{number}: expected a JSON object, got {line.strip()[:80]}.")
                 yield f"{file}:{number}", row

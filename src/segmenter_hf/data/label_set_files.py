@@ -1,11 +1,12 @@
 """Files of class names and colors, in the forms that people have them: JSON, CSV, or plain text with a name per line."""
 
 import csv
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from ..utils.json_files import parse_json
 
 
 IGNORE_NAME = "__ignore__"  # as in labelme's lists: not a class, its pixels are ignored
@@ -57,10 +58,7 @@ def read_label_file(path: Path) -> dict[str, Any]:
         return _fields(_csv_entries(text, path), path)
     if path.suffix.lower() != ".json":
         return _fields(map(_text_entry, _lines(text)), path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got a file that is not: {error}") from error
+    content = parse_json(text, path)
     if isinstance(content, dict) and isinstance(content.get("labels"), list):
         return _object_fields(content, path)
     return _fields(_json_entries(content, path), path)

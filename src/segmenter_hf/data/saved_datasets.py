@@ -4,8 +4,9 @@ from pathlib import Path
 
 import datasets
 
+from ..utils.json_files import read_json
 from ..utils.messages import one_line
-from .folder_files import check_existence, path_inside, read_json
+from .folder_files import check_existence, path_inside
 
 
 _SPLITS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from ..data.label_sets import load_label_set
 from ..data.synthetic_scenes import draw_scene
 from ..evaluation.evaluate import as_percent, per_class_table
-from ..utils.atomic_files import atomic_write, check_types, read_json_object, write_json, write_text
+from ..utils.atomic_files import atomic_write, write_json, write_text
+from ..utils.json_files import check_types, read_json_object
 from ..utils.markdown import markdown_cell
 from .published_models import PublishedModel, get_published_model, load_published_models
 

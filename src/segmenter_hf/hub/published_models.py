@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..utils.atomic_files import read_json_object
+from ..utils.json_files import read_json_object
 
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from ..evaluation.evaluate import EvaluationDataset, evaluate_segmentation, save
 from ..inference.model_loading import load_model_and_processor
 from ..inference.predictor import Predictor
 from ..inference.protocol import InferenceProtocol
-from ..utils.atomic_files import MODEL_FILES, atomic_directory, check_replaceable, check_types, read_json_object
+from ..utils.atomic_files import MODEL_FILES, atomic_directory, check_replaceable
+from ..utils.json_files import check_types, read_json_object
 from .model_card import SAMPLE_PICTURE, CardFacts, check_result, read_card_facts, recorded_result, write_model_card
 
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.loading import AnyDataset, column_names
-from ..utils.atomic_files import atomic_write, read_json_object, write_json
+from ..utils.atomic_files import atomic_write, write_json
+from ..utils.json_files import parse_json, read_json_object
 
 
 RECORD_FILE = "prediction.json"
@@ -167,7 +168,7 @@ def read_chunk(path: Path) -> tuple[int, list[dict[str, Any]], list[str]]:
     try:
         if path.suffix == ".parquet":
             metadata = pq.read_metadata(path)
-            num_rows, names, unreadable = metadata.num_rows, [], json.loads(metadata.metadata[b"unreadable"])
+            num_rows, names, unreadable = metadata.num_rows, [], parse_json(metadata.metadata[b"unreadable"], path)
         else:
             content = read_json_object(path)
             names, unreadable = [row["label_map"] for row in content["rows"]], content["unreadable"]

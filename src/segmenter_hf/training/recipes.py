@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from ..utils.atomic_files import check_types, read_json_object, write_json
+from ..utils.atomic_files import write_json
+from ..utils.json_files import check_types, read_json_object
 from .arguments import DataArguments, ModelArguments, SegmentationTrainingArguments
 
 
@@ -59,7 +60,7 @@ NOT_OF_THE_RUN = ("recipe", "max_scanned_masks", "window_batch_size")
 @cache
 def load_recipes() -> dict[str, dict[str, Any]]:
     """The recipes by name: `description`, `source`, and `arguments`, the values of the arguments of training."""
-    return json.loads(RECIPES.read_text(encoding="utf-8"))["recipes"]
+    return read_json_object(RECIPES)["recipes"]
 
 
 def recipe_arguments(name: str) -> dict[str, Any]:

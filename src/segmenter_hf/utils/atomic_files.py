@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from safetensors import SafetensorError
+
+from .json_files import read_json_object
 
 
 try:
@@ -207,10 +208,9 @@ def check_replaceable(directory: Path, overwrite: bool, names: Sequence[str]) ->
 
 def _is_model(directory: Path) -> bool:
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(directory / "config.json").get("model_type") in MODEL_TYPES
+    except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
 
 
 def _short(name: str) -> str:
@@ -254,53 +254,6 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write a JSON file, whole or not at all; NaN, which JSON does not know, becomes null."""
     write_text(path, json.dumps(_without_nan(content), indent=2) + "\n")
-
-
-def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If it is no JSON, is nested too deep, or holds something else; names the file.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got a file that is not: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {content!r:.200}.")
-    return content
-
-
-def check_types(where: str | os.PathLike, values: dict[str, Any], types: dict[str, Any]) -> None:
-    """Values that were read are of the types that they should have.
-
-    Args:
-        where (`str` or `os.PathLike`): What to call their source in errors.
-        values (`dict[str, Any]`): The values by name.
-        types (`dict[str, Any]`): Type of each name, as from `typing.get_type_hints`; others are not looked at.
-
-    Raises:
-        ValueError: If a value is of another type.
-    """
-    for name, kind in types.items():
-        if name in values and not _has_type(values[name], kind):
-            expected = kind if get_args(kind) else kind.__name__
-            raise ValueError(f"{where}: expected `{name}` to be {expected}, got {values[name]!r:.200}.")
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    """Whether a value fits an annotation; lists and tuples are alike, and whole numbers are floats too."""
-    origin, inner = get_origin(kind) or kind, get_args(kind)
-    if origin in (Union, UnionType):
-        return any(_has_type(value, other) for other in inner)
-    if origin in (list, tuple):
-        return isinstance(value, (list, tuple)) and all(_has_type(item, inner[0]) for item in value if inner)
-    if origin in (int, float):
-        return isinstance(value, (int, origin)) and not isinstance(value, bool)
-    if origin is Literal:
-        return value in inner
-    return origin is Any or isinstance(value, origin)
 
 
 def _without_nan(content: Any) -> Any:
