@@ -21,6 +21,7 @@ from ..inference.dataset_files import OutputLayout
 from ..inference.datasets import load_image_dataset, predict_dataset
 from ..inference.files import SAMPLE_IMAGE, predict_files
 from ..inference.protocol import MAX_IMAGE_PIXELS
+from ..inference.pseudo_labels import ConfidenceRule
 from ..utils.processes import process_state
 from .errors import cli_main
 from .parsing import build_parser, parse_arguments
@@ -82,10 +83,32 @@ class OutputArguments:
         default=500, metadata={"help": "Rows of a parquet file, and of what a process takes at once, PNG files too."}
     )
     with_images: bool = field(default=False, metadata={"help": "Put the images into the parquet files too."})
+    min_confidence: float | None = field(
+        default=None,
+        metadata={
+            "help": "Write the ignore index where the probability of the class is lower, as 0.9; with a dataset, images are "
+            "written too, so that it can be trained on."
+        },
+    )
+    min_class_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of the pixels of each class in the dataset at least this share keeps it, the surest ones; with "
+            "min_confidence, pixels keep their class where either says so. Takes a second pass."
+        },
+    )
     overwrite: bool = field(
         default=False,
         metadata={"help": "Remove the label maps that an earlier run left in output_dir, and begin again."},
     )
+
+
+def _output_layout(split: str, args: OutputArguments) -> OutputLayout:
+    """How the label maps of a dataset are stored; pseudo-labels in parquet files with their images."""
+    chosen = (args.min_confidence, args.min_class_fraction)
+    confidence = None if chosen == (None, None) else ConfidenceRule(*chosen)
+    with_images = args.with_images or (confidence is not None and args.output_format == "parquet")
+    return OutputLayout(split, args.output_format, args.rows_per_file, with_images, confidence)
 
 
 @cli_main
@@ -100,13 +123,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         input_args.images = [str(SAMPLE_IMAGE)]
     if output_args.attention and input_args.dataset_name is not None:
         parser.error("--attention is for --images only")
+    if output_args.min_class_fraction is not None and input_args.images is not None:
+        parser.error("--min_class_fraction looks at a whole dataset: give --dataset_name, or --min_confidence alone")
     predictor = prediction_args.load_predictor(
         full_resolution=input_args.full_resolution, max_image_pixels=input_args.max_image_pixels
     )
     output_dir = output_args.output_dir
     if input_args.images is not None:
         written = predict_files(
-            predictor, input_args.images, output_dir, attention=output_args.attention, vectorize=output_args.vectorize
+            predictor,
+            input_args.images,
+            output_dir,
+            attention=output_args.attention,
+            vectorize=output_args.vectorize,
+            min_confidence=output_args.min_confidence,
         )
         print(f"Wrote the label maps of {len(written)} images to {output_dir}.")
         return
@@ -126,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         predictor,
         dataset,
         output_dir,
-        OutputLayout(input_args.split, output_args.output_format, output_args.rows_per_file, output_args.with_images),
+        _output_layout(input_args.split, output_args),
         source={
             "dataset": input_args.dataset_name,
             "dataset_config": input_args.dataset_config,

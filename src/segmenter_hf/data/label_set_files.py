@@ -10,7 +10,13 @@ from ..utils.json_files import parse_json
 
 
 IGNORE_NAME = "__ignore__"  # as in labelme's lists: not a class, its pixels are ignored
-LABEL_FILES = ("colors.json", "class_dict.csv", "labelmap.txt", "class_names.txt")  # looked for beside the data
+LABEL_FILES = (
+    "label_set.json",
+    "colors.json",
+    "class_dict.csv",
+    "labelmap.txt",
+    "class_names.txt",
+)  # looked for beside the data
 MAX_BYTES = 2**24
 _FILE_KEYS = {
     *("name", "title", "note", "num_labels", "ignore_index", "reduce_labels", "label_id_to_train_id", "labels"),

@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from ..data.loading import AnyDataset, column_names
 from ..utils.atomic_files import atomic_write, write_json
 from ..utils.json_files import parse_json, read_json_object
+from .pseudo_labels import THRESHOLDS_FILE, ConfidenceRule
 
 
 RECORD_FILE = "prediction.json"
@@ -52,6 +53,8 @@ class OutputLayout:
         output_format (`str`, defaults to `"parquet"`): "parquet" or "png".
         rows_per_file (`int`, defaults to 500): Rows of a chunk. At most this many are done again after an interruption.
         with_images (`bool`, defaults to `False`): Whether parquet files hold the images too, as they were encoded.
+        confidence ([`ConfidenceRule`], *optional*): Which pixels keep their class; the others get the ignore index. By default
+            all keep it.
 
     Raises:
         ValueError: If a field is out of range.
@@ -61,6 +64,7 @@ class OutputLayout:
     output_format: Literal["parquet", "png"] = "parquet"
     rows_per_file: int = 500
     with_images: bool = False
+    confidence: ConfidenceRule | None = None
 
     def __post_init__(self) -> None:
         if self.rows_per_file < 1:
@@ -74,7 +78,12 @@ class OutputLayout:
 
     def describe(self) -> dict[str, Any]:
         """Return what `prediction.json` says of it."""
-        return {"format": self.output_format, "rows_per_file": self.rows_per_file, "with_images": self.with_images}
+        described = {
+            "format": self.output_format,
+            "rows_per_file": self.rows_per_file,
+            "with_images": self.with_images,
+        }
+        return described | ({} if self.confidence is None else {"confidence": asdict(self.confidence)})
 
     def write_chunk(
         self,
@@ -138,6 +147,7 @@ def prepare_folder(folder: Path, record: dict[str, Any], overwrite: bool, *, alo
         chunks = list(chunk_files(folder, str(there["split"])))
         for file in [folder / name for chunk in chunks for name in read_chunk(chunk)[2]] + chunks:
             file.unlink(missing_ok=True)
+        (folder / THRESHOLDS_FILE).unlink(missing_ok=True)
     write_json(path, record)
     for file in folder.glob(".*") if alone else ():
         if re.fullmatch(r"\..+-[0-9a-f]{32}\.(json|parquet|png)", file.name):

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..data.columns import find_image_column
 from ..data.encoded_images import encoded_bytes
 from ..data.folder_layouts import check_names, split_images
+from ..data.label_sets import LABEL_SET_FILE
 from ..data.loading import (
     HUB_FOLDERS,
     AnyDataset,
@@ -39,7 +40,15 @@ from ..utils.http import translate_http_errors
 from ..utils.processes import process_state
 from .dataset_files import OutputLayout, Row, finished_chunks, optional_text, prepare_folder
 from .files import find_images
-from .predictor import Predictor
+from .predictor import Predictor, Segmentation
+from .pseudo_labels import (
+    NUM_BINS,
+    confident_classes,
+    count_confidences,
+    pseudo_label_set,
+    read_thresholds,
+    save_thresholds,
+)
 from .visualization import label_map_image
 
 
@@ -230,7 +239,8 @@ def predict_dataset(
     a chunk only, so that its label maps depend on nothing else. A run that was interrupted is resumed by the same call,
     and its output is that of an undisturbed one.
 
-    The folder gets `prediction.json`, which says what the label maps depend on, and the files of [`OutputLayout`].
+    The folder gets `prediction.json`, which says what the label maps depend on, and the files of [`OutputLayout`]. Where the
+    layout has a rule of confidence it also gets `label_set.json`, and with images it can be trained on as it is.
 
     Args:
         predictor ([`Predictor`]): The model and the protocol; viewers show the label maps in the colors of its label set.
@@ -254,7 +264,10 @@ def predict_dataset(
     state, folder = process_state(), Path(output_dir)
     with locked_directory(folder) if state.is_main_process else nullcontext(False) as alone:
         if state.is_main_process:
+            stored = None if layout.confidence is None else pseudo_label_set(predictor.label_set)
             prepare_folder(folder, describe_run(predictor, layout, source or {}), overwrite, alone=alone)
+            if stored is not None:
+                stored.save(folder / LABEL_SET_FILE)
         return _predict_chunks(predictor, dataset, folder, layout, state, show_progress)
 
 
@@ -271,6 +284,7 @@ def _predict_chunks(
     state.wait_for_everyone()  # all must see the same before one adds to it
     result = DatasetPrediction(num_processes=state.num_processes)
     started = time.perf_counter()
+    thresholds = find_thresholds(predictor, dataset, folder, layout, show_progress)
     with tqdm(
         total=_share(dataset, layout.rows_per_file, done, state),
         desc="Labelling" if state.num_processes == 1 else f"Labelling (process 1 of {state.num_processes})",
@@ -279,7 +293,7 @@ def _predict_chunks(
     ) as progress:
         for chunk, rows in own_chunks(dataset, layout, done, state):
             failures: list[dict[str, Any]] = []
-            labelled = label_rows(predictor, rows, failures, progress)
+            labelled = label_rows(predictor, rows, failures, progress, thresholds)
             result.num_images += layout.write_chunk(folder, chunk, dataset, labelled, failures)
             result.unreadable += failures
     if state.num_processes > 1:
@@ -291,6 +305,41 @@ def _predict_chunks(
     result.unreadable.sort(key=lambda row: row["index"])
     result.seconds = time.perf_counter() - started
     return result
+
+
+def find_thresholds(
+    predictor: Predictor, dataset: AnyDataset, folder: Path, layout: OutputLayout, show_progress: bool = True
+) -> np.ndarray | None:
+    """The least confidence of each class by the rule of the layout, the same in all processes.
+
+    Where the rule looks at the whole dataset, all images are segmented for it, and the folder keeps what was found for a run
+    that is resumed.
+
+    Returns:
+        `np.ndarray` of shape `(num_classes,)`, *optional*: The thresholds, where there is a rule.
+    """
+    if layout.confidence is None:
+        return None
+    state, num_classes = process_state(), predictor.label_set.num_labels
+    counts = np.zeros((num_classes, NUM_BINS), np.int64)
+    if layout.confidence.min_class_fraction is None:
+        return layout.confidence.thresholds(counts)
+    thresholds = read_thresholds(folder, num_classes)
+    state.wait_for_everyone()
+    if thresholds is not None:
+        return thresholds
+    with tqdm(desc="Measuring confidence", unit="image", disable=not (show_progress and state.is_main_process)) as bar:
+        for _, rows in own_chunks(dataset, layout, {}, state):
+            for result in _segment_rows(predictor, rows, True):
+                bar.update()
+                if result.error is None:  # the next pass says what is unreadable
+                    count_confidences(counts, result)
+    if state.num_processes > 1:
+        counts = np.sum(gather_object([counts]), axis=0)
+    thresholds = layout.confidence.thresholds(counts)
+    if state.is_main_process:
+        save_thresholds(folder, thresholds)
+    return thresholds
 
 
 def describe_run(predictor: Predictor, layout: OutputLayout, source: dict[str, Any]) -> dict[str, Any]:
@@ -334,7 +383,11 @@ def _share(dataset: AnyDataset, rows_per_file: int, done: dict[int, Any], state:
 
 
 def label_rows(
-    predictor: Predictor, rows: Iterable[Row], failures: list[dict[str, Any]], progress: tqdm
+    predictor: Predictor,
+    rows: Iterable[Row],
+    failures: list[dict[str, Any]],
+    progress: tqdm,
+    thresholds: np.ndarray | None = None,
 ) -> Iterator[tuple[Row, bytes, bytes]]:
     """Label rows one after the other.
 
@@ -343,21 +396,32 @@ def label_rows(
         rows (`Iterable[Row]`): The rows.
         failures (`list[dict]`): Gets `index`, `id` and `reason` of the rows that cannot be read.
         progress (`tqdm`): Is told of each row.
+        thresholds (`np.ndarray` of shape `(num_classes,)`, *optional*): Least confidence with which pixels of a class keep it;
+            the others get the ignore index.
 
     Yields:
         `tuple[Row, bytes, bytes]`: A row, its encoded image, and its label map as a PNG file.
     """
-    limit, channels = predictor.protocol.max_image_pixels, predictor.processor.num_channels
-    items = ((encoded := EncodedRow(row, limit, channels), encoded.decode) for row in rows)
-    for result in predictor.stream(items, dtype=predictor.class_map_dtype):
+    label_set = predictor.label_set if thresholds is None else pseudo_label_set(predictor.label_set)
+    for result in _segment_rows(predictor, rows, thresholds is not None):
         row = result.key.row
         progress.update()
         if result.error is not None:
             failures.append({"index": row.index, "id": row.id, "reason": str(result.error)})
             continue
         buffer = io.BytesIO()
-        label_map_image(result.class_map.cpu().numpy(), predictor.label_set.palette).save(buffer, format="PNG")
+        class_map = result.class_map.cpu().numpy()
+        if thresholds is not None:
+            class_map = confident_classes(result, thresholds, label_set.ignore_index)
+        label_map_image(class_map, label_set.palette).save(buffer, format="PNG")
         yield row, result.key.content, buffer.getvalue()
+
+
+def _segment_rows(predictor: Predictor, rows: Iterable[Row], return_scores: bool) -> Iterator[Segmentation]:
+    """The results of rows; their keys are [`EncodedRow`]."""
+    limit, channels = predictor.protocol.max_image_pixels, predictor.processor.num_channels
+    items = ((encoded := EncodedRow(row, limit, channels), encoded.decode) for row in rows)
+    return predictor.stream(items, return_scores=return_scores, dtype=predictor.class_map_dtype)
 
 
 class EncodedRow:

@@ -15,6 +15,7 @@ from ..utils.atomic_files import atomic_write
 from ..utils.folders import visible_files
 from .attention import attention_picture
 from .predictor import Predictor, Segmentation
+from .pseudo_labels import ConfidenceRule, confident_classes, pseudo_label_set
 from .scenes import is_scene, predict_scene
 from .visualization import as_rgb, label_map_image, overlay, preview, with_legend
 
@@ -125,7 +126,7 @@ def reduced(image: Image.Image, segmentation: np.ndarray) -> tuple[Image.Image, 
 
 def save_overlay(image: Image.Image, segmentation: np.ndarray, label_set: LabelSet, path: Path) -> None:
     """Write an image with its segmentation and a legend."""
-    shown = overlay(image, segmentation, label_set.palette)
+    shown = overlay(image, segmentation, label_set.palette, ignore_index=label_set.ignore_index)
     with atomic_write(path) as temporary:
         with_legend(shown, segmentation, label_set.id2label, label_set.palette).save(temporary)
 
@@ -137,6 +138,7 @@ def predict_files(
     *,
     attention: bool = False,
     vectorize: bool = False,
+    min_confidence: float | None = None,
     show_progress: bool = True,
 ) -> dict[str, Path]:
     """Segment image files; write `NAME.png`, the label map, and `NAME_overlay.png`, the image with a legend.
@@ -154,6 +156,7 @@ def predict_files(
         attention (`bool`, defaults to `False`): Whether to write `NAME_attention.png` too: what the largest classes of the
             image attend to (see [`attention_picture`]).
         vectorize (`bool`, defaults to `False`): Whether to write `NAME.geojson` too, the regions of a scene as polygons.
+        min_confidence (`float`, *optional*): Pixels whose class has a lower probability get the ignore index.
         show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
 
     Returns:
@@ -177,6 +180,12 @@ def predict_files(
             f"{next(iter(images.values()))}: polygons are for a GeoTIFF with a coordinate reference system, segmented with "
             "`full_resolution`, by rasterio (`pip install segmenter-hf[geo]`)."
         )
+    if scenes and min_confidence is not None:
+        raise ValueError(
+            f"{next(iter(scenes.values()))}: `min_confidence` is for images, not for a scene that is streamed by "
+            "`full_resolution`. Leave one of both out."
+        )
+    rule = None if min_confidence is None else ConfidenceRule(min_confidence)
     planned = plan_results(scenes, Path(output_dir), [".tif", *([".geojson"] if vectorize else [])])
     results = plan_results(images, Path(output_dir), endings)
     channels = predictor.processor.num_channels
@@ -189,12 +198,12 @@ def predict_files(
         except (OSError, ValueError) as error:
             unreadable.append(_naming(path, error))
     with tqdm(total=len(images), desc="Segmenting", unit="image", disable=not show_progress) as progress:
-        for result in predictor.stream(items, dtype=predictor.class_map_dtype):
+        for result in predictor.stream(items, return_scores=rule is not None, dtype=predictor.class_map_dtype):
             name, path = result.key, images[result.key]
             if result.error is not None:
                 unreadable.append(_naming(path, result.error))
             else:
-                save_results(predictor, result, path, results[name])
+                save_results(predictor, result, path, results[name], rule)
                 written[name] = results[name][0]
             del result  # a large map is not held while the next image is read
             progress.update()
@@ -212,7 +221,13 @@ def _naming(path: Path, error: Exception) -> str:
     return message if str(path) in message else f"{path}: {message}"
 
 
-def save_results(predictor: Predictor, result: Segmentation, path: Path, outputs: Sequence[Path]) -> None:
+def save_results(
+    predictor: Predictor,
+    result: Segmentation,
+    path: Path,
+    outputs: Sequence[Path],
+    rule: ConfidenceRule | None = None,
+) -> None:
     """Write the label map, the overlay and, for a third output, the attention of one image.
 
     Args:
@@ -221,8 +236,13 @@ def save_results(predictor: Predictor, result: Segmentation, path: Path, outputs
         path (`Path`): The image. It is read again: to keep large images until their maps are there would take more memory
             than the maps.
         outputs (`Sequence[Path]`): The files to write.
+        rule ([`ConfidenceRule`], *optional*): Which pixels keep their class; the result then has scores.
     """
     label_set, class_map = predictor.label_set, result.class_map.cpu().numpy()
+    if rule is not None:
+        label_set = pseudo_label_set(label_set)
+        thresholds = np.full(label_set.num_labels, rule.min_confidence, np.float32)
+        class_map = confident_classes(result, thresholds, label_set.ignore_index)
     label_map, overlaid, *attended = outputs
     save_label_map(class_map, label_set, label_map)
     opened = open_image(path, predictor.protocol.max_image_pixels, predictor.processor.num_channels)

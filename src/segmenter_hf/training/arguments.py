@@ -169,6 +169,15 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate the first so many images only."})
+    extra_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "A second dataset to train on beside the first, such as a folder of predicted labels."},
+    )
+    extra_split: str = field(default="train", metadata={"help": "Split of the second dataset."})
+    extra_weight: float = field(
+        default=1.0,
+        metadata={"help": "How many times as often as one of the first dataset an image of the second one is drawn."},
+    )
     scenes_train: int = field(default=500, metadata={"help": "Number of embedded scenes to train on."})
     scenes_validation: int = field(default=100, metadata={"help": "Number of embedded scenes to evaluate on."})
     image_size: int = field(default=512, metadata={"help": "Short side in pixels to which images are resized."})

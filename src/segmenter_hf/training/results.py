@@ -63,6 +63,9 @@ def training_facts(trainer: SegmentationTrainer, recipe: dict[str, Any]) -> dict
         "recipe": recipe["recipe"],
         "data set": Path(arguments["dataset_name"]).name,
         "label set": trainer.label_set.name,
+        "extra data set": None
+        if arguments["extra_dataset_name"] is None
+        else f"{Path(arguments['extra_dataset_name']).name}, weight {arguments['extra_weight']}",
         "images": "a stream" if streamed else len(trainer.train_dataset),
         "epochs": None if streamed else round(trainer.state.epoch, 2),
         "steps": trainer.state.global_step,

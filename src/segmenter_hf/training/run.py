@@ -16,10 +16,11 @@ from .channels import find_value_range, measure_statistics
 from .checkpoints import find_checkpoint
 from .datasets import TrainDataset, build_train_dataset
 from .features import FEATURES_FOLDER, cache_features
+from .mixing import MixedTrainDataset
 from .model_building import build_model_and_processor, override_config, parse_overrides
 from .recipes import resolved_recipe
 from .results import save_trained_model
-from .splits import class_weights, find_label_set, load_splits, scan_masks
+from .splits import class_weights, find_label_set, load_extra_set, load_splits, scan_masks
 from .termination import TrainingTerminated
 from .trainer import SegmentationTrainer
 from .warm_start import warm_start_decoder
@@ -64,7 +65,8 @@ def _train(
     train_set, validation_set = load_splits(data_args, training_args)
     label_set = find_label_set(data_args, train_set)
     one_class, label_set = label_set, label_set.with_background()
-    report = scan_masks(train_set, validation_set, label_set, data_args)
+    extra = load_extra_set(data_args, label_set)
+    report = scan_masks(train_set, validation_set, label_set, data_args, extra)
     weights = class_weights(model_args.class_weights, report)
     model, processor = build_model_and_processor(model_args, data_args, one_class, weights)
     if training_args.lora_rank is not None:
@@ -75,10 +77,14 @@ def _train(
     if training_args.ddp_find_unused_parameters is None:
         # Only the class token of a model that goes without it is unused.
         training_args.ddp_find_unused_parameters = not model.config.use_class_token
+    train_dataset = build_train_dataset(train_set, label_set, processor, data_args, training_args)
+    if extra is not None:
+        further = build_train_dataset(*extra, processor, data_args, training_args)
+        train_dataset = MixedTrainDataset(train_dataset, further, data_args.extra_weight)
     trainer = SegmentationTrainer(
         model=model,
         args=training_args,
-        train_dataset=build_train_dataset(train_set, label_set, processor, data_args, training_args),
+        train_dataset=train_dataset,
         eval_dataset=EvaluationDataset(validation_set, label_set, processor.num_channels),
         processing_class=processor,
         label_set=label_set,

@@ -1,12 +1,16 @@
 """What is trained on: the splits of a dataset, their label set, and the check of their masks."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
 import datasets
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
-from ..data.label_resolution import resolve_label_set
+from ..data.label_resolution import dataset_label_set, resolve_label_set
 from ..data.label_sets import LabelSet
-from ..data.loading import AnyDataset, first_rows, load_segmentation_datasets
+from ..data.loading import AnyDataset, first_rows, load_segmentation_datasets, load_split
 from ..data.mask_checks import MaskReport, check_masks
 from ..utils.processes import process_state
 from .arguments import DataArguments, SegmentationTrainingArguments
@@ -51,6 +55,65 @@ def load_splits(
     return train_set, validation_set
 
 
+class ExtraSet(NamedTuple):
+    """Further images to train on, and what their masks store."""
+
+    dataset: datasets.Dataset
+    label_set: LabelSet
+
+
+def load_extra_set(data_args: DataArguments, label_set: LabelSet) -> ExtraSet | None:
+    """The images that are mixed into the training split, if a dataset of them is named.
+
+    Raises:
+        ValueError: If there is no such split, the training split is a stream, or the classes are not those of `label_set`.
+    """
+    if data_args.extra_dataset_name is None:
+        return None
+    if data_args.streaming:
+        raise ValueError("`extra_dataset_name` needs a training set of known length: leave `streaming` out.")
+    dataset = load_split(data_args.extra_dataset_name, data_args.extra_split)
+    return ExtraSet(dataset, extra_label_set(dataset, label_set))
+
+
+def extra_label_set(extra: datasets.Dataset, label_set: LabelSet) -> LabelSet:
+    """What the masks of an extra set store: by its own label set where it has one, else as those of the labelled set.
+
+    Args:
+        extra (`datasets.Dataset`): The extra set.
+        label_set (`LabelSet`): That of the labelled set.
+
+    Returns:
+        `LabelSet`: It gives pixels without a class the ignore index of the labelled set.
+
+    Raises:
+        ValueError: If the classes are not those of the labelled set.
+    """
+    found = dataset_label_set(extra)
+    if found is None:
+        return label_set
+    found = found.with_background()
+    if found.labels != label_set.labels:
+        raise ValueError(
+            f"The extra dataset has other classes than the labelled one: {_listed(found.labels)} there, "
+            f"{_listed(label_set.labels)} here. Label it with a model of the same classes."
+        )
+    if found.ignore_index == label_set.ignore_index:
+        return found
+    table = found.label_id_to_train_id
+    if table is None and not found.reduce_labels and not found.color_masks:
+        table = {index: index for index in range(found.num_labels)}  # what is not listed gets the ignore index
+    if table is not None:
+        table = {
+            stored: label_set.ignore_index if index == found.ignore_index else index for stored, index in table.items()
+        }
+    return replace(found, ignore_index=label_set.ignore_index, label_id_to_train_id=table)
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return f"{len(labels)} ({', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''})"
+
+
 def find_label_set(data_args: DataArguments, train_set: AnyDataset) -> LabelSet:
     """The label set that was named, that of the embedded scenes, or what [`resolve_label_set`] finds."""
     return resolve_label_set(
@@ -64,9 +127,13 @@ def find_label_set(data_args: DataArguments, train_set: AnyDataset) -> LabelSet:
 
 
 def scan_masks(
-    train_set: AnyDataset, validation_set: datasets.Dataset, label_set: LabelSet, data_args: DataArguments
+    train_set: AnyDataset,
+    validation_set: datasets.Dataset,
+    label_set: LabelSet,
+    data_args: DataArguments,
+    extra: ExtraSet | None = None,
 ) -> MaskReport | None:
-    """Read the masks of both splits, say what is in them, and stop if they cannot be trained on.
+    """Read the masks of both splits and of an extra set, say what is in them, and stop if they cannot be trained on.
 
     Returns:
         `MaskReport`, *optional*: What the training masks hold; nothing if none were to be read.
@@ -81,10 +148,15 @@ def scan_masks(
         limit = STREAM_SCAN
     state, reports = process_state(), [None]
     if state.is_main_process:
-        for split, dataset in ((data_args.train_split, train_set), (data_args.validation_split, validation_set)):
-            reports.append(check_masks(dataset, label_set.num_labels, label_set, max_images=limit))
+        checked = [
+            (f"the split {data_args.train_split!r}", train_set, label_set),
+            (f"the split {data_args.validation_split!r}", validation_set, label_set),
+            *([] if extra is None else [(str(data_args.extra_dataset_name), *extra)]),
+        ]
+        for name, dataset, stored in checked:
+            reports.append(check_masks(dataset, stored.num_labels, stored, max_images=limit))
             reports[-1].raise_if_impossible()
-            print(f"Masks of the split {split!r}:\n{reports[-1].describe(label_set.labels)}")
+            print(f"Masks of {name}:\n{reports[-1].describe(stored.labels)}")
         reports = reports[1:2]
     if state.num_processes > 1:
         broadcast_object_list(reports)
