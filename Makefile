@@ -18,6 +18,7 @@ demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, ev
 	$(VENV)/bin/segmenter-hf draw-scenes --num_images 6 --seed 1000 --output_dir $(DEMO)/pictures
 	$(VENV)/bin/segmenter-hf predict --model_name_or_path $(DEMO)/model --images $(DEMO)/pictures/images --output_dir $(DEMO)/predictions
 	@echo "Look at $(DEMO)/predictions and $(DEMO)/model/README.md."
+	@echo "Your own photographs: segmenter-hf train --recipe finetune_small_dataset --dataset_name FOLDER --model_name_or_path DINOV2_FOLDER --output_dir outputs/fine_tuned"
 
 test: $(VENV)/installed  ## install and run all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
