@@ -24,7 +24,7 @@ from segmenter_hf.inference.protocol import InferenceProtocol
 from segmenter_hf.inference.pseudo_labels import NUM_BINS, ConfidenceRule, pseudo_label_set
 from segmenter_hf.models.sliding_window import plain_merge_windows
 
-from .test_datasets import as_process  # noqa: F401
+from .test_datasets import as_process as as_process
 
 
 SCENES = load_label_set("scenes")
@@ -142,7 +142,7 @@ def test_processes_and_a_resumed_run_have_the_thresholds_of_one(
     predictor,
     tmp_path,
     as_process,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ) -> None:
     rule = ConfidenceRule(0.9, 0.4)
     predict(predictor, tmp_path / "alone", rule)
