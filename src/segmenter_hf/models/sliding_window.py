@@ -135,7 +135,8 @@ class _View:
             ((self.tops, window.height, window.view_height), (self.lefts, window.width, window.view_width))
         ):
             padded = -(-length // patch_size) * patch_size
-            if padded % patches[index] and patches[index] % padded:
+            # Logits are larger or smaller than pixels by a whole factor, or a whole number of them spans a patch.
+            if padded % patches[index] and patches[index] % padded and patches[index] % (padded // patch_size):
                 raise ValueError(
                     f"Logits of {patches[index]} patches do not fit a window of {length} pixels and a patch size of "
                     f"{patch_size}: set `patch_size` of the image processor to that of the model."
