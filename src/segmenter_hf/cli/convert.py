@@ -86,8 +86,10 @@ def convert(args: ConversionArguments) -> tuple[Path, PublishedModel | None]:
         )
     if args.output_dir is None:
         raise ValueError("Give --output_dir DIR, the directory to write.")
-    published, checkpoint_path, label_set = None, args.checkpoint_path, args.label_set
-    encoder_path = args.encoder_path
+    published: PublishedModel | None = None
+    checkpoint_path: str | Path | None = args.checkpoint_path
+    encoder_path: str | Path | None = args.encoder_path
+    label_set = args.label_set
     if args.model is not None:
         try:
             published = get_published_model(args.model)
@@ -96,10 +98,10 @@ def convert(args: ConversionArguments) -> tuple[Path, PublishedModel | None]:
         label_set = label_set or published.dataset
         # before a long download
         check_output(Path(args.output_dir), args.overwrite, cache_folder(published, args.cache_dir))
-        checkpoint_path = download(published, args)
-        encoder_path = encoder_path or encoder_beside(published, checkpoint_path)
+        downloaded = download(published, args)
+        checkpoint_path, encoder_path = downloaded, encoder_path or encoder_beside(published, downloaded)
     output_dir = convert_checkpoint(
-        checkpoint_path,
+        str(checkpoint_path),
         args.output_dir,
         config_path=args.config_path,
         encoder_path=encoder_path,
@@ -108,7 +110,7 @@ def convert(args: ConversionArguments) -> tuple[Path, PublishedModel | None]:
         image_size=args.image_size,
         num_channels=args.num_channels,
         model_type=args.model_type,
-        source_url=published and (published.checkpoint_url or published.share_url),
+        source_url=(published.checkpoint_url or published.share_url) if published else None,
         verify=args.verify,
         overwrite=args.overwrite,
     )
@@ -121,7 +123,7 @@ def download(published: PublishedModel, args: ConversionArguments) -> Path:
         return download_checkpoint(published, args.cache_dir)
     except (ConnectionError, FileNotFoundError) as error:
         given = {"--model": args.model, "--output_dir": args.output_dir, "--cache_dir": args.cache_dir}
-        options = [word for option in given.items() if option[1] is not None for word in option]
+        options = [word for name, value in given.items() if value is not None for word in (name, value)]
         raise type(error)(f"{error} The command:\n  {shlex.join(['segmenter-hf', 'convert', *options])}") from error
 
 

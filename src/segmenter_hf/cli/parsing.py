@@ -36,7 +36,8 @@ def _value(action: argparse.Action) -> str:
         return "[true|false]" if action.nargs == "?" else "true|false"
     if action.choices and len(list(action.choices)) < 10:
         return "{" + ",".join(map(str, action.choices)) + "}"
-    kind = {int: "N", float: "X", str: "TEXT"}.get(action.type, "VALUE")  # type: ignore[arg-type]
+    kinds: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
+    kind = kinds.get(action.type, "VALUE")
     return f"{kind} [{kind} ...]" if action.nargs == "+" else kind
 
 

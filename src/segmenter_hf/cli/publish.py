@@ -104,12 +104,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def publish(args: Arguments, card_args: CardArguments, evaluation_args: EvaluationArguments) -> None:
     """Publish what the arguments name, or write it with `--dry_run`, and print what was done."""
     if not args.dry_run:
-        check_push(args.hub_model_id)
+        check_push(str(args.hub_model_id))
     facts = collect_facts(args.checkpoint_dir, card_args, evaluation_args)
     if args.dry_run:
         directory = build_repository(
             args.checkpoint_dir,
-            args.output_dir,
+            str(args.output_dir),
             facts=facts,
             hub_model_id=args.hub_model_id,
             revision=args.revision,
@@ -120,7 +120,7 @@ def publish(args: Arguments, card_args: CardArguments, evaluation_args: Evaluati
         return
     commit = publish_model(
         args.checkpoint_dir,
-        args.hub_model_id,
+        str(args.hub_model_id),
         facts=facts,
         private=args.private or None,
         revision=args.revision,

@@ -128,7 +128,7 @@ def parse_training_arguments(
     parser.set_defaults(**defaults)
     for action in parser._actions:
         action.required = action.dest == "output_dir" and "output_dir" not in defaults
-    return parse_arguments(parser, argv)  # type: ignore[return-value]
+    return parse_arguments(parser, argv)
 
 
 def training_parser(show_all: bool = False) -> HfArgumentParser:

@@ -44,9 +44,11 @@ def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
     return sizes[node]
 
 
-VariantLoader.add_constructor(
-    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node))
-)
+def _construct_tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
+    return tuple(loader.construct_sequence(node))
+
+
+VariantLoader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
 
 
 def read_text(path: Path) -> str:
@@ -69,10 +71,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(text, Loader=VariantLoader)
     except (yaml.YAMLError, *CONSTRUCTOR_ERRORS) as error:
-        mark = getattr(error, "problem_mark", None)  # with it the error ends in the line of the file and a caret below
-        said = (
-            f"line {mark.line + 1}, column {mark.column + 1}: {one_line(error.problem)}" if mark else one_line(error)
-        )
+        said = one_line(error)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:  # it ends in the line and a caret below
+            mark = error.problem_mark
+            said = f"line {mark.line + 1}, column {mark.column + 1}: {one_line(str(error.problem))}"
         raise ValueError(
             f"{path}: expected YAML of plain values and tuples. {type(error).__name__}: {said}"
         ) from error
@@ -110,11 +112,16 @@ def read_python_config(text: str, names: Iterable[str], where: str) -> dict[str,
 
 
 def _literal(node: ast.expr) -> Any:
-    calls_dict = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict"
-    if calls_dict and not node.args and all(keyword.arg for keyword in node.keywords):
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "dict"
+        and not node.args
+        and all(keyword.arg for keyword in node.keywords)
+    ):
         return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
     if isinstance(node, ast.Dict) and all(node.keys):
-        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values)}
+        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values) if key is not None}
     if isinstance(node, ast.List):
         return [_literal(element) for element in node.elts]
     if isinstance(node, ast.Tuple):

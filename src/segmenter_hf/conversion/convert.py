@@ -191,7 +191,7 @@ def build(
     module = SOURCE_FORMATS[name]
     conversion = module.convert(checkpoint, None if config_path is None else Path(config_path))
     weights = rename_weights(conversion, checkpoint.path)
-    changes = {"image_size": image_size, "num_channels": num_channels, "model_type": model_type}
+    changes: dict[str, Any] = {"image_size": image_size, "num_channels": num_channels, "model_type": model_type}
     conversion, weights = adapt(conversion, weights, **changes)
     labels = resolve_labels(conversion, labels)
     provenance = {

@@ -171,7 +171,7 @@ def _receive(client: Any, url: str, part: Path, version: Path, max_bytes: int, p
     start = _size(part) if saved else 0
     headers = {"Accept-Encoding": "identity"}  # or sizes would be those of what is unpacked
     if start:
-        headers |= {"Range": f"bytes={start}-", "If-Range": saved}
+        headers |= {"Range": f"bytes={start}-", "If-Range": saved or ""}
     with client.stream("GET", url, headers=headers) as response:
         if start and response.status_code in (206, 416):
             begins = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")

@@ -123,8 +123,8 @@ def processor_config(config: dict[str, Any], where: str, is_deit: bool) -> dict[
     """
     sequence = (list, tuple)
     places = ("model.data_preprocessor", "data_preprocessor", "img_norm_cfg")
-    places = [lookup(config, place, dict, where, {}) for place in places]
-    normalization = next((place for place in places if "mean" in place), {})
+    found = [lookup(config, place, dict, where, {}) for place in places]
+    normalization: dict[str, Any] = next((values for values in found if "mean" in values), {})
     if False in (normalization.get("bgr_to_rgb"), normalization.get("to_rgb")):
         raise ValueError(f"{where}: expected a model of RGB images, got one of BGR images, which is not supported.")
     mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if is_deit else ([0.5] * 3, [0.5] * 3)

@@ -135,7 +135,7 @@ def sha256_of(path: Path) -> str:
 class IgnoredGlobal:
     """Stands for an object of a checkpoint that no conversion reads, such as a log; it keeps nothing."""
 
-    def __init__(self, *args) -> None:
+    def __init__(self, *args: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
@@ -185,11 +185,12 @@ def _read_torch(path: Path) -> Any:
 
 def _globals_of(path: Path) -> list[str]:
     """Names that the pickle of a PyTorch checkpoint asks for, as far as it can be read, without loading it."""
-    names, strings = [], []
+    names: list[str] = []
+    strings: list[str] = []
     try:
         for opcode, argument, _ in pickletools.genops(_pickle_of(path)):
             if opcode.name in ("GLOBAL", "INST"):
-                names.append(argument.replace(" ", "."))
+                names.append(str(argument).replace(" ", "."))
             elif opcode.name == "STACK_GLOBAL":
                 names.append(".".join(strings[-2:]))
             elif isinstance(argument, str):
@@ -212,7 +213,7 @@ def _pickle_of(path: Path) -> bytes:
 class PickledDtype:
     """A numpy dtype of plain numbers, read from a pickle."""
 
-    def __init__(self, spec: str, *args) -> None:
+    def __init__(self, spec: str, *args: Any) -> None:
         if not re.fullmatch(r"[fiub][1248]", spec):
             raise pickle.UnpicklingError(f"arrays of dtype {spec!r} are not weights")
         self.dtype = np.dtype(spec)
@@ -224,7 +225,7 @@ class PickledDtype:
 class PickledArray:
     """A numpy array, read from a pickle."""
 
-    def __init__(self, *args) -> None:
+    def __init__(self, *args: Any) -> None:
         self.array = np.zeros(0, np.float32)
 
     def __setstate__(self, state: tuple) -> None:
@@ -266,7 +267,7 @@ def _check_memo(path: Path) -> None:
     """Refuse a pickle with an entry of its memo far beyond the others: Python would make room for all before it."""
     with path.open("rb") as file:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            if "PUT" in opcode.name and argument > number:
+            if "PUT" in opcode.name and int(argument or 0) > number:
                 raise pickle.UnpicklingError(f"instruction {number} asks for {argument} entries of the memo")
 
 

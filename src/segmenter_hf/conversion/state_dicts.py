@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+
+from ..models.modeling_vit_encoder import VitEncoderPreTrainedModel
 
 
 class Rename(NamedTuple):
@@ -38,7 +39,7 @@ class Conversion:
 
     Args:
         source (`str`): Name of the system that made it.
-        model_class (`type[PreTrainedModel]`): The model to build.
+        model_class (`type[VitEncoderPreTrainedModel]`): The model to build.
         config (`dict[str, Any]`): Arguments of its configuration, without labels.
         state_dict (`dict[str, Any]`): The weights under their source keys.
         renames (`Sequence[Rename]`): The ordered rename table.
@@ -51,7 +52,7 @@ class Conversion:
     """
 
     source: str
-    model_class: type[PreTrainedModel]
+    model_class: type[VitEncoderPreTrainedModel]
     config: dict[str, Any]
     state_dict: dict[str, Any]
     renames: Sequence[Rename]
@@ -138,7 +139,8 @@ def rename_weights(conversion: Conversion, path: Path) -> dict[str, Weight]:
     Raises:
         ValueError: If keys remain, two become one, or a value is no tensor that can be split so.
     """
-    remaining, renamed = dict(conversion.state_dict), {}
+    remaining = dict(conversion.state_dict)
+    renamed: dict[str, Weight] = {}
     for rule in conversion.renames:
         pattern = re.compile(rule.source)
         for key in [key for key in remaining if pattern.fullmatch(key)]:
@@ -168,7 +170,7 @@ def rename_weights(conversion: Conversion, path: Path) -> dict[str, Weight]:
     return renamed
 
 
-def load_weights(model: PreTrainedModel, weights: dict[str, Weight], path: Path) -> None:
+def load_weights(model: VitEncoderPreTrainedModel, weights: dict[str, Weight], path: Path) -> None:
     """Load weights as float32 into a model on the meta device, strictly.
 
     Args:

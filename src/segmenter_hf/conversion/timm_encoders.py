@@ -143,7 +143,7 @@ def encoder_config(checkpoint: Checkpoint, config: dict[str, Any] | None) -> tup
     patches = get_tensor(state_dict, "patch_embed.proj.weight", 4, path)
     registers = next((name for name in REGISTERS if name in state_dict), None)
     is_gated, width = mlp_config(state_dict, path)
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": patches.shape[0],
         "num_channels": patches.shape[1],
         "patch_size": patches.shape[-1],

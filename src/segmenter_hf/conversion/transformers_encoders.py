@@ -157,7 +157,7 @@ def encoder_config(checkpoint: Checkpoint, config: dict[str, Any] | None) -> tup
         **mlp_config(config, where),
         **family.fields,
     }
-    same = ("num_channels", "qkv_bias", "query_bias", "key_bias", "value_bias", "hidden_dropout_prob")
+    same = ["num_channels", "qkv_bias", "query_bias", "key_bias", "value_bias", "hidden_dropout_prob"]
     same += ("attention_probs_dropout_prob", "layerscale_value", "num_register_tokens", "rope_theta")
     fields |= {name: config[name] for name in same if name in config}
     if config.get("attention_dropout") is not None:

@@ -2,6 +2,7 @@
 (`timm_encoders.py`) and transformers (`transformers_encoders.py`)."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
     check_plain(checkpoint)
     config, state_dict = read_json_object(config_path) if config_path else checkpoint.config, checkpoint.state_dict
     if "Transformer/encoder_norm/scale" in checkpoint.state_dict:
+        mean: Sequence[float]
+        std: Sequence[float]
         source, model = "google-research/vision_transformer", augreg_config(checkpoint)
         renames, unused = AUGREG, AUGREG_UNUSED
         mean, std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD

@@ -93,7 +93,7 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
             with gr.Column(scale=2, min_width=280):
                 upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Your picture", height=260)
                 # The file is opened by `open_upload` only: bounded, upright, and with errors in words.
-                upload.preprocess = lambda payload: payload and payload.path
+                upload.preprocess = _uploaded_path  # type: ignore[method-assign]  # a hook of this component alone
                 model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
                 thoroughness = gr.Radio(
                     [("Quick: one look", False), ("Thorough: six sizes, each also mirrored", True)],
@@ -119,7 +119,7 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
             show_progress="hidden",
             api_visibility="private",
         )
-        network = {"concurrency_limit": 1, "concurrency_id": "network", "trigger_mode": "always_last"}
+        network: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "network", "trigger_mode": "always_last"}
         segmenting = gr.on(
             [upload.change, model.change, thoroughness.change],
             segment,
@@ -132,6 +132,10 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
     return page.queue(max_size=MAX_WAITING)
 
 
+def _uploaded_path(payload: Any) -> str | None:
+    return payload and payload.path
+
+
 def launch_page(page: gr.Blocks, **kwargs: Any) -> None:
     """Serve a page of `build_page`, which loads nothing from elsewhere and reports to nobody.
 
@@ -139,7 +143,7 @@ def launch_page(page: gr.Blocks, **kwargs: Any) -> None:
         page (`gr.Blocks`): The page.
         kwargs: Further arguments of `gr.Blocks.launch`.
     """
-    system_fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    system_fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     page.launch(
         theme=gr.themes.Default(primary_hue="blue", **system_fonts),
         css=".html-container { padding: 0; }",

@@ -29,7 +29,7 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float | None, targets
     except ImportError as error:
         raise ImportError("`lora_rank` needs peft: pip install segmenter-hf[peft].") from error
     wanted = [name.strip() for name in targets.split(",") if name.strip()]
-    layers = get_encoder(model).layers
+    layers = get_encoder(model).get_submodule("layers")
     known = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     if not wanted or not known.issuperset(wanted):
         raise ValueError(
@@ -38,7 +38,7 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float | None, targets
     names = "|".join(map(re.escape, wanted))
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # peft divides it: any number will do
         target_modules=rf"{model.base_model_prefix}\.layers\..*\.({names})",
     )
     encoder_name = f"{model.base_model_prefix}."

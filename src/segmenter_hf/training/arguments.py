@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
@@ -224,6 +224,9 @@ class SegmentationTrainingArguments(TrainingArguments):
 
     _argument_group_name = "training"
 
+    if TYPE_CHECKING:
+        output_dir: str = ""
+
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate at the first step."})
     lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
     poly_power: float = field(default=0.9, metadata={"help": "Power of the polynomial schedule."})
@@ -277,7 +280,7 @@ class SegmentationTrainingArguments(TrainingArguments):
             "help": "Linear layers of each encoder layer that get low-rank updates; fc1 and fc2 are the others."
         },
     )
-    per_device_train_batch_size: int | None = field(
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]  # a number once the batch is shared out
         default=None, metadata={"help": "Crops at once on a device; 8 by default, or what total_batch_size leaves."}
     )
     total_batch_size: int | None = field(
@@ -290,7 +293,7 @@ class SegmentationTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="mean_iou", metadata={"help": "What best means."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
     batch_eval_metrics: bool = field(default=True, metadata={"help": "Whether counts are added batch by batch."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Transforms need all columns."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Transforms need all columns."})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "Images at once in evaluation."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Whether to pin memory, for a GPU."}
@@ -374,7 +377,7 @@ class SegmentationTrainingArguments(TrainingArguments):
     @property
     def effective_batch_size(self) -> int:
         """Crops of a step: devices x batch x accumulation."""
-        return self.num_devices * self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.num_devices * (self.per_device_train_batch_size or 0) * self.gradient_accumulation_steps
 
     def _share_out_batch(self) -> None:
         total, devices = self.total_batch_size, self.num_devices

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hub.publishing import PREDICTIONS_PICTURE
@@ -35,7 +35,7 @@ class StartRun(TrainerCallback):
     def __init__(self, recipe: dict[str, Any], alone: bool = True) -> None:
         self.recipe, self.alone = recipe, alone
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.should_save:
             return
         output_dir = Path(args.output_dir)
@@ -55,8 +55,15 @@ class StartRun(TrainerCallback):
 class SetEpoch(TrainerCallback):
     """Tells the training set which epoch it is before the workers start."""
 
-    def on_epoch_begin(self, args, state, control, train_dataloader: DataLoader | None = None, **kwargs) -> None:
-        if hasattr(train_dataloader.dataset, "set_epoch"):
+    def on_epoch_begin(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if train_dataloader is not None and hasattr(train_dataloader.dataset, "set_epoch"):
             train_dataloader.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
@@ -67,24 +74,33 @@ class AverageWeights(TrainerCallback):
         self.trainer = trainer
         self.decay = decay
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.average = WeightAverage(trainer.model, self.decay)
         if trainer.resumed_from is not None:
             trainer.average.load(trainer.resumed_from)
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.trainer.average.update(state.global_step)
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.average is not None:
+            self.trainer.average.update(state.global_step)
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.trainer.average.copy_to_model()
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.average is not None:
+            self.trainer.average.copy_to_model()
         self.trainer.average = None
 
 
 class StopAtNan(TrainerCallback):
     """A loss that is no number ends the training: nothing good comes after it."""
 
-    def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         for name in ("loss", "train_loss"):  # since the last log; at the end, of all steps, also those of no log
             loss = (logs or {}).get(name, 0.0)
             if not math.isfinite(float(loss)):
@@ -97,7 +113,7 @@ class ShowProgress(TrainerCallback):
     def __init__(self, trainer: "SegmentationTrainer") -> None:
         self.trainer = trainer
 
-    def on_evaluate(self, args, state, control, **kwargs) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         # Parts of a sharded model cannot predict in one process alone.
         if not state.is_world_process_zero or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -126,11 +142,11 @@ def _report_picture(trainer: "SegmentationTrainer", path: Path, step: int) -> No
             pixels = np.asarray(picture.convert("RGB"))
         reporters["TensorBoardCallback"].tb_writer.add_image("eval/predictions", pixels, step, dataformats="HWC")
     if "WandbCallback" in reporters:
-        import wandb
+        import wandb  # type: ignore[import-not-found]  # there where Trainer reports to it
 
         wandb.log({"eval/predictions": wandb.Image(str(path)), "train/global_step": step})
     if "TrackioCallback" in reporters:
-        import trackio
+        import trackio  # type: ignore[import-not-found]  # as above
 
         trackio.log({"eval/predictions": trackio.Image(str(path)), "train/global_step": step})
 

@@ -76,7 +76,9 @@ def find_value_range(dataset: AnyDataset, processor: SegmenterImageProcessor) ->
     """
     if processor.value_range is not None:
         return
-    deep, ranges, floats = [], [], None
+    deep: list[np.ndarray] = []
+    ranges: list[Any] = []
+    floats: str | None = None
     for row in itertools.islice(dataset, WATCHED_IMAGES):
         image = open_raw(row)
         if image is None:
@@ -87,10 +89,10 @@ def find_value_range(dataset: AnyDataset, processor: SegmenterImageProcessor) ->
             floats = floats or f"{row_name(row, 'image')}: expected pixel values of 8 or 16 bits, got {image.dtype}"
     if ranges and None not in ranges:
         lows, highs = zip(*ranges)
-        processor.value_range = [min(lows), max(highs)]
+        low, high = min(lows), max(highs)
+        processor.value_range = [low, high]  # type: ignore[assignment]  # the class has the default, which is None
         logger.warning(
-            "The image files say that their values are from %g to %g: that is the `value_range` now.",
-            *processor.value_range,
+            "The image files say that their values are from %g to %g: that is the `value_range` now.", low, high
         )
     elif floats is not None:
         raise ValueError(f"{floats}. Say which values are black and white with `value_range`, such as 0 1.")

@@ -102,7 +102,7 @@ def _write_features(model: PreTrainedModel, examples: TrainDataset, num_epochs: 
                 features = torch.stack(states, dim=1).half().cpu().numpy()
                 labels = batch["labels"].numpy()
                 if not files:
-                    dtype = np.uint8 if model.config.num_labels <= 256 and _fits(model) else np.int32
+                    dtype: Any = np.uint8 if _fits(model) else np.int32
                     files = [
                         open_memmap(directory / name, "w+", kind, (total, *values.shape[1:]))
                         for name, kind, values in (
@@ -120,12 +120,13 @@ def _write_features(model: PreTrainedModel, examples: TrainDataset, num_epochs: 
 
 
 def _fits(model: PreTrainedModel) -> bool:
-    return 0 <= model.config.semantic_loss_ignore_index <= 255
+    """Whether a byte can hold the labels."""
+    return len(model.config.id2label or ()) <= 256 and 0 <= model.config.semantic_loss_ignore_index <= 255
 
 
 def _levels(outputs: VitEncoderOutput) -> tuple[torch.Tensor, ...]:
     """The states that the decoder sees, each (batch, tokens, width)."""
-    return outputs.feature_states or (outputs.last_hidden_state,)
+    return outputs.feature_states or outputs[:1]  # else the last hidden state
 
 
 @contextmanager

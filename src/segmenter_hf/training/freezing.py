@@ -1,8 +1,8 @@
 """Training of the decoder alone, on features of an encoder that stays as it is, for all steps or for the first ones."""
 
-from transformers import PreTrainedModel, TrainerCallback
+from typing import Any
 
-from .arguments import SegmentationTrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 
 def get_encoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -28,7 +28,7 @@ class FreezeEncoder(TrainerCallback):
         if self.is_frozen:
             encoder.requires_grad_(False)
 
-    def on_step_begin(self, args: SegmentationTrainingArguments, state, control, **kwargs) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.unfreeze_at_step is None:
             return
         freezes = state.global_step < self.unfreeze_at_step

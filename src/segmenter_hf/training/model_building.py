@@ -45,7 +45,7 @@ def build_model_and_processor(
     chosen = _chosen_fields(model_args, weights)
     pixels = _processor_fields(model_args, data_args, label_set)
     if model_args.model_name_or_path is not None:
-        model = _load_model(model_args, labels, chosen)
+        model = _load_model(model_args.model_name_or_path, model_args, labels, chosen)
         processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path, **pixels)
         return model, _with_channels(processor, model.config.num_channels)
     config = _new_config(model_args, data_args.crop_size, labels, chosen)
@@ -99,9 +99,10 @@ def _processor_fields(model_args: ModelArguments, data_args: DataArguments, labe
     return pixels
 
 
-def _load_model(model_args: ModelArguments, labels: dict[str, Any], chosen: dict[str, Any]) -> PreTrainedModel:
+def _load_model(
+    name: str, model_args: ModelArguments, labels: dict[str, Any], chosen: dict[str, Any]
+) -> PreTrainedModel:
     """Load the model to start from, whose encoder must be complete."""
-    name = model_args.model_name_or_path
     with translate_loading_errors(name):
         config = AutoConfig.from_pretrained(name, **labels)
         chosen = chosen | parse_overrides(model_args.config_overrides, config)
@@ -194,7 +195,7 @@ def parse_overrides(text: str, config: VitEncoderConfig) -> dict[str, Any]:
             raise ValueError(
                 f'Expected "field=value" with a field of {type(config).__name__} in `config_overrides`, got {item!r}.'
             )
-        kind = list if name == "out_indices" else type(known[name])  # it may be unset
+        kind: Any = list if name == "out_indices" else type(known[name])  # it may be unset
         if kind is int and float in annotations.get(name, ()):
             kind = float  # a rate that is stored as 0
         try:

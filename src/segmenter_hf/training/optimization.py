@@ -1,5 +1,6 @@
 """Groups of parameters with learning rates of their own, the schedules of these rates, and what a batch weighs."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -92,14 +93,14 @@ def polynomial_scheduler(
     Raises:
         ValueError: If `lr_scheduler_kwargs` does not have `power` and `lr_end`.
     """
-    shape = args.lr_scheduler_kwargs or {}
+    shape: Any = args.lr_scheduler_kwargs or {}  # read from JSON by transformers
     if missing := sorted({"power", "lr_end"} - shape.keys()):
         raise ValueError(
             f"`lr_scheduler_kwargs` of the polynomial schedule must have `power` and `lr_end`, got {shape} without "
             f"{missing}. `poly_power` and `min_learning_rate` set both."
         )
     warmup_steps = args.get_warmup_steps(num_training_steps)
-    factors = [
+    factors: list[Callable[[int], float]] = [
         partial(
             polynomial_factor,
             num_steps=num_training_steps,
@@ -136,6 +137,6 @@ def loss_weight(labels: torch.Tensor, config: VitEncoderConfig) -> torch.Tensor:
         return labels.new_tensor(len(labels), dtype=torch.float64)
     if config.semantic_loss_normalization == "all_pixels":
         return labels.new_tensor(labels.numel(), dtype=torch.float64)
-    weights = config.semantic_loss_class_weights
-    weights = None if weights is None else torch.tensor(weights, device=labels.device)
+    class_weights = config.semantic_loss_class_weights
+    weights = None if class_weights is None else torch.tensor(class_weights, device=labels.device)
     return total_label_weight(labels, config.semantic_loss_ignore_index, weights)

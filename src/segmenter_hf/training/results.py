@@ -38,7 +38,7 @@ def save_trained_model(
     if trainer.is_world_process_zero():
         trainer.label_set.save(folder / LABEL_SET_FILE)
         split = limited_split(data_args.validation_split, data_args.max_eval_samples)
-        result = recorded_result(results, data_args.dataset_name, split, trainer.label_set.name)
+        result = recorded_result(results, str(data_args.dataset_name), split, trainer.label_set.name)
         save_results(folder, result, trainer.label_set.labels)
         trainer.save_predictions(unwrapped_model, folder / PREDICTIONS_PICTURE)
         facts = CardFacts(

@@ -146,7 +146,8 @@ def scan_masks(
         return None
     if limit is None and data_args.streaming:
         limit = STREAM_SCAN
-    state, reports = process_state(), [None]
+    state = process_state()
+    reports: list[MaskReport | None] = []
     if state.is_main_process:
         checked = [
             (f"the split {data_args.train_split!r}", train_set, label_set),
@@ -154,10 +155,11 @@ def scan_masks(
             *([] if extra is None else [(str(data_args.extra_dataset_name), *extra)]),
         ]
         for name, dataset, stored in checked:
-            reports.append(check_masks(dataset, stored.num_labels, stored, max_images=limit))
-            reports[-1].raise_if_impossible()
-            print(f"Masks of {name}:\n{reports[-1].describe(stored.labels)}")
-        reports = reports[1:2]
+            report = check_masks(dataset, stored.num_labels, stored, max_images=limit)
+            report.raise_if_impossible()
+            print(f"Masks of {name}:\n{report.describe(stored.labels)}")
+            reports.append(report)
+    reports = reports[:1] or [None]  # that of the training masks; the others get it
     if state.num_processes > 1:
         broadcast_object_list(reports)
     return reports[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
@@ -73,7 +73,7 @@ class SaveAtTermination(TrainerCallback):
         requests = torch.tensor(float(self.is_requested), device=args.device)
         return bool(self.trainer.accelerator.reduce(requests, reduction="sum") > 0)
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer, due = self.trainer, [entry for entry in state.log_history if EVALUATION_DUE in entry]
         if trainer.resumed_from is None or not due:
             return
@@ -81,22 +81,22 @@ class SaveAtTermination(TrainerCallback):
         if trainer._determine_best_metric(trainer._evaluate(None, None), trial=None):
             state.best_model_checkpoint = trainer.resumed_from
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Its evaluation, if one is due, is begun and cut short: it draws a random number that the checkpoint must have.
         ends_epoch = args.eval_strategy == "epoch" and float(state.epoch).is_integer()
         if self._is_agreed() and not ends_epoch:
             control.should_save = True
 
-    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._is_agreed():
             control.should_save = True
 
-    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Several processes have the same number of steps, but cannot agree in each: they finish the evaluation.
         if self.is_requested and args.world_size == 1 and self.trainer.is_in_train:
             raise EvaluationTerminated
 
-    def on_save(self, args, state, control, **kwargs) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._is_agreed():
             end_training(self.trainer)
 

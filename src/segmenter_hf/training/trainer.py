@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -23,12 +23,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from ..data.label_sets import LabelSet
-from ..evaluation.evaluate import collate_examples, confusion_matrices, save_prediction_grid
+from ..evaluation.evaluate import EvaluationDataset, collate_examples, confusion_matrices, save_prediction_grid
 from ..evaluation.metrics import ConfusionMatrix
 from ..hub.publishing import publish_model
 from ..inference.predictor import Predictor
 from ..inference.protocol import InferenceProtocol
+from ..models.image_processing_segmenter import SegmenterImageProcessor
+from ..models.modeling_vit_encoder import VitEncoderPreTrainedModel
 from ..utils.atomic_files import move_directory
+from .arguments import SegmentationTrainingArguments
 from .averaging import WeightAverage
 from .callbacks import AverageWeights, SetEpoch, ShowProgress, StopAtNan, nan_message
 from .checkpoints import explain_writing_errors
@@ -52,6 +55,12 @@ class SegmentationTrainer(Trainer):
         kwargs: Arguments of `Trainer`; `processing_class` is the image processor.
     """
 
+    args: SegmentationTrainingArguments
+    model: VitEncoderPreTrainedModel
+    processing_class: SegmenterImageProcessor
+    train_dataset: Any  # a `TrainDataset`, a stream of its crops, or `CachedFeatures`
+    eval_dataset: EvaluationDataset
+
     def __init__(self, *, label_set: LabelSet, window_batch_size: int = 8, **kwargs: Any) -> None:
         self.label_set = label_set
         self.window_batch_size = window_batch_size
@@ -59,7 +68,7 @@ class SegmentationTrainer(Trainer):
         self._partial: Path | None = None
         self._whole_model: PreTrainedModel | None = None
         self.resumed_from: str | None = None  # the checkpoint, once it is loaded
-        super().__init__(compute_metrics=self.update_metric, **kwargs)
+        super().__init__(compute_metrics=self.update_metric, **kwargs)  # type: ignore[arg-type]  # with batch_eval_metrics
         self.average: WeightAverage | None = None
         self._freezing: FreezeEncoder | None = None
         self._termination = SaveAtTermination(self)
@@ -77,12 +86,12 @@ class SegmentationTrainer(Trainer):
         if getattr(self.args, "freeze_encoder", False):
             self._freezing = FreezeEncoder(get_encoder(self.model), self.args.unfreeze_at_step)
             yield self._freezing
-        if getattr(self.args, "ema_decay", None) is not None:
+        if (decay := getattr(self.args, "ema_decay", None)) is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("`ema_decay` averages whole weights, which sharded models do not have: leave it out.")
-            yield AverageWeights(self, self.args.ema_decay)
-        if getattr(self.args, "early_stopping_patience", None) is not None:
-            yield EarlyStoppingCallback(self.args.early_stopping_patience)
+            yield AverageWeights(self, decay)
+        if (patience := getattr(self.args, "early_stopping_patience", None)) is not None:
+            yield EarlyStoppingCallback(patience)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Parameters that weight decay is for: see [`decays`]."""
@@ -91,7 +100,7 @@ class SegmentationTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, with learning rates of their own for heads and layers where the arguments say so."""
         if self.optimizer is None and has_own_rates(self.args):
-            model = self.model if model is None else model
+            model = self.model if model is None else cast(VitEncoderPreTrainedModel, model)
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(parameter_groups(model, self.args), **arguments)
         return super().create_optimizer(model)
@@ -101,7 +110,7 @@ class SegmentationTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Trainer's schedule. Where groups have rates of their own, all those of the polynomial one end at the same value."""
         if self.lr_scheduler is None and self.args.lr_scheduler_type == "polynomial" and has_own_rates(self.args):
-            optimizer = self.optimizer if optimizer is None else optimizer
+            optimizer = cast(torch.optim.Optimizer, self.optimizer if optimizer is None else optimizer)
             self.lr_scheduler = polynomial_scheduler(optimizer, self.args, num_training_steps)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
@@ -126,7 +135,8 @@ class SegmentationTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        weight = sum(loss_weight(batch["labels"], self.model.config) for batch in batches).to(device)
+        weights = [loss_weight(batch["labels"], self.model.config) for batch in batches]
+        weight = torch.stack(weights).sum().to(device)
         return batches, self.accelerator.reduce(weight, reduction="sum") if self.args.world_size > 1 else weight
 
     def compute_loss(
@@ -134,7 +144,7 @@ class SegmentationTrainer(Trainer):
         model: torch.nn.Module,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss of a batch, weighted by its share of what all batches of the step weigh.
 
@@ -151,7 +161,8 @@ class SegmentationTrainer(Trainer):
         if num_items_in_batch is not None:
             parts = self.current_gradient_accumulation_steps * self.args.world_size
             weight = loss_weight(inputs["labels"], self.model.config)
-            share = torch.where(num_items_in_batch > 0, weight / num_items_in_batch, 0.0)
+            total = torch.as_tensor(num_items_in_batch)
+            share = torch.where(total > 0, weight / total, 0.0)
             loss = loss * (share * parts).to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
 
@@ -206,7 +217,7 @@ class SegmentationTrainer(Trainer):
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """No loss, the count matrix of each image, and its number of counted pixels."""
         with self.compute_loss_context_manager():
-            predictor = self.predictor(self._whole_model)
+            predictor = self.predictor(cast(PreTrainedModel, self._whole_model))
             counts = confusion_matrices(predictor, inputs["images"], inputs["label_maps"]).to(self.args.device)
         return None, counts, counts.sum((1, 2))
 
@@ -228,7 +239,7 @@ class SegmentationTrainer(Trainer):
         with self.averaged_weights():
             save_prediction_grid(self.predictor(model), self.eval_dataset, path)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # processes other than the first push nothing
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -246,11 +257,11 @@ class SegmentationTrainer(Trainer):
             return None
         return publish_model(
             self.args.output_dir,
-            self.hub_model_id,
+            str(self.hub_model_id),
             private=private if private is not None else self.args.hub_private_repo,
             revision=revision or self.args.hub_revision,
             token=token,
-            commit_message=commit_message,
+            commit_message=commit_message or "End of training",
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -294,7 +305,7 @@ class SegmentationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.average is not None:
+        if self.average is not None and self.state.best_model_checkpoint is not None:
             self.average.load(self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

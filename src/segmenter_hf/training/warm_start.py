@@ -9,14 +9,14 @@ differs; what a model computes does not.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import PreTrainedModel
 
 from ..models.modeling_segmenter import SegmenterLinearDecoder, SegmenterMaskTransformerDecoder
-from ..models.modeling_vit_encoder import pad_to_patches
+from ..models.modeling_vit_encoder import VitEncoderPreTrainedModel, pad_to_patches
 from ..models.sliding_window import with_background
 
 
@@ -46,12 +46,12 @@ class LinearProbe:
 
 
 def warm_start_decoder(
-    model: PreTrainedModel, dataset: Dataset, *, num_crops: int = 256, batch_size: int = 8, seed: int = 0
+    model: VitEncoderPreTrainedModel, dataset: Dataset, *, num_crops: int = 256, batch_size: int = 8, seed: int = 0
 ) -> LinearProbe:
     """Fit a linear probe to tokens of the encoder, and make the decoder of it.
 
     Args:
-        model (`PreTrainedModel`): A Segmenter with either decoder, which is changed.
+        model (`VitEncoderPreTrainedModel`): A Segmenter with either decoder, which is changed.
         dataset (`Dataset`): A [`TrainDataset`] or a stream of its crops.
         num_crops (`int`, defaults to 256): Crops whose tokens the probe is fitted to.
         batch_size (`int`, defaults to 8): Crops at once through the model.
@@ -89,10 +89,11 @@ def choose_crops(dataset: Dataset, num_crops: int, generator: torch.Generator) -
                 return
             yield example
         return
+    num_rows = len(dataset)  # type: ignore[arg-type]  # a dataset that is no stream has a length
     for number in range(num_crops):
-        epoch, place = divmod(number, len(dataset))
+        epoch, place = divmod(number, num_rows)
         if place == 0:
-            order = torch.randperm(len(dataset), generator=generator).tolist()
+            order = torch.randperm(num_rows, generator=generator).tolist()
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(epoch)
         yield dataset[order[place]]
@@ -102,7 +103,7 @@ def choose_crops(dataset: Dataset, num_crops: int, generator: torch.Generator) -
 
 @torch.no_grad()
 def collect_tokens(
-    model: PreTrainedModel, dataset: Dataset, num_crops: int, batch_size: int, generator: torch.Generator
+    model: VitEncoderPreTrainedModel, dataset: Dataset, num_crops: int, batch_size: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the decoder sees of some crops, and the classes of the pixels of each patch.
 
@@ -111,14 +112,17 @@ def collect_tokens(
         the CPU; at most `MAX_TOKENS`, and only those with a pixel of a class.
     """
     seen: list[torch.Tensor] = []
-    hook = model.decode_head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    hook = model.get_submodule("decode_head").register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[0])
+    )
     was_training, config = model.training, model.config
     num_classes = max(config.num_labels, 2)
     model.eval()
-    tokens, counts = [], []
+    tokens_of_batches: list[torch.Tensor] = []
+    counts_of_batches: list[torch.Tensor] = []
     crops = list(choose_crops(dataset, num_crops, generator))
     try:
-        for batch in DataLoader(crops, batch_size, generator=generator):
+        for batch in DataLoader(cast("Dataset[dict[str, torch.Tensor]]", crops), batch_size, generator=generator):
             model(pixel_values=batch["pixel_values"].to(model.device))
             of_patches = count_classes(
                 batch["labels"],
@@ -129,12 +133,12 @@ def collect_tokens(
             )
             features = seen.pop().float().cpu().flatten(0, 1)
             kept = of_patches.sum(1) > 0
-            tokens.append(features[kept])
-            counts.append(of_patches[kept])
+            tokens_of_batches.append(features[kept])
+            counts_of_batches.append(of_patches[kept])
     finally:
         hook.remove()
         model.train(was_training)
-    tokens, counts = torch.cat(tokens), torch.cat(counts)
+    tokens, counts = torch.cat(tokens_of_batches), torch.cat(counts_of_batches)
     if not len(tokens):
         raise ValueError(f"No pixel of {len(crops)} crops has a class: the decoder cannot start from a linear probe.")
     if len(tokens) > MAX_TOKENS:
@@ -234,7 +238,8 @@ def fill_mask_transformer(head: SegmenterMaskTransformerDecoder, probe: LinearPr
     rows = rows * (width**0.5 / rows.norm(dim=1).mean().clamp(min=1e-12))
     head.class_embeddings.copy_(rows[None])
     for layer in head.layers:
-        for projection in (layer.attention.o_proj, layer.mlp.fc2):
+        for path in ("attention.o_proj", "mlp.fc2"):
+            projection = cast(nn.Linear, layer.get_submodule(path))
             projection.weight.mul_(BRANCH_SCALE)
             projection.bias.zero_()
     for norm in (head.layernorm,):
