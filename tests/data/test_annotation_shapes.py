@@ -78,9 +78,9 @@ def test_a_file_of_coco_is_read_once(write, tmp_path, monkeypatch) -> None:
     write(tmp_path)
     read, times = annotation_files.read_json, {}
 
-    def counted(path):
+    def counted(path, *args):
         times[path.name, path.parent.name] = times.get((path.name, path.parent.name), 0) + 1
-        return read(path)
+        return read(path, *args)
 
     monkeypatch.setattr(annotation_files, "read_json", counted)
     load_segmentation_datasets(str(tmp_path))
