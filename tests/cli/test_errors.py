@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from segmenter_hf.cli.errors import TRACEBACK_VARIABLE, cli_main
+from segmenter_hf.cli.train import main as train
 from segmenter_hf.utils.atomic_files import atomic_directory, atomic_write
+from segmenter_hf.utils.markdown import markdown_cell
+from segmenter_hf.utils.messages import one_line
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,57 @@ def test_a_signal_drops_what_is_not_finished_and_ends_with_a_line(
     assert capsys.readouterr().err == line
     assert [path.name for path in tmp_path.iterdir()] == ["done.txt"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def ending(error: BaseException) -> str:
+    @cli_main
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return str(ended.value.code)
+
+
+def test_errors_of_the_system_name_the_file_first(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
+    assert (
+        ending(FileNotFoundError(2, "No such file or directory", "a.png")) == "error: a.png: no such file or directory"
+    )
+    assert ending(OSError("as it is")) == "error: as it is"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file or directory"),
+        ("folder", "is a directory"),
+        (b"", "it is empty"),
+        (bytes(range(256)), "it is not text in UTF-8"),
+        (b"[" * 100_000, "maximum recursion depth exceeded"),
+        (b"[]", "expected a JSON object, got []."),
+    ],
+)
+def test_a_file_of_arguments_that_is_none_is_named_in_a_line(content, said, tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
+    path = tmp_path / "arguments.json"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        train([str(path), "--output_dir", str(tmp_path / "out")])
+    message = str(ended.value.code)
+    assert message.startswith(f"error: {path}: ") and said in message and "\n" not in message
+
+
+CONTROL = "a\x1b[31m\x00\u202eb\r"
+
+
+def test_no_control_characters_reach_terminals_and_cards(monkeypatch) -> None:
+    monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
+    escaped = r"a\x1b[31m\x00\u202eb"
+    assert ending(ValueError(f"the class {CONTROL}")) == rf"error: the class {escaped}\r"
+    assert one_line(CONTROL) == escaped
+    assert markdown_cell(CONTROL) == escaped.replace("\\", r"\\")
+    assert one_line("grün, 木, नमस्ते") == "grün, 木, नमस्ते"

@@ -150,3 +150,16 @@ def test_a_damaged_scene_does_not_stop_the_others(folder) -> None:
     with pytest.raises(SystemExit, match=r"1 of 2 images cannot be read, the others are done:(.|\n)*a.tif"):
         main(["predict", *given, "--output_dir", str(folder / "out"), "--full_resolution"])
     assert (folder / "out" / "b.tif").is_file() and not (folder / "out" / "a.tif").exists()
+
+
+def test_a_small_file_of_too_many_pixels_is_refused_by_its_header(folder, monkeypatch) -> None:
+    profile = {"driver": "GTiff", "count": 4, "dtype": "uint16", "height": 32769, "width": 65536, "crs": "EPSG:32633"}
+    with rasterio.open(
+        folder / "scene.tif", "w", tiled=True, blockxsize=8192, blockysize=8192, sparse_ok=True, **profile
+    ):
+        pass  # one row more than 2^31 pixels; nothing is stored
+    assert (folder / "scene.tif").stat().st_size < 2**20
+    monkeypatch.setattr(SceneWindows, "pixel_values", lambda *args: pytest.fail("the scene was read"))
+    with pytest.raises(SystemExit, match="at most 2147483648 pixels, got 65536 x 32769"):
+        predict(folder, "--full_resolution")
+    assert not list((folder / "out").glob("**/*.tif"))

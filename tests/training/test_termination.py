@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from segmenter_hf.cli.train import describe_resumption, main, parse_training_arguments
+from segmenter_hf.training.checkpoints import last_checkpoint
 from segmenter_hf.training.run import train_segmenter
 from segmenter_hf.training.termination import EVALUATION_DUE, TrainingTerminated
 from segmenter_hf.training.trainer import SegmentationTrainer
@@ -148,3 +151,29 @@ def test_the_line_names_the_options_that_would_not_resume(tmp_path) -> None:
     assert describe_resumption(terminated, arguments) == (
         "terminated: step 3 is saved in out/checkpoint-3; run the same command without `--overwrite_output_dir` to resume"
     )
+
+
+class Hostile:
+    """Its pickle makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_was_tampered_with_runs_nothing(undisturbed, tmp_path, name) -> None:
+    run_dir, mark = tmp_path / "run", tmp_path / "was_run"
+    run_dir.mkdir()
+    shutil.copyfile(undisturbed / "recipe.json", run_dir / "recipe.json")
+    found = last_checkpoint(undisturbed)
+    assert found is not None
+    shutil.copytree(found, run_dir / "checkpoint-4")
+    state = json.loads((run_dir / "checkpoint-4" / "trainer_state.json").read_text())
+    (run_dir / "checkpoint-4" / "trainer_state.json").write_text(json.dumps({**state, "global_step": 4}))
+    torch.save({"state": Hostile(mark)}, run_dir / "checkpoint-4" / name)
+    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights only"):
+        train_segmenter(*parse_training_arguments(words(str(run_dir))))
+    assert not mark.exists()

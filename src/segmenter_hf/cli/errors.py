@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from ..utils.messages import describe_os_error, printable
+
 
 TRACEBACK_VARIABLE = "SEGMENTER_HF_TRACEBACK"  # set to anything, it brings the traceback back
 KNOWN_OPTIONS: ContextVar[frozenset[str]] = ContextVar(
@@ -57,7 +59,7 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
         except _user_errors() as error:
             if os.environ.get(TRACEBACK_VARIABLE):
                 raise
-            message = f"error: {name_options(str(error)) or type(error).__name__}"
+            message = describe_error(error)
             if not isinstance(error, UsageError):
                 raise SystemExit(message) from error
             print(message, file=sys.stderr)
@@ -94,6 +96,13 @@ def _user_errors() -> tuple[type[BaseException], ...]:
     """Return the errors of users, and those of the Hub's client where it is loaded: a connection that fails is no bug."""
     hub_errors = sys.modules.get("huggingface_hub.errors")
     return USER_ERRORS if hub_errors is None else (*USER_ERRORS, hub_errors.HTTPError)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the line for an error: with the options of the command, and without characters that a terminal would act on."""
+    said = describe_os_error(error) if isinstance(error, OSError) else str(error)
+    lines = "\n".join(map(printable, name_options(said).split("\n")))
+    return f"error: {lines or type(error).__name__}"
 
 
 def name_options(message: str) -> str:

@@ -89,6 +89,8 @@ def _coco_file_split(root: Path, name: str | None, file: Path, content: dict[str
         for category in content["categories"]
     }
     entries = {_entry(image, "id", int, f"{file}: image"): image for image in content["images"]}
+    if len(entries) < len(content["images"]):
+        raise ValueError(f"{file}: expected an `id` of its own for each image, got several with the same one.")
     names = {number: _entry(image, "file_name", str, f"{file}: image {number}") for number, image in entries.items()}
     folder = _coco_image_folder(root, name, file, next(iter(names.values()), ""))
     images = {number: path_inside(root, folder, each.replace("\\", "/"), str(file)) for number, each in names.items()}

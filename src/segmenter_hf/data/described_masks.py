@@ -20,6 +20,7 @@ from .label_sets import LabelSet
 
 BACKGROUND_NAMES = ("background", "_background_")
 MAX_PIXELS = 2 * 89_478_485  # what Pillow refuses by itself
+MAX_OUTLINE = 4_000_000  # pixels along a polygon; pycocotools allocates 5 points for each, and crashes where it cannot
 LINE_WIDTH, POINT_RADIUS = 10, 5  # pixels, as labelme draws lines and points
 
 
@@ -151,6 +152,7 @@ def _coco_run_length(shape: dict[str, Any], height: int, width: int, name: str) 
                     f"{name}: expected polygons of three or more points x, y, got {len(polygon)} numbers."
                 )
             _check_coordinates(polygon, height, width, name)
+            _check_outline(polygon, name)
         if not polygons:
             raise ValueError(f"{name}: expected a polygon, got none.")
         return draw.merge(
@@ -193,10 +195,18 @@ def decode_counts(text: str, name: str) -> list[int]:
 def _check_coordinates(values: Sequence[Any], height: int, width: int, name: str) -> None:
     """Coordinates may lie somewhat outside, but not so far that drawing them would never end."""
     limit = 2 * max(height, width)
-    if not all(isinstance(v, (int, float)) and math.isfinite(v) and abs(v) <= limit for v in values):
+    if not all(isinstance(v, (int, float)) and abs(v) <= limit for v in values):  # neither NaN nor infinity is
         raise ValueError(
             f"{name}: expected coordinates in pixels of an image of {height} x {width}, got {values!r:.100}."
         )
+
+
+def _check_outline(polygon: Sequence[float], name: str) -> None:
+    """A polygon that runs to and fro without end would fill the memory."""
+    corners = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+    length = np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1).sum()
+    if length > MAX_OUTLINE:
+        raise ValueError(f"{name}: expected polygons of at most {MAX_OUTLINE} pixels around, got {length:.0f}.")
 
 
 # labelme

@@ -46,7 +46,8 @@ def build_model_and_processor(
     pixels = _processor_fields(model_args, data_args, label_set)
     if model_args.model_name_or_path is not None:
         model = _load_model(model_args.model_name_or_path, model_args, labels, chosen)
-        processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path, **pixels)
+        with translate_loading_errors(model_args.model_name_or_path):
+            processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path, **pixels)
         return model, _with_channels(processor, model.config.num_channels)
     config = _new_config(model_args, data_args.crop_size, labels, chosen)
     model = AutoModelForSemanticSegmentation.from_config(config, attn_implementation=model_args.attn_implementation)

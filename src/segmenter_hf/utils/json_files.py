@@ -6,6 +6,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from .messages import one_line
+
 
 MAX_JSON_BYTES = 1 << 24  # a configuration with the names of 21,000 classes
 
@@ -44,9 +46,14 @@ def parse_json(content: str | bytes, where: str | os.PathLike) -> Any:
         ValueError: If it is no JSON or nested too deep.
     """
     try:
-        return json.loads(content.decode("utf-8-sig") if isinstance(content, bytes) else content)
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: expected JSON, got something else: it is not text in UTF-8") from error
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: expected JSON, got something else: {error}") from error
+        said = one_line(error) if text.strip() else "it is empty"
+        raise ValueError(f"{where}: expected JSON, got something else: {said}") from error
 
 
 def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
