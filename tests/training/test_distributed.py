@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from segmenter_hf.cli.train import parse_training_arguments
 from segmenter_hf.data.loading import load_segmentation_datasets
@@ -114,3 +115,31 @@ def test_two_processes_leave_one_whole_directory(runs) -> None:
 def test_a_shared_out_model_is_evaluated_whole() -> None:
     printed = launch("-m", "tests.run_sharded")
     assert "equal in process 0" in printed and "equal in process 1" in printed
+
+
+TOOLS = {
+    "warm start, average and layer decay": [
+        *("--decoder_warm_start", "linear_probe", "--warm_start_crops", "8"),
+        *("--ema_decay", "0.9", "--layer_decay", "0.8"),
+    ],
+    "updates of low rank": ["--lora_rank", "2", "--ema_decay", "0.9"],
+    "kept features": ["--freeze_encoder", "true", "--cache_feature_epochs", "2", "--ema_decay", "0.9"],
+}
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_tools_of_fine_tuning_train_in_two_processes_as_in_one(name, tmp_path) -> None:
+    if "--lora_rank" in TOOLS[name]:
+        pytest.importorskip("peft")
+    more = [*MORE[:-2], *TOOLS[name]]
+    launch("-m", "tests.run_training", str(tmp_path / "two"), *more)
+    train_segmenter(*parse_training_arguments(words(str(tmp_path / "one"), *more)))
+    whole, parts = history(tmp_path / "one", "loss"), history(tmp_path / "two", "loss")
+    assert len(whole) == 6 and len(set(whole)) == 6
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-4)
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:  # averaged, merged, as they are saved
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=2e-3, msg=lambda text, key=key: f"{key}: {text}")
+    best, other = (history(tmp_path / folder, "eval_overall_accuracy") for folder in ("one", "two"))
+    np.testing.assert_allclose(best, other, rtol=0, atol=2e-3)
