@@ -2,9 +2,10 @@
 
 import colorsys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers.utils import cached_file
@@ -205,7 +206,9 @@ def fill_colors(colors: Sequence[tuple[int, int, int] | None]) -> tuple[tuple[in
     return tuple(tuple(palette[i]) if color is None else color for i, color in enumerate(colors))
 
 
-def get_model_label_set(name_or_path: str | Path, id2label: dict[int, str], revision: str | None = None) -> LabelSet:
+def get_model_label_set(
+    name_or_path: str | Path, id2label: Mapping[Any, str], revision: str | None = None
+) -> LabelSet:
     """Find the label set that a model was trained with.
 
     Args:

@@ -21,7 +21,7 @@ from ..utils.processes import process_state
 from .metrics import ConfusionMatrix, confusion_matrix, scores_from_confusion_matrix
 
 
-class EvaluationDataset(Dataset):
+class EvaluationDataset(Dataset[dict[str, Any]]):
     """Decoded rows of a dataset: an image and its mask of class ids, at the original size.
 
     Args:
@@ -144,10 +144,12 @@ def count_pixels(
     """
     label_set = predictor.label_set
     items = (((index, example["labels"]), example["image"]) for index in indices for example in [examples[index]])
-    for (index, labels), class_map, _, error in predictor.stream(items):
-        if error is not None:
-            raise error
-        yield index, confusion_matrix(class_map.cpu(), labels, label_set.num_labels, label_set.ignore_index)
+    for result in predictor.stream(items):
+        index, labels = result.key
+        yield (
+            index,
+            confusion_matrix(result.known_class_map().cpu(), labels, label_set.num_labels, label_set.ignore_index),
+        )
 
 
 def save_prediction_grid(
@@ -161,9 +163,11 @@ def save_prediction_grid(
         path (`str` or `Path`): The image file to write.
         indices (`Sequence[int]`, defaults to the first 4): Which images; those beyond the end are left out.
     """
+    shown = [examples[index] for index in indices if index < len(examples)]
     rows = []
-    for example in (examples[index] for index in indices if index < len(examples)):
-        rows.append((preview(example["image"]), example["labels"], predictor(example["image"]).class_map.cpu()))
+    for example in shown:
+        (result,) = predictor.stream([(None, example["image"])])
+        rows.append((preview(example["image"]), example["labels"], result.known_class_map().cpu()))
     label_set = predictor.label_set
     grid = prediction_grid(rows, label_set.palette, label_set.id2label, ignore_index=label_set.ignore_index)
     with atomic_write(path) as temporary:

@@ -1,7 +1,7 @@
 """Mean intersection over union from streamed integer counts, plain and as a metric of the `evaluate` library."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import evaluate
@@ -74,7 +74,7 @@ def confusion_matrix(
         if 0 <= ignore_index < 256:
             counts[ignore_index] = 0
         if counts[num_labels:].any():
-            wrong = counts[num_labels:].any(1).nonzero()[0] + num_labels
+            wrong = np.flatnonzero(counts[num_labels:].any(1)) + num_labels
             raise _wrong_references(wrong, num_labels, ignore_index)
         return counts[:num_labels]
 
@@ -179,7 +179,7 @@ class ConfusionMatrix:
             ValueError: If the numbers of maps differ, and as [`confusion_matrix`]; the counts are then unchanged.
         """
         if not isinstance(predictions, (list, tuple)):
-            predictions, references = [predictions], [references]
+            predictions, references = [cast(LabelMap, predictions)], [cast(LabelMap, references)]
         if len(predictions) != len(references):
             raise ValueError(
                 f"predictions and references must be as many maps, got {len(predictions)} and {len(references)}."
@@ -213,7 +213,7 @@ class ConfusionMatrix:
         return scores_from_confusion_matrix(self.matrix)
 
 
-class MeanIoU(evaluate.Metric):
+class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate has no annotations
     """[`ConfusionMatrix`] as a metric of the `evaluate` library, which counts maps instead of storing them.
 
     ```python

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.label_sets import LABEL_SET_FILE, LabelSet
 from ..inference.model_loading import load_model
 from ..inference.runtimes import EXPORT_FIELD
+from ..models.image_processing_segmenter import AnyImageProcessor
 from ..models.sliding_window import merge_windows
 from ..utils.atomic_files import atomic_directory, check_replaceable, write_json
 from ..utils.versions import require_version
@@ -33,8 +34,11 @@ from .quantization import calibration_windows
 ONNX_FOLDER = "onnx"
 EXAMPLE_FILE = "run_onnx.py"
 OPENVINO_FOLDER = "openvino"
-FILES = (ONNX_FOLDER, OPENVINO_FOLDER, "config.json", "preprocessor_config.json", LABEL_SET_FILE, EXAMPLE_FILE)
-FILES += ("model.onnx", "model.onnx.data")  # of exports by earlier versions
+EARLIER_FILES = ("model.onnx", "model.onnx.data")
+FILES = (
+    *(ONNX_FOLDER, OPENVINO_FOLDER, "config.json", "preprocessor_config.json", LABEL_SET_FILE, EXAMPLE_FILE),
+    *EARLIER_FILES,
+)
 # Float32 in another order of summation; of the largest logit. A wrong operator is further off by far.
 TOLERANCE = 1e-4
 LEAST_AGREEMENT = 0.999  # of the pixels of a label map, for float32
@@ -117,6 +121,8 @@ def write_onnx(model: PreTrainedModel, path: Path, opset: int | None = None) -> 
         opset_version=opset,
         verbose=False,
     )
+    if program is None:
+        raise RuntimeError("torch.onnx.export gave no program, although one was asked for with `dynamo=True`.")
     written = program.model.opset_imports[""]
     if opset not in (None, written):
         raise ValueError(f"torch cannot export this model for opset {opset}: it gave opset {written}. Use that one.")
@@ -163,7 +169,7 @@ def compare_with_model(model: PreTrainedModel, path: Path) -> dict[Shape, float]
     return differences
 
 
-def compare_label_maps(model: PreTrainedModel, processor: BaseImageProcessor, path: Path) -> float:
+def compare_label_maps(model: PreTrainedModel, processor: AnyImageProcessor, path: Path) -> float:
     """Segment an image with a model and with a file of its export in onnxruntime: see `label_map_agreement`.
 
     Args:
@@ -187,7 +193,7 @@ def compare_label_maps(model: PreTrainedModel, processor: BaseImageProcessor, pa
 
 @torch.no_grad()
 def label_map_agreement(
-    model: PreTrainedModel, processor: BaseImageProcessor, run: Callable[[torch.Tensor], torch.Tensor], name: str
+    model: PreTrainedModel, processor: AnyImageProcessor, run: Callable[[torch.Tensor], torch.Tensor], name: str
 ) -> float:
     """Segment an image of random blocks with a model and with its export, by the whole protocol at a single scale.
 
@@ -206,7 +212,8 @@ def label_map_agreement(
     height, width = CHECKED_IMAGE_SIZE
     blocks = np.random.default_rng(0).integers(0, 256, (height // 10, width // 10, model.config.num_channels))
     image = np.kron(blocks, np.ones((10, 10, 1))).astype(np.uint8)
-    inputs = processor(image, input_data_format="channels_last", scales=[1.0], do_flip=False)
+    arguments: dict[str, Any] = {"input_data_format": "channels_last", "scales": [1.0], "do_flip": False}
+    inputs = processor(image, **arguments)
     expected, found = [], []
     for pixel_values in inputs["pixel_values"].split(WINDOWS_AT_ONCE):
         expected.append(model(pixel_values=pixel_values).logits)
@@ -227,7 +234,7 @@ def label_map_agreement(
 
 def write_all_dtypes(
     model: PreTrainedModel,
-    processor: BaseImageProcessor,
+    processor: AnyImageProcessor,
     folder: Path,
     dtypes: Sequence[str],
     opset: int | None,
@@ -271,7 +278,7 @@ def check_agreement(share: float) -> None:
         )
 
 
-def fields_of(part: PreTrainedConfig | BaseImageProcessor) -> dict[str, Any]:
+def fields_of(part: PreTrainedConfig | AnyImageProcessor) -> dict[str, Any]:
     """What its JSON file holds, without the names of code files, for they are not beside an exported model."""
     fields = json.loads(part.to_json_string())
     for name in ("auto_map", "custom_pipelines"):
@@ -295,7 +302,7 @@ def check_export_directory(directory: Path, overwrite: bool) -> None:
 
 def load_for_export(
     model_name_or_path: str | Path, output_dir: Path, overwrite: bool
-) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:
+) -> tuple[PreTrainedModel, AnyImageProcessor, LabelSet]:
     """Load a model after checking that it can be exported to a directory.
 
     Raises:
@@ -323,7 +330,7 @@ def load_for_export(
 
 def write_companions(
     model: PreTrainedModel,
-    processor: BaseImageProcessor,
+    processor: AnyImageProcessor,
     label_set: LabelSet,
     directory: Path,
     fields: dict[str, Any],
@@ -375,7 +382,7 @@ def export_onnx(
         )
     output_dir = Path(output_dir)
     model, processor, label_set = load_for_export(model_name_or_path, output_dir, overwrite)
-    windows = calibration_windows(processor, calibration_images) if "static" in dtypes else None
+    windows = calibration_windows(processor, calibration_images or "") if "static" in dtypes else None
     with atomic_directory(output_dir.absolute()) as temporary:
         folder = temporary / ONNX_FOLDER
         opset, differences, agreements = write_all_dtypes(model, processor, folder, dtypes, opset, windows)

@@ -1,14 +1,16 @@
 """Export for OpenVINO, and one function for exports to any runtime."""
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..inference.runtimes import EXPORT_FIELD, RUNTIME_FILES, load_openvino
+from ..inference.runtimes import EXPORT_FIELD, RUNTIME_FILES, RunFunction, load_openvino
+from ..models.image_processing_segmenter import AnyImageProcessor
 from ..utils.atomic_files import atomic_directory
 from .dtypes import PRECISION_DTYPES
 from .onnx import (
@@ -96,7 +98,7 @@ def _export_openvino(
     if "int8" in precisions and calibration_images is None:
         raise ValueError("'int8' needs `calibration_images`, a folder of images as the model will see.")
     model, processor, label_set = load_for_export(model_name_or_path, output_dir, overwrite)
-    windows = calibration_windows(processor, calibration_images) if "int8" in precisions else None
+    windows = calibration_windows(processor, calibration_images or "") if "int8" in precisions else None
     with atomic_directory(output_dir.absolute()) as temporary:
         opset, differences, agreements = _write_openvino(model, processor, temporary, precisions, windows, opset)
         write_companions(model, processor, label_set, temporary, {EXPORT_FIELD: {"openvino": precisions}})
@@ -105,7 +107,7 @@ def _export_openvino(
 
 def _write_openvino(
     model: PreTrainedModel,
-    processor: BaseImageProcessor,
+    processor: AnyImageProcessor,
     directory: Path,
     precisions: list[str],
     windows: list[np.ndarray] | None,
@@ -129,10 +131,14 @@ def _write_openvino(
                 openvino.save_model(exported, path, compress_to_fp16=precision == "float16")
             run = load_openvino(path, model.config, precision)
             agreements[precision] = label_map_agreement(
-                model, processor, lambda pixels, run=run: torch.from_numpy(run(pixels.numpy())), path.name
+                model, processor, functools.partial(_run_on_tensor, run), path.name
             )
     check_agreement(agreements.get("float32", 1.0))
     return opset, differences, agreements
+
+
+def _run_on_tensor(run: RunFunction, pixels: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(run(pixels.numpy()))
 
 
 __all__ = ["export_model"]

@@ -60,7 +60,7 @@ def read_tiff(path: Path) -> np.ndarray:
     except ImportError as error:
         raise SystemExit(f"error: {path}: TIFF of this kind is read by tifffile: `pip install tifffile`.") from error
     with tifffile.TiffFile(path) as tiff:
-        page, series = tiff.pages[0], tiff.series[0]
+        page, series = tiff.pages.first, tiff.series[0]
         is_stack = page.samplesperpixel == 1 and series.ndim == 3  # a page for each channel
         values = series.asarray() if is_stack else page.asarray()
         is_first = is_stack or page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
@@ -139,9 +139,8 @@ def prepare(values: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
         values = (values - np.float32(settings["image_mean"])) / np.float32(settings["image_std"])
     shorter, window = min(height, width), settings["window_size"]
     if shorter < window:
-        values = resize(
-            values, *(window if side == shorter else int(side / shorter * window) for side in (height, width))
-        )
+        height, width = (window if side == shorter else int(side / shorter * window) for side in (height, width))
+        values = resize(values, height, width)
     return values
 
 
@@ -149,7 +148,8 @@ def segment(pixels: np.ndarray, session: onnxruntime.InferenceSession, settings:
     """The class ids (height, width) of the pixels of an image (height, width, channels)."""
     values, window, stride = prepare(pixels, settings), settings["window_size"], settings["window_stride"]
     height, width = values.shape[:2]
-    scores, count = None, np.zeros((height, width, 1), np.float32)
+    scores: np.ndarray | None = None
+    count = np.zeros((height, width, 1), np.float32)
     for top in starts(height, window, stride):
         for left in starts(width, window, stride):
             part = (slice(top, top + window), slice(left, left + window))
@@ -159,6 +159,8 @@ def segment(pixels: np.ndarray, session: onnxruntime.InferenceSession, settings:
                 scores = np.zeros((height, width, logits.shape[1]), np.float32)
             scores[part] += resize(logits[0].transpose(1, 2, 0), window, window)
             count[part] += 1
+    if scores is None:
+        raise ValueError("an image must have at least one window, got none.")
     scores /= count
     height, width = pixels.shape[:2]
     bands = [slice(first, first + 64) for first in range(0, height, 64)]  # rows of a large image, a few at a time

@@ -117,7 +117,10 @@ def read_card_facts(directory: str | Path) -> CardFacts:
         return CardFacts()
     content = read_json_object(path)
     try:
-        return CardFacts(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+        facts: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
+        }
+        return CardFacts(**facts)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected what training or publishing wrote, got {error}. Delete the file."
@@ -212,7 +215,7 @@ def write_model_card(
             if num_parameters >= 1e5
             else f"{num_parameters} parameters",
         ],
-        labels=list(config.id2label.values()),
+        labels=list((config.id2label or {}).values()),
         facts=facts,
         published=published,
     )
@@ -254,8 +257,9 @@ def write_published_model_cards(output_dir: str | Path) -> list[Path]:
 def results_table(results: Sequence[dict[str, Any]], published: PublishedModel | None = None) -> str:
     """Markdown table with a row for each split and protocol, in percent; what was not measured is empty."""
     rows = {}
-    for protocol, score in _published_scores(published).items():
-        rows[published.dataset, "validation", protocol] = {"published": f"{score:.2f}"}
+    if published is not None:
+        for protocol, score in _published_scores(published).items():
+            rows[published.dataset, "validation", protocol] = {"published": f"{score:.2f}"}
     for result in results:
         dataset, split, protocol = _result_key(result)
         if published is not None and result.get("label_set") == published.dataset:
@@ -316,7 +320,11 @@ def _with_published(facts: CardFacts, published: PublishedModel) -> CardFacts:
 
 def _model_index(results: Sequence[dict[str, Any]], published: PublishedModel | None) -> list[EvalResult]:
     """The measured mIoU; where there is none, the published one with its source. A share of 1."""
-    task = {"task_type": "image-segmentation", "task_name": "Semantic segmentation", "metric_type": "mean_iou"}
+    task: dict[str, Any] = {
+        "task_type": "image-segmentation",
+        "task_name": "Semantic segmentation",
+        "metric_type": "mean_iou",
+    }
     if published is not None and not results:
         return [
             EvalResult(

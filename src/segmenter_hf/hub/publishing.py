@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..data.label_sets import LABEL_SET_FILE, LabelSet, get_model_label_set, list_label_sets, load_label_set
 from ..data.loading import limited_split, load_segmentation_datasets, load_split
@@ -20,6 +20,7 @@ from ..evaluation.evaluate import EvaluationDataset, evaluate_segmentation, save
 from ..inference.model_loading import load_model_and_processor
 from ..inference.predictor import Predictor
 from ..inference.protocol import InferenceProtocol
+from ..models.image_processing_segmenter import AnyImageProcessor
 from ..utils.atomic_files import MODEL_FILES, atomic_directory, check_replaceable
 from ..utils.json_files import check_types, read_json_object
 from .model_card import SAMPLE_PICTURE, CardFacts, check_result, read_card_facts, recorded_result, write_model_card
@@ -209,11 +210,11 @@ def read_recorded_result(path: str | Path) -> dict[str, Any]:
     check_types(path, {"labels": content.get("labels")}, {"labels": list[str]})
     names = tuple(content.pop("labels"))
     label_set = next((name for name in list_label_sets() if load_label_set(name).labels == names), None)
-    kept = {name: content[name] for name in ("hub_dataset", "label_set") if name in content}
+    kept: dict[str, Any] = {name: content[name] for name in ("hub_dataset", "label_set") if name in content}
     return {**recorded_result(content, content["dataset"], content["split"], label_set), **kept}
 
 
-def _load_whole_model(directory: Path) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:
+def _load_whole_model(directory: Path) -> tuple[PreTrainedModel, AnyImageProcessor, LabelSet]:
     """The model, processor and label set of a directory that lacks nothing."""
     for names, remedy in (
         (["config.json"], "give the directory of a trained or converted model"),
@@ -226,7 +227,7 @@ def _load_whole_model(directory: Path) -> tuple[PreTrainedModel, BaseImageProces
         if not any((directory / name).is_file() for name in names):
             raise FileNotFoundError(f"{directory}: expected {' or '.join(names)} there, found none; {remedy}.")
     model, processor = load_model_and_processor(directory)
-    return model, processor, get_model_label_set(directory, model.config.id2label)
+    return model, processor, get_model_label_set(directory, model.config.id2label or {})
 
 
 def _push(
@@ -250,7 +251,9 @@ def _push(
         for path in api.list_repo_files(hub_model_id, revision=revision)
         if path not in files and any(fnmatch(path, pattern) for pattern in _OUTDATED)
     ]
-    operations = [CommitOperationDelete(path_in_repo=path) for path in outdated]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationDelete(path_in_repo=path) for path in outdated
+    ]
     operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
     return api.create_commit(hub_model_id, operations, commit_message=commit_message, revision=revision)
 

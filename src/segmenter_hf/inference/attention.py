@@ -7,7 +7,7 @@ of (heads, tokens, tokens) for every layer. They are the same whatever attention
 import threading
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_utils import ImageInput
 
+from ..models.configuration_vit_encoder import VitEncoderConfig
+from ..models.modeling_vit_encoder import VitEncoderLayer, VitEncoderModel
 from ..models.token_merging import MergedTokens
 from ..models.window_geometry import Window
 from .predictor import Predictor
@@ -52,6 +54,7 @@ def attention_rows(
     Raises:
         ValueError: If there is no such layer or token.
     """
+    encoder = cast(VitEncoderModel, model.base_model)
     attention = _layer(model, layer, decoder).attention
     thread = threading.get_ident()
     captured: list[tuple[torch.Tensor, Any]] = []
@@ -76,7 +79,9 @@ def attention_rows(
             hook.remove()
     ((tokens, rotary),) = captured
     merged = _merged_before(model, merges, layer, decoder)
-    sides = (0, model.config.num_labels) if decoder else (model.base_model.embeddings.num_prefix_tokens, 0)
+    sides = (
+        (0, cast(VitEncoderConfig, model.config).num_labels) if decoder else (encoder.embeddings.num_prefix_tokens, 0)
+    )
     num_tokens = tokens.shape[1] if merged is None else merged.source.shape[1] + sum(sides)
     if queries is not None and not all(-num_tokens <= query < num_tokens for query in queries):
         raise ValueError(f"`queries` must be tokens from 0 to {num_tokens - 1}, got {list(queries)}.")
@@ -88,7 +93,7 @@ def attention_rows(
         return (query @ key.transpose(2, 3) * attention.scaling).softmax(dim=-1)
     padding = nn.functional.pad(merged.sizes == 0, sides, value=False)
     scores = (query @ key.transpose(2, 3) * attention.scaling).masked_fill(padding[:, None, None], -torch.inf)
-    return merged.expand_attention(scores.softmax(dim=-1), *sides, queries=queries)
+    return merged.expand_attention(scores.softmax(dim=-1), sides[0], sides[1], queries=queries)
 
 
 def _merged_before(
@@ -124,7 +129,7 @@ def patch_attention(predictor: Predictor, image: ImageInput, point: tuple[int, i
     x, y = point
     if not (0 <= x < width and 0 <= y < height):
         raise ValueError(f"`point` must be (x, y) in an image of {width} x {height} pixels, got {point}.")
-    prefix = model.base_model.embeddings.num_prefix_tokens
+    prefix = cast(VitEncoderModel, model.base_model).embeddings.num_prefix_tokens
     query = prefix + int(y * rows / height) * columns + int(x * columns / width)
     probabilities = attention_rows(model, pixel_values, [query], layer)
     return probabilities[0, :, 0, prefix:].unflatten(-1, (rows, columns)).cpu().numpy()
@@ -147,8 +152,10 @@ def class_attention(predictor: Predictor, image: ImageInput, class_id: int, laye
     """
     model = _torch_model(predictor)
     pixel_values, (rows, columns), _ = _whole_image(predictor, image)
-    if not 0 <= class_id < model.config.num_labels:
-        raise ValueError(f"`class_id` must be from 0 to {model.config.num_labels - 1}, got {class_id}.")
+    if not 0 <= class_id < cast(VitEncoderConfig, model.config).num_labels:
+        raise ValueError(
+            f"`class_id` must be from 0 to {cast(VitEncoderConfig, model.config).num_labels - 1}, got {class_id}."
+        )
     probabilities = attention_rows(model, pixel_values, [rows * columns + class_id], layer, decoder=True)
     return probabilities[0, :, 0, : rows * columns].unflatten(-1, (rows, columns)).cpu().numpy()
 
@@ -220,16 +227,16 @@ def _whole_image(predictor: Predictor, image: ImageInput) -> tuple[torch.Tensor,
     return pixel_values, (rows, columns), (window.image_height, window.image_width)
 
 
-def _layer(model: PreTrainedModel, index: int, decoder: bool) -> nn.Module:
+def _layer(model: PreTrainedModel, index: int, decoder: bool) -> VitEncoderLayer:
     if decoder and not has_class_attention(model):
         raise ValueError(
             f"A decoder of type {model.config.decoder_type!r} has no class embeddings: class attention needs a Segmenter "
             "with the decoder 'mask_transformer'."
         )
-    layers = model.decode_head.layers if decoder else model.base_model.layers
+    layers = cast(nn.ModuleList, cast(nn.Module, model.decode_head if decoder else model.base_model).layers)
     if not -len(layers) <= index < len(layers):
         raise ValueError(f"`layer` must be from {-len(layers)} to {len(layers) - 1}, got {index}.")
-    return layers[index]
+    return cast(VitEncoderLayer, layers[index])
 
 
 __all__ = ["attention_picture", "attention_rows", "class_attention", "has_class_attention", "patch_attention"]

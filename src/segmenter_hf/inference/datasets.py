@@ -1,5 +1,6 @@
 """Label maps of whole datasets: streamed in, shared by processes, written in chunks that a later run need not do again."""
 
+import functools
 import io
 import itertools
 import re
@@ -193,15 +194,19 @@ def numbered_rows(dataset: AnyDataset) -> Iterator[Row]:
     if isinstance(dataset, datasets.Dataset):
         ids = dataset["id"] if "id" in dataset.column_names else itertools.repeat(None, len(dataset))
         for index, row_id in enumerate(ids):
-            yield Row(index, optional_text(row_id), lambda index=index: dataset[index]["image"])
+            yield Row(index, optional_text(row_id), functools.partial(_image_of, dataset, index))
     else:
         with translate_http_errors("The dataset"):
             yield from _streamed_rows(dataset)
 
 
+def _image_of(dataset: datasets.Dataset, index: int) -> Any:
+    return dataset[index]["image"]
+
+
 def _streamed_rows(dataset: datasets.IterableDataset) -> Iterator[Row]:
     for index, row in enumerate(dataset):
-        yield Row(index, optional_text(row.get("id")), lambda row=row: row["image"])
+        yield Row(index, optional_text(row.get("id")), functools.partial(row.__getitem__, "image"))
 
 
 def named_rows(rows: Iterable[Row]) -> Iterator[Row]:
@@ -386,7 +391,7 @@ def label_rows(
     predictor: Predictor,
     rows: Iterable[Row],
     failures: list[dict[str, Any]],
-    progress: tqdm,
+    progress: "tqdm[Any]",
     thresholds: np.ndarray | None = None,
 ) -> Iterator[tuple[Row, bytes, bytes]]:
     """Label rows one after the other.
@@ -410,7 +415,7 @@ def label_rows(
             failures.append({"index": row.index, "id": row.id, "reason": str(result.error)})
             continue
         buffer = io.BytesIO()
-        class_map = result.class_map.cpu().numpy()
+        class_map = result.known_class_map().cpu().numpy()
         if thresholds is not None:
             class_map = confident_classes(result, thresholds, label_set.ignore_index)
         label_map_image(class_map, label_set.palette).save(buffer, format="PNG")

@@ -238,7 +238,7 @@ def save_results(
         outputs (`Sequence[Path]`): The files to write.
         rule ([`ConfidenceRule`], *optional*): Which pixels keep their class; the result then has scores.
     """
-    label_set, class_map = predictor.label_set, result.class_map.cpu().numpy()
+    label_set, class_map = predictor.label_set, result.known_class_map().cpu().numpy()
     if rule is not None:
         label_set = pseudo_label_set(label_set)
         thresholds = np.full(label_set.num_labels, rule.min_confidence, np.float32)

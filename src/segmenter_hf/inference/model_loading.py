@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from huggingface_hub.errors import (
@@ -18,13 +18,13 @@ from safetensors import safe_open
 from transformers import (
     AutoImageProcessor,
     AutoModelForSemanticSegmentation,
-    BaseImageProcessor,
     PreTrainedModel,
 )
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
 from ..models.configuration_vit_encoder import VitEncoderConfig
+from ..models.image_processing_segmenter import AnyImageProcessor
 from ..utils.http import translate_http_errors
 from ..utils.messages import one_line
 from ..utils.processes import process_state
@@ -52,7 +52,7 @@ def load_model(
     compile: bool = False,
     token_merging: bool = False,
     patch_size: int | None = None,
-) -> tuple[PreTrainedModel, BaseImageProcessor, LabelSet]:
+) -> tuple[PreTrainedModel, AnyImageProcessor, LabelSet]:
     """Load a model with its image processor and label set: whole, finite, and of this package, or not at all.
 
     Args:
@@ -73,7 +73,7 @@ def load_model(
             up to whole patches.
 
     Returns:
-        `tuple[PreTrainedModel, BaseImageProcessor, LabelSet]`: The model in evaluation mode, and what belongs to it.
+        `tuple[PreTrainedModel, AnyImageProcessor, LabelSet]`: The model in evaluation mode, and what belongs to it.
 
     Raises:
         ImportError: If `int8` is wanted and torchao is missing.
@@ -92,12 +92,12 @@ def load_model(
         arguments["patch_size"] = patch_size
     model, processor = load_model_and_processor(name_or_path, revision, **arguments)
     if label_set is None:
-        found = get_model_label_set(name_or_path, model.config.id2label, revision)
+        found = get_model_label_set(name_or_path, model.config.id2label or {}, revision)
     else:
         found = load_label_set(label_set)
     found = found.with_background()
     check_label_set(model, found)
-    model = model.to(target_device).eval()
+    model = model.to(target_device).eval()  # type: ignore[arg-type]  # transformers wraps `to` without its `self`
     if token_merging:
         enable_token_merging(model.config)
     if compile and model.config.token_merging_layers:
@@ -134,7 +134,9 @@ def compile_network(model: PreTrainedModel) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return network(*args, **kwargs)
 
-    forward.__code__ = forward.__code__.replace(co_name=f"forward_of_model_{next(_compiled_models)}")
+    forward.__code__ = forward.__code__.replace(  # type: ignore[attr-defined]  # `wraps` is annotated as an object, and gives a function
+        co_name=f"forward_of_model_{next(_compiled_models)}"
+    )
     model.forward = torch.compile(forward, fullgraph=True)
 
 
@@ -147,8 +149,9 @@ def find_device(name: str | None) -> torch.device:
     if name is None:
         return process_state().device
     names = ["cpu"]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        kind = accelerator.type
         names += [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))]
     if name not in names:
         raise ValueError(f"`device` must be {' or '.join(names)} on this machine, got {name!r}.")
@@ -157,7 +160,7 @@ def find_device(name: str | None) -> torch.device:
 
 def load_model_and_processor(
     name_or_path: str | Path, revision: str | None = None, **kwargs: Any
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
+) -> tuple[PreTrainedModel, AnyImageProcessor]:
     """Load a semantic segmentation model of this package with its image processor, and none of its repository's code.
 
     Args:
@@ -166,7 +169,7 @@ def load_model_and_processor(
         kwargs: Further arguments of the model's `from_pretrained`.
 
     Returns:
-        `tuple[PreTrainedModel, BaseImageProcessor]`: The model and its image processor.
+        `tuple[PreTrainedModel, AnyImageProcessor]`: The model and its image processor.
 
     Raises:
         OSError: If there is no such model, or a file is missing.
@@ -197,7 +200,7 @@ def load_model_and_processor(
     return model, processor
 
 
-def with_patch_size(processor: BaseImageProcessor, patch_size: int) -> BaseImageProcessor:
+def with_patch_size(processor: AnyImageProcessor, patch_size: int) -> AnyImageProcessor:
     """The image processor for another patch size: windows, and strides as long as they, become whole patches.
 
     Args:
@@ -299,8 +302,9 @@ def check_weights(
 
 def stored_integers(name_or_path: str | Path, revision: str | None = None) -> set[str]:
     """The weights that the safetensors files of a model hold as integers; a loaded model has them as floats."""
-    folder, found = Path(cached_file(str(name_or_path), CONFIG_NAME, revision=revision or "main")).parent, set()
-    for path in folder.glob("model*.safetensors"):
+    config_file = cast(str, cached_file(str(name_or_path), CONFIG_NAME, revision=revision or "main"))
+    found: set[str] = set()
+    for path in Path(config_file).parent.glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
             found |= {key for key in file.keys() if "F" not in file.get_slice(key).get_dtype()}  # noqa: SIM118
     return found

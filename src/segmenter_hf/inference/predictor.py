@@ -5,15 +5,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..data.label_sets import LabelSet
+from ..models.configuration_vit_encoder import VitEncoderConfig
 from ..models.image_io import read_channels
+from ..models.image_processing_segmenter import AnyImageProcessor
 from ..models.image_windows import ImageWindows
 from ..models.sliding_window import WindowMerger
 from ..models.window_geometry import Window
@@ -24,7 +26,7 @@ from .runtimes import RuntimeNetwork, load_network
 
 CLASS_MAP_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
-InputImage = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
+InputImage = str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor
 
 
 class Segmentation(NamedTuple):
@@ -43,6 +45,19 @@ class Segmentation(NamedTuple):
     class_map: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     error: ValueError | None = None
+
+    def known_class_map(self) -> torch.Tensor:
+        """The class map of an image that was read.
+
+        Returns:
+            `torch.Tensor` of shape `(height, width)`: `class_map`.
+
+        Raises:
+            ValueError: If the image cannot be read: `error`.
+        """
+        if self.class_map is None:
+            raise self.error or ValueError(f"{self.key}: expected a class map, got none.")
+        return self.class_map
 
 
 class Predictor:
@@ -67,7 +82,7 @@ class Predictor:
     def __init__(
         self,
         model: PreTrainedModel | RuntimeNetwork,
-        processor: BaseImageProcessor,
+        processor: AnyImageProcessor,
         label_set: LabelSet,
         protocol: InferenceProtocol | None = None,
     ) -> None:
@@ -131,6 +146,11 @@ class Predictor:
         return type(self)(self.model, self.processor, self.label_set, protocol)
 
     @property
+    def config(self) -> VitEncoderConfig:
+        """The configuration of the model."""
+        return cast(VitEncoderConfig, self.model.config)
+
+    @property
     def runtime(self) -> str:
         """What runs the network: `"torch"`, `"onnxruntime"` or `"openvino"`."""
         return self.model.runtime if isinstance(self.model, RuntimeNetwork) else "torch"
@@ -149,7 +169,7 @@ class Predictor:
     @property
     def class_map_dtype(self) -> torch.dtype:
         """The smallest of the types `uint8` and `int32` that holds the classes."""
-        return torch.uint8 if self.model.config.num_labels <= 256 else torch.int32
+        return torch.uint8 if self.config.num_labels <= 256 else torch.int32
 
     @torch.no_grad()
     def compute_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -247,7 +267,7 @@ class Predictor:
             MemoryError: If the memory of the device or of this machine does not suffice; says what needs less.
             ValueError: If `dtype` cannot hold the classes.
         """
-        num_labels = self.model.config.num_labels
+        num_labels = self.config.num_labels
         if dtype not in CLASS_MAP_DTYPES or num_labels - 1 > torch.iinfo(dtype).max:
             raise ValueError(f"`dtype` must be an integer type that holds {num_labels} classes, got {dtype}.")
         batch = _WindowBatch(self, return_scores, dtype)

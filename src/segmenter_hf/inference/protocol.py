@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL.Image import Resampling
-from transformers import BaseImageProcessor
+
+from ..models.image_processing_segmenter import AnyImageProcessor
 
 
 MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -89,7 +90,7 @@ class InferenceProtocol:
         arguments: dict[str, Any] = {"scales": list(self.scales), "do_flip": self.flip}
         return {**arguments, "do_resize": False} if self.full_resolution else arguments
 
-    def describe(self, processor: BaseImageProcessor) -> dict[str, Any]:
+    def describe(self, processor: AnyImageProcessor) -> dict[str, Any]:
         """Describe what a number depends on besides model and data, to be saved beside it.
 
         Args:

@@ -7,7 +7,7 @@ operators but those that runtimes bring along, and is no larger than the network
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,12 +15,12 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForSemanticSegmentation,
-    BaseImageProcessor,
     PreTrainedConfig,
 )
 from transformers.utils import cached_file
 
 from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
+from ..models.image_processing_segmenter import AnyImageProcessor
 from .model_loading import REMEDY, check_label_set, translate_loading_errors
 
 
@@ -113,7 +113,7 @@ def load_network(
     label_set: str | None = None,
     device: str | None = None,
     revision: str | None = None,
-) -> tuple[RuntimeNetwork, BaseImageProcessor, LabelSet]:
+) -> tuple[RuntimeNetwork, AnyImageProcessor, LabelSet]:
     """Load an exported model for a runtime, with its image processor and label set, without weights of torch.
 
     Args:
@@ -125,7 +125,7 @@ def load_network(
         revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
 
     Returns:
-        `tuple[RuntimeNetwork, BaseImageProcessor, LabelSet]`: The network, and what belongs to it.
+        `tuple[RuntimeNetwork, AnyImageProcessor, LabelSet]`: The network, and what belongs to it.
 
     Raises:
         ImportError: If the runtime is not installed.
@@ -148,7 +148,9 @@ def load_network(
         load = load_onnx if runtime == "onnxruntime" else load_openvino
         run = load(path, config, precision)
     network = RuntimeNetwork(run, config, runtime, precision, name)
-    found = get_model_label_set(name, config.id2label, revision) if label_set is None else load_label_set(label_set)
+    found = (
+        get_model_label_set(name, config.id2label or {}, revision) if label_set is None else load_label_set(label_set)
+    )
     found = found.with_background()
     check_label_set(network, found)
     return network, processor, found
@@ -185,7 +187,7 @@ def find_model_file(name: str, file: str, revision: str | None) -> Path:
         OSError: If it is missing.
         ValueError: If it leads out of the directory.
     """
-    path = Path(cached_file(name, file, revision=revision or "main"))
+    path = Path(cast(str, cached_file(name, file, revision=revision or "main")))
     weights = f"{file.removesuffix('.xml')}.bin" if file.endswith(".xml") else f"{file}_data"
     cached_file(name, weights, revision=revision or "main", _raise_exceptions_for_missing_entries=False)
     for found in (path, path.parent / Path(weights).name) if Path(name).is_dir() else ():

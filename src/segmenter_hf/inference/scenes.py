@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BaseImageProcessor
 
 from ..models.image_io import scale_values
+from ..models.image_processing_segmenter import AnyImageProcessor
 from ..models.image_windows import ImageWindows, Normalization
 from ..models.window_geometry import Window, window_corners
 from ..utils.atomic_files import atomic_write
@@ -72,7 +72,7 @@ class SceneWindows(ImageWindows):
         ValueError: If the scene has other channels than the model, too many pixels, or is smaller than a window.
     """
 
-    def __init__(self, scene: Any, processor: BaseImageProcessor) -> None:
+    def __init__(self, scene: Any, processor: AnyImageProcessor) -> None:
         channels, size = processor.num_channels, processor.window_size
         if scene.count not in {channels, 1 if processor.do_convert_rgb else channels}:
             raise ValueError(
@@ -142,7 +142,7 @@ def predict_scene(predictor: Predictor, path: Path, output: Path, polygons: Path
             )
         windows = SceneWindows(scene, predictor.processor)
         (result,) = predictor.stream([(path, windows)], dtype=predictor.class_map_dtype)
-        class_map = result.class_map.cpu().numpy()
+        class_map = result.known_class_map().cpu().numpy()
         if class_map.dtype != np.uint8 or predictor.label_set.num_labels > NO_CLASS:
             class_map = class_map.astype(np.uint16)
         _leave_out_no_data(class_map, scene)

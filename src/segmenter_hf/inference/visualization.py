@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -241,9 +242,9 @@ def prediction_grid(
     has_truth = any(truth is not None for _, truth, _ in rows)
     titles = column_titles if has_truth else column_titles[::2]
     shown = [(truth, prediction) if has_truth else (prediction,) for _, truth, prediction in rows]
-    cells = [
-        [_thumbnail(_rgb(image), row_height)]
-        + [
+    images = [_thumbnail(_rgb(image), row_height) for image, _, _ in rows]
+    overlays = [
+        [
             segmentation
             if segmentation is None
             else _thumbnail(overlay(image, segmentation, palette, alpha=0.7, ignore_index=ignore_index), row_height)
@@ -252,11 +253,14 @@ def prediction_grid(
         for (image, _, _), of_row in zip(rows, shown)
     ]
     segmentations = [segmentation for of_row in shown for segmentation in of_row if segmentation is not None]
-    return _draw_grid(cells, segmentations, titles, palette, id2label, row_height, max_entries, ignore_index)
+    return _draw_grid(
+        images, overlays, segmentations, titles, palette, id2label, row_height, max_entries, ignore_index
+    )
 
 
 def _draw_grid(
-    cells: Sequence[Sequence[Image.Image | None]],
+    images: Sequence[Image.Image],
+    overlays: Sequence[Sequence[Image.Image | None]],
     segmentations: Sequence[Segmentation],
     titles: Sequence[str],
     palette: np.ndarray,
@@ -267,19 +271,19 @@ def _draw_grid(
 ) -> Image.Image:
     """Images of one height in rows and columns, with titles above and the legend of the segmentations below."""
     font = _font(row_height / 14)
-    gap, title_height = font.size // 2, 2 * font.size
-    column_width = max(pictures[0].width for pictures in cells)
+    gap, title_height = _em(font) // 2, 2 * _em(font)
+    column_width = max(image.width for image in images)
     width = gap + len(titles) * (column_width + gap)
     entries = _legend_entries(segmentations, id2label, palette, max_entries, ignore_index)
     legend = _legend_rows(entries, font, width)
-    height = title_height + len(cells) * (row_height + gap) + legend.height
+    height = title_height + len(images) * (row_height + gap) + legend.height
     canvas = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     centers = [gap + column * (column_width + gap) + column_width // 2 for column in range(len(titles))]
     for center, title in zip(centers, titles):
         title = _shorten(title, font, column_width)
         draw.text((center, title_height // 2), title, fill=_TEXT, font=font, anchor="mm")
-    for row, pictures in enumerate(cells):
+    for row, pictures in enumerate([image, *of_image] for image, of_image in zip(images, overlays)):
         top = title_height + row * (row_height + gap)
         for center, picture in zip(centers, pictures):
             if picture is None:
@@ -344,7 +348,7 @@ def picture_table(
         `PIL.Image.Image`: RGB picture.
     """
     font = _font(height / 14)
-    gap, line = font.size // 2, 2 * font.size
+    gap, line = _em(font) // 2, 2 * _em(font)
     cells = {title: [_thumbnail(picture, height) for picture in pictures] for title, pictures in rows.items()}
     column_width = max(picture.width for pictures in cells.values() for picture in pictures)
     row_titles = max(math.ceil(font.getlength(title)) for title in cells) + 2 * gap
@@ -459,8 +463,8 @@ def _check_sizes(picture: Image.Image, segmentation: np.ndarray) -> None:
 def _thumbnail(picture: Image.Image, height: int) -> Image.Image:
     """The picture at this height, or lower where it would be longer than four times that."""
     factor = min(height / picture.height, 4 * height / picture.width)
-    size = (max(1, round(side * factor)) for side in picture.size)
-    return picture.resize(tuple(size), Image.Resampling.LANCZOS)
+    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+    return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def _boundaries(ids: np.ndarray, thickness: int) -> np.ndarray:
@@ -489,7 +493,10 @@ def _legend_entries(
     if unnamed:
         raise ValueError(f"id2label must name every class that is present, got none for {unnamed[:10]}.")
     shares = counts / max(1, counts.sum())
-    entries = [(tuple(palette[i].tolist()), id2label[i], _percent(shares[i])) for i in present[:max_entries]]
+    entries: list[Entry] = []
+    for i in present[:max_entries]:
+        red, green, blue = palette[i].tolist()
+        entries.append(((red, green, blue), id2label[i], _percent(shares[i])))
     rest = present[max_entries:]
     if rest:
         entries.append((None, f"+ {len(rest)} more", _percent(shares[rest].sum())))
@@ -498,12 +505,12 @@ def _legend_entries(
 
 def _legend_column(entries: Sequence[Entry], font: ImageFont.FreeTypeFont) -> Image.Image:
     """Draws swatch, name and share of one class per line."""
-    line, swatch, padding = round(1.5 * font.size), font.size, font.size
-    names = [_shorten(name, font, 12 * font.size) for _, name, _ in entries]
+    line, swatch, padding = round(1.5 * _em(font)), _em(font), _em(font)
+    names = [_shorten(name, font, 12 * _em(font)) for _, name, _ in entries]
     name_width = max((math.ceil(font.getlength(name)) for name in names), default=0)
     share_width = max((math.ceil(font.getlength(share)) for _, _, share in entries), default=0)
     name_left = padding + swatch + swatch // 2
-    right = name_left + name_width + font.size + share_width
+    right = name_left + name_width + _em(font) + share_width
     panel = Image.new("RGB", (right + padding, 2 * padding + len(entries) * line), _BACKGROUND)
     draw = ImageDraw.Draw(panel)
     for i, (name, (color, _, share)) in enumerate(zip(names, entries)):
@@ -516,9 +523,9 @@ def _legend_column(entries: Sequence[Entry], font: ImageFont.FreeTypeFont) -> Im
 
 def _legend_rows(entries: Sequence[Entry], font: ImageFont.FreeTypeFont, width: int) -> Image.Image:
     """Draws swatch and name of the classes side by side, in columns, on as many lines as needed."""
-    line, swatch, padding = round(1.5 * font.size), font.size, font.size // 2
-    space = swatch + swatch // 2 + font.size
-    names = [_shorten(name, font, min(12 * font.size, width - 2 * padding - space)) for _, name, _ in entries]
+    line, swatch, padding = round(1.5 * _em(font)), _em(font), _em(font) // 2
+    space = swatch + swatch // 2 + _em(font)
+    names = [_shorten(name, font, min(12 * _em(font), width - 2 * padding - space)) for _, name, _ in entries]
     cell = space + max((math.ceil(font.getlength(name)) for name in names), default=0)
     columns = max(1, (width - 2 * padding) // cell)
     panel = Image.new("RGB", (width, 2 * padding + math.ceil(len(entries) / columns) * line), _BACKGROUND)
@@ -538,8 +545,13 @@ def _draw_swatch(
         draw.rounded_rectangle((left, top, left + size, top + size), radius=size // 5, fill=color, outline=_FAINT_TEXT)
 
 
+def _em(font: ImageFont.FreeTypeFont) -> int:
+    """The size of a font in pixels, which `_font` makes whole."""
+    return int(font.size)
+
+
 def _font(size: float) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=max(_SMALLEST_FONT, round(size)))
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=max(_SMALLEST_FONT, round(size))))
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

@@ -200,7 +200,7 @@ class _SegmenterImageProcessing(BaseImageProcessor):
     do_flip = False
     do_split_windows = True
     do_resize_to_window = False
-    value_range = None
+    value_range: tuple[float, float] | list[float] | None = None
     do_convert_rgb = True
     do_resize = True
     do_rescale = True
@@ -482,6 +482,9 @@ class SegmenterImageProcessor(_SegmenterImageProcessing, TorchvisionBackend):  #
 
 class SegmenterImageProcessorPil(_SegmenterImageProcessing, PilBackend):  # type: ignore[misc]
     r"""[`SegmenterImageProcessor`] without torchvision: the same arguments, and the same results to the bit."""
+
+
+AnyImageProcessor = SegmenterImageProcessor | SegmenterImageProcessorPil
 
 
 for _processor in (SegmenterImageProcessor, SegmenterImageProcessorPil):

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -625,7 +625,7 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If that is no size, or larger than the images.
         """
-        encoder = self.base_model
+        encoder = cast("VitEncoderModel", self.base_model)
         self.config.change_patch_size(patch_size)
         if encoder.config is not self.config:
             encoder.config.change_patch_size(patch_size)
