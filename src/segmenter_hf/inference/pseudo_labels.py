@@ -69,7 +69,10 @@ class ConfidenceRule:
 
 def confidences(result: Segmentation) -> tuple[np.ndarray, np.ndarray]:
     """The class of each pixel and its probability, both (height, width), of a result with scores."""
-    return result.class_map.cpu().numpy(), result.scores.amax(0).float().cpu().numpy()
+    class_map = result.known_class_map()
+    if result.scores is None:
+        raise ValueError("`result` must have scores, got none: segment the image with `return_scores=True`.")
+    return class_map.cpu().numpy(), result.scores.amax(0).float().cpu().numpy()
 
 
 def count_confidences(counts: np.ndarray, result: Segmentation) -> None:
