@@ -10,9 +10,11 @@ is a usual share for a ViT of this size. Nothing here is measured.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from ..conversion.pretrained import resolve_model
 from ..data.label_sets import load_label_set
+from ..models.configuration_vit_encoder import VitEncoderConfig
 from ..training.arguments import resolve_batch_size
 from ..training.estimates import estimate_training
 from ..training.recipes import resolve_training_arguments
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.model_name_or_path is not None:
         model_args.model_name_or_path = resolve_model(args.model_name_or_path, model_args.model_type)
     model, _ = build_model_and_processor(model_args, data_args, load_label_set(data_args.label_set or "scenes"))
-    total = training_args.total_batch_size
+    total = training_args.total_batch_size or training_args.effective_batch_size
     per_device, accumulation = resolve_batch_size(total, args.num_devices, args.per_device_train_batch_size)
     steps = training_args.max_steps
     if steps < 1:
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{args.recipe} counts epochs: give the number of images with --num_images.")
         steps = math.ceil(training_args.num_train_epochs * args.num_images / total)
     estimate = estimate_training(
-        model.config,
+        cast(VitEncoderConfig, model.config),
         data_args.crop_size,
         steps=steps,
         per_device_batch_size=per_device,

@@ -82,7 +82,7 @@ def palette(checkpoint: Checkpoint) -> tuple[tuple[int, int, int], ...]:
     colors = note(checkpoint, "palette")
     if not isinstance(colors, (tuple, list)) or not all(is_color(color) for color in colors):
         return ()
-    return tuple(tuple(color) for color in colors)
+    return tuple((red, green, blue) for red, green, blue in colors)
 
 
 def is_color(color: Any) -> bool:

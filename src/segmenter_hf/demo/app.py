@@ -9,7 +9,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,7 @@ from ..data.synthetic_scenes import draw_scene
 from ..inference.attention import class_attention, has_class_attention, patch_attention
 from ..inference.predictor import Predictor
 from ..inference.protocol import PAPER_PROTOCOLS
+from ..inference.pseudo_labels import confidences
 from ..inference.visualization import as_rgb, label_map_image
 from ..models.image_io import IMAGE_FORMATS, decode_image
 from ..training.recipes import read_arguments, resolve_training_arguments
@@ -298,9 +299,8 @@ def describe_segmentation(predictor: Predictor, picture: Image.Image) -> dict[st
         the numbers of layers with attention in the encoder and, for classes, in the decoder.
     """
     model, label_set = predictor.model, predictor.label_set
-    result = predictor(picture, return_scores=True)
-    segmentation = result.class_map.cpu().numpy()
-    confidence = result.scores.amax(dim=0).cpu().numpy()
+    (result,) = predictor.stream([(None, picture)], return_scores=True)
+    segmentation, confidence = confidences(result)
     label_map = label_map_image(segmentation, label_set.palette)
     areas = np.bincount(segmentation.ravel(), minlength=label_set.num_labels)
     return {
@@ -357,7 +357,7 @@ def describe_attention(
         raise refusal("This model is an exported one, which shows classes only.")
     try:
         if class_id is None:
-            attention = patch_attention(predictor, picture, (x, y), layer)
+            attention = patch_attention(predictor, picture, cast("tuple[int, int]", (x, y)), layer)
         else:
             attention = class_attention(predictor, picture, class_id, layer)
     except ValueError as error:

@@ -571,6 +571,7 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
     """What the models of both families have in common: abilities, recorded outputs, initialisation."""
 
     config: VitEncoderConfig
+    config_class: type[VitEncoderConfig]
     main_input_name = "pixel_values"
     input_modalities = ("image",)  # type: ignore[assignment]  # annotated as a list, and a tuple in all of transformers
     supports_gradient_checkpointing = True

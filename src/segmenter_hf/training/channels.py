@@ -90,7 +90,7 @@ def find_value_range(dataset: AnyDataset, processor: SegmenterImageProcessor) ->
     if ranges and None not in ranges:
         lows, highs = zip(*ranges)
         low, high = min(lows), max(highs)
-        processor.value_range = [low, high]  # type: ignore[assignment]  # the class has the default, which is None
+        processor.value_range = [low, high]
         logger.warning(
             "The image files say that their values are from %g to %g: that is the `value_range` now.", low, high
         )

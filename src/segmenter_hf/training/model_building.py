@@ -188,7 +188,8 @@ def parse_overrides(text: str, config: VitEncoderConfig) -> dict[str, Any]:
     Raises:
         ValueError: If an item is not `name=value` or names no field.
     """
-    overrides, known = {}, config.to_dict()
+    overrides: dict[str, Any] = {}
+    known = config.to_dict()
     annotations = {field.name: get_args(field.type) or (field.type,) for field in fields(config)}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, separator, value = item.partition("=")

@@ -3,7 +3,7 @@
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import set_seed
 
@@ -80,7 +80,9 @@ def _train(
     train_dataset = build_train_dataset(train_set, label_set, processor, data_args, training_args)
     if extra is not None:
         further = build_train_dataset(*extra, processor, data_args, training_args)
-        train_dataset = MixedTrainDataset(train_dataset, further, data_args.extra_weight)
+        train_dataset = MixedTrainDataset(
+            cast(TrainDataset, train_dataset), cast(TrainDataset, further), data_args.extra_weight
+        )
     trainer = SegmentationTrainer(
         model=model,
         args=training_args,
