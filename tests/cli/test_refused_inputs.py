@@ -154,7 +154,7 @@ REFUSED = {
     "metadata that is no JSON": (
         two_folders(lambda root: (root / "train" / "metadata.jsonl").write_text("{"), formats.metadata),
         (),
-        ("metadata.jsonl:1", "expected a line of JSON"),
+        ("metadata.jsonl:1", "expected JSON"),
     ),
     "metadata of files outside": (
         two_folders(

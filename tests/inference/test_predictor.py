@@ -175,7 +175,9 @@ def test_the_overlay_of_a_large_picture_is_reduced_and_its_label_map_is_not(
     image.save(tmp_path / "large.png")
     drawn = []
     monkeypatch.setattr(
-        prediction, "overlay", lambda image, segmentation, palette: drawn.append((image.size, segmentation)) or image
+        prediction,
+        "overlay",
+        lambda image, segmentation, palette, **_: drawn.append((image.size, segmentation)) or image,
     )
     predictor = make_predictor(model, processor, full_resolution=True)
     written = predict_files(predictor, [tmp_path], tmp_path / "out", show_progress=False)
