@@ -71,13 +71,13 @@ def test_python_blocks_run_as_they_stand(path, workplace, monkeypatch) -> None:
 # Commands that a test cannot run, by what they hold.
 NOT_RUN = {
     "--model ": "downloads a checkpoint",
-    "org/": "needs a model or data set of the Hub",
+    "org/": "needs a model or dataset of the Hub",
     "timm/": "needs a model of the Hub",
     "facebook/": "needs a model of the Hub",
     "dinov2_vitb14": "needs weights that were downloaded",
-    "ADEChallengeData2016": "needs a data set that is not free",
-    "--dataset_name camvid": "needs a data set that is not free",
-    "--recipe": "needs a data set of the Hub, or minutes",
+    "ADEChallengeData2016": "needs a dataset that is not free",
+    "--dataset_name camvid": "needs a dataset that is not free",
+    "--recipe": "needs a dataset of the Hub, or minutes",
     "segmenter-hf demo": "serves a page until it is stopped; see test_app.py",
     "benchmarks/benchmark.py": "takes minutes; see test_benchmark.py",
     "tests/fuzz/fuzz.py": "takes minutes",

@@ -1,4 +1,4 @@
-"""Masks, configurations, arguments, data sets and command lines that are wrong: the error says so, and nothing is written.
+"""Masks, configurations, arguments, datasets and command lines that are wrong: the error says so, and nothing is written.
 
 Images are in `test_bad_images.py`, checkpoints in `test_safe_loading.py` and `test_bad_checkpoints.py`.
 """
@@ -376,7 +376,7 @@ def test_ids_far_apart_need_no_table_of_all_between_them() -> None:
     assert map_labels(mask[:0], {0: 1, 10**9: 2}).shape == (0, 2)
 
 
-# ---- data sets ----
+# ---- datasets ----
 
 
 def write_pairs(folder: Path, sizes: dict[str, tuple[int, int]], value: int = 0) -> None:

@@ -119,7 +119,7 @@ rejected("server error in the commit", "org/interrupted")
 fail(commit=412)
 rejected("changed meanwhile", "org/interrupted")
 fail()
-rejected("data set of that name", "org/data")
+rejected("dataset of that name", "org/data")
 rejected("public", "org/public", private=True)
 
 script("--checkpoint_dir", checkpoint, "--hub_model_id", "org/interrupted")  # the same again, without a failure
@@ -359,7 +359,7 @@ def test_every_rejection_says_what_to_do(said) -> None:
         "no right in the upload": "may not write to org",
         "server error in the commit": "run the same command again",
         "changed meanwhile": "changed at the same time",
-        "data set of that name": "give another name",
+        "dataset of that name": "give another name",
         "public": "exists and is public",
     }
     for title, remedy in expected.items():

@@ -1,4 +1,4 @@
-"""Label maps of whole data sets: shared by processes, continued after an interruption, read back."""
+"""Label maps of whole datasets: shared by processes, continued after an interruption, read back."""
 
 import io
 import json

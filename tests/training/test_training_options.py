@@ -125,7 +125,7 @@ def test_data_that_cannot_be_trained_on_is_named(rows, columns, more, message, t
 
 def test_a_recipe_without_a_free_data_set_asks_for_one(tmp_path) -> None:
     given = ["--recipe", "segmenter_cityscapes", "--output_dir", str(tmp_path), "--use_cpu"]
-    with pytest.raises(ValueError, match="names no data set.*`dataset_name`"):
+    with pytest.raises(ValueError, match="names no dataset.*`dataset_name`"):
         train_segmenter(*parse_training_arguments(given))
 
 

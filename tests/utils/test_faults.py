@@ -131,7 +131,7 @@ def publish_to(endpoint: str, folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """A model, a picture, and a data set of two."""
+    """A model, a picture, and a dataset of two."""
     save_tiny_scenes_model(folder / "model")
     generator = np.random.default_rng(0)
     for path, shape in {

@@ -181,7 +181,7 @@ def load_weights(model: VitEncoderPreTrainedModel, weights: dict[str, Weight], p
     Raises:
         ValueError: If weights are missing, have no place, have another shape, or hold NaN or infinity.
     """
-    # Counters of batches are no weights: they start anew.
+    # Counters of batches are no weights: they start again.
     expected, counters = model.state_dict(), {}
     for key in [key for key in expected if key.endswith(".num_batches_tracked")]:
         counters[key] = torch.zeros_like(expected.pop(key), device="cpu")

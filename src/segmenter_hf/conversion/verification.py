@@ -31,7 +31,7 @@ class Verification:
         left_out = f", left out {listing(self.unused)}" if self.unused else ""
         return (
             f"Verified: {self.source_tensors} tensors in the source, {self.source_tensors - len(self.unused)} used"
-            f"{left_out}; {self.parameters:,} parameters, all equal after loading; forward pass equal to the bit, SHA-256 "
+            f"{left_out}; {self.parameters:,} parameters, all equal after loading; forward pass bitwise equal, SHA-256 "
             f"{self.forward_sha256[:16]}."
         )
 

@@ -307,7 +307,7 @@ def load_local(root: Path, split: str, config: str | None, streaming: bool) -> A
 
 
 def folders_of(root: Path) -> tuple[str, ...]:
-    """Where files that the rows of a local data set name may lie: in its folder, or in what was unpacked from it."""
+    """Where files that the rows of a local dataset name may lie: in its folder, or in what was unpacked from it."""
     return os.path.abspath(root), os.path.realpath(root), *CACHES
 
 

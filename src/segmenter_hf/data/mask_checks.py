@@ -93,7 +93,7 @@ class MaskReport:
             more = f"\n  and {len(self.problems) - _NUM_SHOWN} more" if len(self.problems) > _NUM_SHOWN else ""
             raise ValueError(f"{len(self.problems)} masks cannot be used:\n  {shown}{more}\n{self._remedy()}".rstrip())
         if self.num_images == 0:
-            raise ValueError("There are no masks: the data set or the split is empty.")
+            raise ValueError("There are no masks: the dataset or the split is empty.")
         if not self.pixels_per_class.any():
             raise ValueError(
                 f"No pixel of {self.num_images} masks belongs to a class: all are {self.ignore_index}. "

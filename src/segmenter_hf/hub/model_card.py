@@ -25,7 +25,7 @@ FACTS_FILE = "model_card.json"  # beside a model: what its card says and the mod
 SAMPLE_PICTURE = "sample.png"
 EVAL_RESULTS_FILE = ".eval_results/semantic_segmentation.yaml"
 
-# Names on the Hub of the data sets that published models were trained on, where one is known.
+# Names on the Hub of the datasets that published models were trained on, where one is known.
 HUB_DATASETS = {"ade20k": "zhoubolei/scene_parse_150", "cityscapes": "Chris1/cityscapes_segmentation"}
 # The licence files of these repositories; that of other sources is not known.
 SOURCE_LICENSES = {
@@ -75,7 +75,7 @@ class CardFacts:
     Args:
         results (`tuple[dict, ...]`): Recorded evaluations: see [`recorded_result`].
         training (`dict[str, Any]`): What it was trained with, name by name.
-        datasets (`tuple[str, ...]`): Names on the Hub of the data sets it was trained on.
+        datasets (`tuple[str, ...]`): Names on the Hub of the datasets it was trained on.
         base_model (`str`, *optional*): Name on the Hub of the model that training started from.
         published_model (`str`, *optional*): The model of `published_models.json` whose weights these are.
         license (`str`, *optional*): Licence of the weights, as the Hub names it; it is not stated by default.
@@ -163,7 +163,7 @@ def check_result(where: str | Path, result: dict[str, Any]) -> None:
 
 
 def hub_name(name: str | Path | None) -> str | None:
-    """The name of a model or data set if it is one on the Hub, `None` for folders and for what has no owner."""
+    """The name of a model or dataset if it is one on the Hub, `None` for folders and for what has no owner."""
     found = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not Path(name).exists()
     return str(name) if found else None
 
@@ -356,7 +356,7 @@ def _model_index(results: Sequence[dict[str, Any]], published: PublishedModel | 
 def eval_result_entries(
     results: Sequence[dict[str, Any]], published: PublishedModel | None = None
 ) -> list[EvalResultEntry]:
-    """The mIoU, a share of 1, on data sets of the Hub: published and measured, each with where it comes from."""
+    """The mIoU, a share of 1, on datasets of the Hub: published and measured, each with where it comes from."""
     entries = []
     if published is not None and published.dataset in HUB_DATASETS:
         for protocol, score in _published_scores(published).items():

@@ -280,7 +280,7 @@ def _explained(hub_model_id: str) -> Iterator[None]:
             )
         elif status == 404:
             advice = (
-                f"There is no model repository {hub_model_id} that the token may see. If a data set or Space has that "
+                f"There is no model repository {hub_model_id} that the token may see. If a dataset or Space has that "
                 "name, or it belongs to others, give another name."
             )
         elif status in (409, 412):

@@ -24,7 +24,7 @@ ROWS_PER_GROUP = 100  # of a parquet file: what a reader holds at once
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a data set.
+    """A row of a dataset.
 
     Args:
         index (`int`): Its place, from 0.

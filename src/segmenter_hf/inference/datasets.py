@@ -115,12 +115,12 @@ def load_image_dataset(
     """Load the images of a split, which needs no masks.
 
     Args:
-        dataset_name (`str`): A data set of the Hub; a folder of parquet files; a folder of pictures, where a split is
+        dataset_name (`str`): A dataset of the Hub; a folder of parquet files; a folder of pictures, where a split is
             the folder `images/SPLIT`, `SPLIT/images` or `SPLIT`, and "train" may also be `images` or all of it; a folder of
             images and masks as for training; or "scenes".
         split (`str`, defaults to `"train"`): The split.
-        dataset_config (`str`, *optional*): Configuration of a Hub data set.
-        revision (`str`, *optional*): Branch, tag or commit of a Hub data set.
+        dataset_config (`str`, *optional*): Configuration of a Hub dataset.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub dataset.
         image_column (`str`, *optional*): Column of the images, for parquet files and the Hub; it is found by default.
         validation_fraction (`float`, *optional*), data_seed (`int`, defaults to 0): How the validation split was made, where
             there is none: see `load_segmentation_datasets`.
@@ -134,7 +134,7 @@ def load_image_dataset(
     Raises:
         ValueError: If the split or the column is missing, or a name of a file is no text.
         FileNotFoundError: If `dataset_name` is a path that is no folder, or the folder holds no picture.
-        OSError: If the Hub data set cannot be reached.
+        OSError: If the Hub dataset cannot be reached.
     """
     try:
         dataset, folders = _load_images(dataset_name, split, dataset_config, revision, streaming)
@@ -190,7 +190,7 @@ def _picture_folder(root: Path, split: str) -> Path:
 
 
 def numbered_rows(dataset: AnyDataset) -> Iterator[Row]:
-    """All rows in order. Of a data set with random access, images are read only when they are asked for."""
+    """All rows in order. Of a dataset with random access, images are read only when they are asked for."""
     if isinstance(dataset, datasets.Dataset):
         ids = dataset["id"] if "id" in dataset.column_names else itertools.repeat(None, len(dataset))
         for index, row_id in enumerate(ids):
@@ -379,7 +379,7 @@ def own_chunks(
 
 
 def _share(dataset: AnyDataset, rows_per_file: int, done: dict[int, Any], state: PartialState) -> int | None:
-    """Rows that fall to this process, where the length of the data set is known."""
+    """Rows that fall to this process, where the length of the dataset is known."""
     if not isinstance(dataset, datasets.Dataset):
         return None
     starts = [start for start in range(0, len(dataset), rows_per_file) if start // rows_per_file not in done]

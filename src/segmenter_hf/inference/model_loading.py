@@ -65,7 +65,7 @@ def load_model(
         int8 (`bool`, defaults to `False`): Whether to keep the weights of linear layers in 8 bits: approximate, and for
             memory. Needs torchao (`pip install segmenter-hf[int8]`).
         compile (`bool`, defaults to `False`): Whether to compile the network on its first use. Each number of windows at
-            once is compiled anew, which takes up to a minute; it pays for many images.
+            once is compiled again, which takes up to a minute; it pays for many images.
         token_merging (`bool`, defaults to `False`): Whether similar patches become one token, in a model that was trained
             without it too: faster and approximate. Layers and threshold are those of the configuration, where it names some.
         patch_size (`int`, *optional*): Side of the patches in pixels, for which the patch embedding and the positions are

@@ -481,7 +481,7 @@ class SegmenterImageProcessor(_SegmenterImageProcessing, TorchvisionBackend):  #
 
 
 class SegmenterImageProcessorPil(_SegmenterImageProcessing, PilBackend):  # type: ignore[misc]
-    r"""[`SegmenterImageProcessor`] without torchvision: the same arguments, and the same results to the bit."""
+    r"""[`SegmenterImageProcessor`] without torchvision: the same arguments, and the same results, bitwise."""
 
 
 AnyImageProcessor = SegmenterImageProcessor | SegmenterImageProcessorPil

@@ -140,7 +140,7 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     streaming: bool = field(
-        default=False, metadata={"help": "Read the data set while training instead of first; needs max_steps."}
+        default=False, metadata={"help": "Read the dataset while training instead of first; needs max_steps."}
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})

@@ -79,7 +79,7 @@ class TrainDataset(Dataset):
 
 
 class StreamedTrainDataset(IterableDataset):
-    """[`TrainDataset`] of a stream without end, which begins anew, in another order, when all rows were there.
+    """[`TrainDataset`] of a stream without end, which begins again, in another order, when all rows were there.
 
     It is shuffled in a buffer. Workers share its rows: each row comes once in a visit. As there is one epoch, a run that goes
     on finds its place by passing over as many batches as it had.

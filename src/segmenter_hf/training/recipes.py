@@ -171,5 +171,5 @@ def check_same_run(directory: str | Path, recipe: dict[str, Any]) -> None:
         shown = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in differing[:5])
         raise ValueError(
             f"{directory} holds a run with other arguments ({shown}). Give another `output_dir`, or `overwrite_output_dir` "
-            "to delete its checkpoints and start anew."
+            "to delete its checkpoints and start again."
         )

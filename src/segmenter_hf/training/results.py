@@ -61,9 +61,9 @@ def training_facts(trainer: SegmentationTrainer, recipe: dict[str, Any]) -> dict
     streamed = isinstance(trainer.train_dataset, StreamedTrainDataset)
     facts = {
         "recipe": recipe["recipe"],
-        "data set": Path(arguments["dataset_name"]).name,
+        "dataset": Path(arguments["dataset_name"]).name,
         "label set": trainer.label_set.name,
-        "extra data set": None
+        "extra dataset": None
         if arguments["extra_dataset_name"] is None
         else f"{Path(arguments['extra_dataset_name']).name}, weight {arguments['extra_weight']}",
         "images": "a stream" if streamed else len(trainer.train_dataset),

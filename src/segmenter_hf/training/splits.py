@@ -25,7 +25,7 @@ def load_splits(
     """The training split, a stream if that is wanted, and the validation split."""
     if data_args.dataset_name is None:
         raise ValueError(
-            f"The recipe {data_args.recipe!r} names no data set, since it cannot be downloaded freely: give its folder with "
+            f"The recipe {data_args.recipe!r} names no dataset, since it cannot be downloaded freely: give its folder with "
             "`dataset_name`."
         )
     if data_args.streaming and training_args.max_steps < 1:
