@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from segmenter_hf.cli.evaluate import main as evaluate
+from segmenter_hf.cli.predict import main as predict
 from segmenter_hf.cli.train import main as train
 
 from ..data import formats
@@ -53,6 +54,32 @@ def test_options_of_the_command_come_before_those_of_the_recipe(folder, capsys) 
 def test_another_dataset_is_split_in_the_same_way(folder) -> None:
     found = results(folder, "--dataset_name", str(folder / "other"))
     assert found["dataset"] == str(folder / "other") and found["num_images"] == 2
+
+
+def predicted(folder: Path, output: Path, *options: str) -> list[str]:
+    arguments = ["--output_dir", str(output), "--output_format", "png", "--device", "cpu"]
+    predict(["--model_name_or_path", str(folder / "model"), *arguments, *options])
+    return sorted(path.stem for path in output.rglob("*.png"))
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_train_is_what_was_trained_on_and_validation_the_rest(folder, tmp_path, streaming) -> None:
+    data = ("--dataset_name", str(folder / "data"), "--streaming", streaming)
+    train_ids = predicted(folder, tmp_path / "train", *data, "--split", "train")
+    validation_ids = predicted(folder, tmp_path / "validation", *data, "--split", "validation")
+    assert len(train_ids) == 3 and sorted(train_ids + validation_ids) == [f"plant{seed}" for seed in range(5)]
+    assert len(predicted(folder, tmp_path / "all", *data, "--validation_fraction", "0")) == 5
+    worst = results(folder, "--split", "train", "--num_worst", "3")
+    assert worst["num_images"] == 3 and {image["id"] for image in worst["worst_images"]} <= set(train_ids)
+    assert results(folder, "--split", "train", "--validation_fraction", "0")["num_images"] == 5
+
+
+def test_of_another_dataset_train_is_whole_unless_a_fraction_is_given(folder, tmp_path, capsys) -> None:
+    other = ("--dataset_name", str(folder / "other"), "--split", "train")
+    assert results(folder, *other)["num_images"] == 5
+    assert len(predicted(folder, tmp_path / "maps", *other)) == 5
+    assert "--validation_fraction" not in capsys.readouterr().out
+    assert len(predicted(folder, tmp_path / "part", *other, "--validation_fraction", "0.4")) == 3
 
 
 def test_a_new_model_says_that_it_starts_from_random_weights(tmp_path, caplog) -> None:

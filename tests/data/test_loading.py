@@ -22,6 +22,8 @@ from segmenter_hf.data.mask_checks import check_masks, infer_num_labels
 from segmenter_hf.models.image_io import read_image
 from segmenter_hf.training.datasets import StreamedTrainDataset, TrainDataset
 
+from . import formats
+
 
 CAMVID = Path(__file__).parents[3] / "shared" / "data" / "camvid"
 HEIGHT, WIDTH = 6, 9
@@ -161,6 +163,32 @@ def test_a_missing_validation_split_is_an_error_unless_a_fraction_is_given(tmp_p
     assert "2 of the 10" in caplog.text
     ids = found["train"]["id"][:] + found["validation"]["id"][:]
     assert len(found["validation"]) == 2 and sorted(ids) == [f"{i:02d}" for i in range(10)]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_that_is_loaded_alone_is_that_of_the_pair(tmp_path, split):
+    save_pairs(tmp_path / "images", tmp_path / "masks", [f"{i:02d}" for i in range(10)])
+    pair = load_segmentation_datasets(str(tmp_path), validation_fraction=0.2, seed=3)
+    (alone,) = load_segmentation_datasets(str(tmp_path), splits=[split], validation_fraction=0.2, seed=3).values()
+    assert alone["id"][:] == pair[split]["id"][:]
+    (whole,) = load_segmentation_datasets(str(tmp_path), splits=["train"], validation_fraction=0.0).values()
+    assert len(whole) == 10
+
+
+def test_no_part_of_train_is_split_off_where_there_is_a_validation_split(tmp_path):
+    for split, names in (("train", ["a", "b", "c"]), ("val", ["d"])):
+        save_pairs(tmp_path / "images" / split, tmp_path / "masks" / split, names)
+    (train,) = load_segmentation_datasets(str(tmp_path), splits=["train"], validation_fraction=0.4).values()
+    assert train["id"][:] == ["a", "b", "c"]
+    (scenes,) = load_segmentation_datasets(splits=["train"], scenes_train=4, validation_fraction=0.5).values()
+    assert len(scenes) == 4
+
+
+def test_a_stream_cannot_be_split(tmp_path):
+    formats.rows("train", "mask").to_parquet(tmp_path / "train.parquet")
+    for splits in (["train"], ["validation"]):
+        with pytest.raises(ValueError, match="known length: load it without `streaming`"):
+            load_segmentation_datasets(str(tmp_path), splits=splits, validation_fraction=0.4, streaming=True)
 
 
 def test_a_split_depends_on_its_seed_alone():

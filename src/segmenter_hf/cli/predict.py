@@ -47,8 +47,15 @@ class InputArguments:
     image_column: str | None = field(
         default=None, metadata={"help": "Column of the images of the dataset. By default it is found."}
     )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of its masks, where a share of train is the validation split."}
+    )
     validation_fraction: float | None = field(
-        default=None, metadata={"help": "Share of train that is the validation split, as in the training by default."}
+        default=None,
+        metadata={
+            "help": "Share of train that is the validation split; train is the rest. For the dataset of the training as there "
+            "by default; 0 for none."
+        },
     )
     data_seed: int | None = field(
         default=None, metadata={"help": "Seed of that split, as in the training by default."}
@@ -140,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         print(f"Wrote the label maps of {len(written)} images to {output_dir}.")
         return
-    names = ("dataset_config", "dataset_revision", "image_column", "validation_fraction", "data_seed")
+    names = ("dataset_config", "dataset_revision", "image_column", "label_column", "validation_fraction", "data_seed")
     recall_data_arguments(prediction_args.model_name_or_path, input_args.dataset_name, input_args, *names)
     dataset = load_image_dataset(
         input_args.dataset_name,
@@ -148,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset_config=input_args.dataset_config,
         revision=input_args.dataset_revision,
         image_column=input_args.image_column,
+        label_column=input_args.label_column,
         validation_fraction=input_args.validation_fraction,
         data_seed=input_args.data_seed or 0,
         streaming=input_args.streaming,

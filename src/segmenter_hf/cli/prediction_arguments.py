@@ -79,7 +79,10 @@ class EvaluationDataArguments:
     image_column: str | None = field(default=None, metadata={"help": "Column of the images. By default it is found."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the masks. By default it is found."})
     validation_fraction: float | None = field(
-        default=None, metadata={"help": "Share of train that is the validation split, as in the training by default."}
+        default=None,
+        metadata={
+            "help": "Share of train that is the validation split; train is the rest. As in the training by default; 0 for none."
+        },
     )
     data_seed: int | None = field(
         default=None, metadata={"help": "Seed of that split, as in the training by default."}

@@ -13,6 +13,10 @@ REMEMBERED = {
     **{name: name for name in ("image_column", "label_column", "validation_fraction", "data_seed", "ignore_index")},
 }
 OF_THE_DATASET = ("dataset_config", "dataset_revision")  # only for the dataset that the model was trained on
+OF_THE_SPLIT = (
+    "validation_fraction",
+    "data_seed",
+)  # of another dataset the model saw nothing: its train split stays whole
 
 
 def recall_data_arguments(
@@ -39,7 +43,7 @@ def recall_data_arguments(
     filled = {}
     for name in names:
         value = recipe.get(REMEMBERED.get(name, name))
-        if name in OF_THE_DATASET and not is_same:
+        if not is_same and (name in OF_THE_DATASET or (name in OF_THE_SPLIT and arguments.split == "train")):
             continue
         if name in known and value is not None and getattr(arguments, name) is None:
             setattr(arguments, name, value)

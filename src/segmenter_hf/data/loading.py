@@ -77,7 +77,8 @@ def load_segmentation_datasets(
         image_column (`str`, *optional*), label_column (`str`, *optional*):
             Columns of the images and of the masks, for parquet files, metadata and the Hub; found by `find_columns`.
         validation_fraction (`float`, *optional*):
-            Where there is no validation split, this share of the train split becomes one. Without it, that is an error.
+            Where there is no validation split, this share of the train split becomes one, and train is the rest, also where
+            it is loaded alone. Without it, or with 0, a missing validation split is an error.
         scenes_size (`tuple[int, int]`, *optional*, defaults to `(128, 160)`):
             Height and width of the embedded scenes, in pixels.
         scenes_train (`int`, *optional*, defaults to 500), scenes_validation (`int`, *optional*, defaults to 100):
@@ -102,6 +103,7 @@ def load_segmentation_datasets(
     if dataset_name in (None, "scenes"):
         sizes = {"train": scenes_train, "validation": scenes_validation}
         source = _Source(_load_scenes({name: sizes[name] for name in sizes if name in splits}, scenes_size, seed))
+        validation_fraction = None  # there is a validation split, even where it is not drawn
     else:
         source = _load_source(dataset_name, splits, columns, dataset_config, revision, streaming)
     found = _with_validation_split(source.splits, splits, validation_fraction, seed)
@@ -153,8 +155,12 @@ def _load_source(
 def _with_validation_split(
     found: dict[str, AnyDataset], splits: Sequence[str], fraction: float | None, seed: int
 ) -> dict[str, AnyDataset]:
-    """The splits, with a part of train as validation split where there is none and a fraction is given."""
-    if fraction is None or "validation" not in splits or "validation" in found or "train" not in found:
+    """The splits, with a part of train as validation split where there is none and a fraction is given.
+
+    Train alone is split too: what the training kept for validation is no part of it.
+    """
+    is_asked = "train" in splits or "validation" in splits
+    if not fraction or not is_asked or "validation" in found or "train" not in found:
         return found
     if isinstance(found["train"], datasets.IterableDataset):
         raise ValueError("`validation_fraction` needs a dataset of known length: load it without `streaming`.")
@@ -213,7 +219,7 @@ def load_split(
 def split_train_validation(
     dataset: datasets.Dataset, fraction: float = 0.1, seed: int = 0
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split a dataset at random into a train and a validation part, and logs the sizes.
+    """Split a dataset at random into a train and a validation part, and log the sizes.
 
     Args:
         dataset (`datasets.Dataset`):

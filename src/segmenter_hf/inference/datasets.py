@@ -108,6 +108,7 @@ def load_image_dataset(
     dataset_config: str | None = None,
     revision: str | None = None,
     image_column: str | None = None,
+    label_column: str | None = None,
     validation_fraction: float | None = None,
     data_seed: int = 0,
     streaming: bool = True,
@@ -122,8 +123,8 @@ def load_image_dataset(
         dataset_config (`str`, *optional*): Configuration of a Hub dataset.
         revision (`str`, *optional*): Branch, tag or commit of a Hub dataset.
         image_column (`str`, *optional*): Column of the images, for parquet files and the Hub; it is found by default.
-        validation_fraction (`float`, *optional*), data_seed (`int`, defaults to 0): How the validation split was made, where
-            there is none: see `load_segmentation_datasets`.
+        validation_fraction (`float`, *optional*), data_seed (`int`, defaults to 0), label_column (`str`, *optional*): How the
+            validation split was made, where there is none: see `load_segmentation_datasets`. Train is the rest then.
         streaming (`bool`, defaults to `True`): Whether Hub and parquet files are read as they are needed, in place of
             being downloaded and prepared first.
 
@@ -136,22 +137,31 @@ def load_image_dataset(
         FileNotFoundError: If `dataset_name` is a path that is no folder, or the folder holds no picture.
         OSError: If the Hub dataset cannot be reached.
     """
-    try:
-        dataset, folders = _load_images(dataset_name, split, dataset_config, revision, streaming)
-    except ValueError:
-        if split != "validation" or validation_fraction is None:
-            raise
+    source = (dataset_config, revision, streaming)
+    if split in ("train", "validation") and validation_fraction and not _has_validation_split(dataset_name, *source):
         loaded = load_segmentation_datasets(
             dataset_name,
             splits=[split],
             dataset_config=dataset_config,
             revision=revision,
             image_column=image_column,
+            label_column=label_column,
             validation_fraction=validation_fraction,
             seed=data_seed,
         )
         return loaded[split].remove_columns("annotation")
+    dataset, folders = _load_images(dataset_name, split, *source)
     return keep_columns(dataset, {image_column or find_image_column(dataset): "image"}, folders)
+
+
+def _has_validation_split(
+    dataset_name: str, dataset_config: str | None, revision: str | None, streaming: bool
+) -> bool:
+    try:
+        _load_images(dataset_name, "validation", dataset_config, revision, streaming)
+    except ValueError:
+        return False
+    return True
 
 
 def _load_images(
