@@ -48,6 +48,20 @@ def test_kept_features_give_the_losses_of_computed_ones(tmp_path, monkeypatch) -
     assert len(calls) <= crops_of_an_epoch + 4 * windows_of_an_evaluation and not any(calls)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_features_are_computed_in_the_precision_of_the_training(tmp_path, monkeypatch, bf16) -> None:
+    precisions, forward = [], SegmenterModel.forward
+    monkeypatch.setattr(
+        SegmenterModel,
+        "forward",
+        lambda self, *args, **kwargs: (
+            precisions.append(torch.is_autocast_enabled("cpu")) or forward(self, *args, **kwargs)
+        ),
+    )
+    run(tmp_path, "--cache_feature_epochs", "1", "--bf16", str(bf16).lower())
+    assert precisions[0] is bf16  # before the first step
+
+
 def test_an_interrupted_run_repeats_the_same_features(tmp_path) -> None:
     whole = run(tmp_path / "whole", "--cache_feature_epochs", "2")
     again = run(

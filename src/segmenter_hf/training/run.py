@@ -124,9 +124,10 @@ def prepare_decoder(trainer: SegmentationTrainer, is_new: bool) -> None:
         if is_new and trainer.is_world_process_zero():
             shutil.rmtree(Path(args.output_dir) / FEATURES_FOLDER, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
-        trainer.train_dataset = cache_features(
-            trainer.model, trainer.train_dataset, args.cache_feature_epochs, Path(args.output_dir)
-        )
+        with trainer.accelerator.autocast():  # in the precision of the training, which has the same features then
+            trainer.train_dataset = cache_features(
+                trainer.model, trainer.train_dataset, args.cache_feature_epochs, Path(args.output_dir)
+            )
 
 
 __all__ = [
