@@ -16,6 +16,7 @@ from segmenter_hf import (
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.models.modeling_vit_encoder import resize_position_embeddings
 from segmenter_hf.models.patch_resizing import patch_resize_matrix, resize_patch_kernel
+from segmenter_hf.models.sliding_window import plain_merge_windows
 from segmenter_hf.training.arguments import DataArguments, ModelArguments
 from segmenter_hf.training.model_building import build_model_and_processor
 
@@ -148,6 +149,29 @@ def test_rotary_positions_and_setr_take_it_too(tmp_path) -> None:
         for size in (8, 16)
     ]
     assert sides[0] == 2 * sides[1]
+
+
+@pytest.mark.parametrize("padding", ["end", "center"])
+@pytest.mark.parametrize("decoder_type", ["mask_transformer", "linear", "naive", "pup", "mla"])
+def test_every_decoder_is_merged_by_the_definition_with_any_patch_size(tmp_path, decoder_type, padding) -> None:
+    label_set = load_label_set("scenes")
+    model_class, config_class, fields = SegmenterForSemanticSegmentation, SegmenterConfig, {}
+    if decoder_type in ("naive", "pup", "mla"):
+        model_class, config_class = SetrForSemanticSegmentation, SetrConfig
+        fields = {"decoder_hidden_size": 8, "auxiliary_hidden_size": 8, "out_indices": [0, 1, 1, 1]}
+    fields |= {"id2label": label_set.id2label, "label2id": label_set.label2id, "num_labels": label_set.num_labels}
+    save_model(tmp_path, model_class, config_class, decoder_type=decoder_type, padding=padding, **fields)
+    label_set.save(tmp_path / "label_set.json")
+    windows = {"window_size": 48, "window_stride": 32, "patch_size": 8, "padding": padding}
+    SegmenterImageProcessor(size={"shortest_edge": 48}, **windows).save_pretrained(tmp_path)
+    image = torch.randint(256, (3, 53, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for patch_size in (4, 12, 16, 20, 24):
+        predictor = Predictor.from_pretrained(tmp_path, patch_size=patch_size)
+        source = predictor.prepare(image)
+        logits = predictor.compute_logits(torch.stack([source.pixel_values(window) for window in source.windows]))
+        _, expected = plain_merge_windows(logits, source.windows, patch_size, padding=padding)
+        scores = predictor(image, return_scores=True).scores
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("patch_size", [0, -8, 49, 2.5, "16", True])
