@@ -1,12 +1,13 @@
-"""Measure what fewer tokens cost and bring: token merging over thresholds, and other patch sizes, on a trained model.
+"""Measure what a faster prediction costs: fewer tokens, other number formats and other runtimes, on a trained model.
 
-    python benchmarks/tradeoffs.py --model_name_or_path outputs/camvid --dataset_name camvid --label_set camvid \
-        --max_samples 20 --output_dir outputs/tradeoffs
+    python benchmarks/tradeoffs.py --model_name_or_path outputs/camvid --dataset_name FOLDER --max_samples 20 \
+        --thresholds 0.95 0.9 0.8 --patch_sizes 16 28 --output_dir outputs/tradeoffs
+    python benchmarks/tradeoffs.py --model_name_or_path outputs/camvid --dataset_name FOLDER --export_dir outputs/exports \
+        --runtimes torch/bfloat16 onnxruntime/float32 openvino/bfloat16 --thresholds --output_dir outputs/tradeoffs
 
-Each point is the model changed in one way: the mean number of tokens after the last layer that merges, seconds of an image (network,
-merge and preprocessing), the share of pixels of the same class as the unchanged model, and the mean IoU of all images. Images are
-segmented by all points in turns, so that a machine that becomes slower does so for all. `tradeoffs.json` holds the points, `tradeoffs.md` a
-table and `tradeoffs.png` a picture.
+Each variant is the model changed in one way: the mean number of tokens after the last layer that merges, seconds of an image (preprocessing,
+network and merge), the share of pixels of the same class as the unchanged model, and the mean IoU of all images. The variants segment
+each image in turns, twice, of which the second is timed, so that a machine that becomes slower does so for all. `tradeoffs.json` holds the figures, `tradeoffs.md` a table and `tradeoffs.png` a picture.
 """
 
 import statistics
@@ -24,6 +25,7 @@ from segmenter_hf.data.label_resolution import fit_to_masks
 from segmenter_hf.data.loading import load_split
 from segmenter_hf.evaluation.evaluate import EvaluationDataset
 from segmenter_hf.evaluation.metrics import ConfusionMatrix
+from segmenter_hf.export.openvino import export_model
 from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.utils.atomic_files import atomic_write, write_json, write_text
 
@@ -40,26 +42,44 @@ class Arguments:
         default_factory=lambda: [0.98, 0.95, 0.92, 0.88, 0.8, 0.6], metadata={"help": "Of token merging."}
     )
     patch_sizes: list[int] = field(default_factory=list, metadata={"help": "Other patch sizes in pixels."})
+    runtimes: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "As RUNTIME/PRECISION: torch/bfloat16, torch/compiled, onnxruntime/int8, openvino/bfloat16 and so on; "
+            "torch/bfloat16/0.9 merges tokens too, with that threshold."
+        },
+    )
+    export_dir: str | None = field(
+        default=None,
+        metadata={"help": "Directory of the exports onnxruntime and openvino; made where they are missing."},
+    )
+    calibration_images: str | None = field(default=None, metadata={"help": "Folder of images for the precision int8."})
+    num_threads: int | None = field(default=None, metadata={"help": "Threads; by default as many as torch takes."})
 
 
 @dataclass
 class Point:
     name: str
     kind: str
-    tokens: float
+    tokens: float | None
     seconds: float
+    spread_percent: float
     agreement: float
     mean_iou: float
+    speedup: float
 
     def as_line(self) -> str:
         """A row of the table in Markdown."""
+        tokens = "-" if self.tokens is None else f"{self.tokens:.0f}"
         return (
-            f"| {self.name} | {self.tokens:.0f} | {1e3 * self.seconds:.0f} ms | {100 * self.agreement:.2f} % | "
-            f"{100 * self.mean_iou:.2f} |"
+            f"| {self.name} | {tokens} | {1e3 * self.seconds:.0f} ms ± {self.spread_percent:.0f} % | {self.speedup:.2f}x | "
+            f"{100 * self.agreement:.2f} % | {100 * self.mean_iou:.2f} |"
         )
 
 
-HEADER = "| change | tokens of a window | time of an image | same class | mean IoU |\n|---|---|---|---|---|"
+HEADER = (
+    "| change | tokens of a window | time of an image | speed | same class | mean IoU |\n|---|---|---|---|---|---|"
+)
 
 
 class Variant:
@@ -71,7 +91,8 @@ class Variant:
         self.seconds: list[float] = []
         self.same_pixels = self.pixels = 0
         self.matrix = ConfusionMatrix(predictor.model.config.num_labels)
-        predictor.model.base_model.register_forward_hook(self._count_tokens)
+        if predictor.runtime == "torch" and kind != "compiled":  # a compiled network has no place for a hook
+            predictor.model.base_model.register_forward_hook(self._count_tokens)
 
     def _count_tokens(self, encoder: torch.nn.Module, inputs: tuple, outputs: object) -> None:
         prefix = encoder.embeddings.num_prefix_tokens
@@ -82,24 +103,29 @@ class Variant:
 
     def segment(self, image: object, labels: torch.Tensor, expected: torch.Tensor | None) -> torch.Tensor:
         """Segment an image, and count how well."""
-        start = time.perf_counter()
-        class_map = self.predictor(image).class_map
-        self.seconds.append(time.perf_counter() - start)
+        for _ in range(2):  # the first fills the caches again, which another variant used
+            start = time.perf_counter()
+            class_map = self.predictor(image, dtype=self.predictor.class_map_dtype).class_map
+            seconds = time.perf_counter() - start
+        self.seconds.append(seconds)
         self.matrix.update(class_map.cpu().numpy(), labels.numpy())
         self.same_pixels += int((class_map == (class_map if expected is None else expected)).sum())
         self.pixels += class_map.numel()
         return class_map
 
-    def point(self) -> Point:
-        """What was measured."""
-        scores = self.matrix.compute()
+    def point(self, unchanged_seconds: float) -> Point:
+        """What was measured, beside the time of the unchanged model."""
+        middle = statistics.median(self.seconds)
+        low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else (middle,) * 3
         return Point(
             self.name,
             self.kind,
-            statistics.mean(self.tokens),
-            statistics.median(self.seconds),
+            statistics.mean(self.tokens) if self.tokens else None,
+            middle,
+            100 * (high - low) / 2 / middle,
             self.same_pixels / self.pixels,
-            scores["mean_iou"],
+            self.matrix.compute()["mean_iou"],
+            unchanged_seconds / middle,
         )
 
 
@@ -110,15 +136,53 @@ def make_variants(args: Arguments) -> list[Variant]:
     plain = load(name, **kwargs)
     variants = [Variant(plain, "none", "unchanged")]
     for threshold in args.thresholds:
-        predictor = load(name, token_merging=True, **kwargs)
-        predictor.model.config.token_merging_threshold = threshold
-        predictor.model.base_model.config.token_merging_threshold = threshold
+        predictor = merge_above(threshold, load(name, token_merging=True, **kwargs))
         variants.append(Variant(predictor, f"token merging, threshold {threshold}", "token merging"))
     for patch_size in args.patch_sizes:
         predictor = load(name, patch_size=patch_size, **kwargs)
         before = plain.model.config.patch_size
         variants.append(Variant(predictor, f"patches of {patch_size} pixels instead of {before}", "patch size"))
+    variants += [make_runtime_variant(args, runtime) for runtime in args.runtimes]
     return variants
+
+
+def merge_above(threshold: float, predictor: Predictor) -> Predictor:
+    """Set the threshold of a model that merges tokens."""
+    for config in (predictor.model.config, predictor.model.base_model.config):
+        config.token_merging_threshold = threshold
+    return predictor
+
+
+def make_runtime_variant(args: Arguments, runtime: str) -> Variant:
+    """The model in a number format, compiled, or exported for another runtime."""
+    name, (runtime, precision, *threshold) = runtime.replace("/", " "), runtime.split("/")
+    if runtime != "torch":
+        predictor = Predictor.from_pretrained(Path(args.export_dir) / runtime, runtime=runtime, precision=precision)
+        return Variant(predictor, name, "runtime")
+    if precision == "compiled":
+        return Variant(Predictor.from_pretrained(args.model_name_or_path, compile=True), name, "compiled")
+    kwargs = {"dtype": getattr(torch, precision), "token_merging": bool(threshold)}
+    predictor = Predictor.from_pretrained(args.model_name_or_path, label_set=args.label_set, **kwargs)
+    if not threshold:
+        return Variant(predictor, name, "runtime")
+    predictor = merge_above(float(threshold[0]), predictor)
+    return Variant(predictor, f"torch {precision}, token merging, threshold {threshold[0]}", "runtime")
+
+
+def write_exports(args: Arguments) -> None:
+    """Export the model for the runtimes that were asked for, where that was not done before."""
+    for runtime in ("onnxruntime", "openvino"):
+        precisions = [part.split("/")[1] for part in args.runtimes if part.startswith(f"{runtime}/")]
+        if precisions and args.export_dir is None:
+            raise SystemExit(f"`--runtimes` names {runtime}: give `--export_dir` too.")
+        if precisions and not (Path(args.export_dir) / runtime).exists():
+            export_model(
+                args.model_name_or_path,
+                Path(args.export_dir) / runtime,
+                runtime=runtime,
+                precisions=precisions,
+                calibration_images=args.calibration_images,
+            )
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
@@ -134,7 +198,10 @@ def draw(points: Sequence[Point], path: Path) -> None:
         (axes[1], "mean_iou", 100, "mean IoU"),
     ):
         for kind, marker in (("unchanged", "*"), ("token merging", "o"), ("patch size", "s")):
-            of_kind = sorted((point for point in points if point.kind == kind), key=lambda point: point.tokens)
+            of_kind = sorted(
+                (point for point in points if point.kind == kind and point.tokens is not None),
+                key=lambda point: point.tokens,
+            )
             xs, ys = [point.tokens for point in of_kind], [factor * getattr(point, attribute) for point in of_kind]
             if of_kind:
                 axis.plot(xs, ys, marker=marker, label=kind, markersize=12 if marker == "*" else 6)
@@ -151,6 +218,9 @@ def draw(points: Sequence[Point], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Segment the images by all variants and write what was measured."""
     (args,) = parse_arguments(HfArgumentParser(Arguments), argv)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    write_exports(args)
     variants = make_variants(args)
     plain = variants[0].predictor
     dataset = load_split(args.dataset_name, split=args.split, max_samples=args.max_samples)
@@ -161,12 +231,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if index == 0:  # to warm up
             for variant in variants:
                 variant.predictor(image)
+                variant.predictor(image)
                 variant.tokens.clear()
         expected = None
         for variant in variants:
             class_map = variant.segment(image, labels, expected)
             expected = class_map if expected is None else expected
-    points = [variant.point() for variant in variants]
+    unchanged_seconds = statistics.median(variants[0].seconds)
+    points = [variant.point(unchanged_seconds) for variant in variants]
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     machine = {

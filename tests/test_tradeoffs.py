@@ -1,0 +1,39 @@
+"""The trade-offs of fewer tokens, other number formats and runtimes are measured for a model."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from .tiny_models import save_tiny_scenes_model
+
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "tradeoffs.py"
+spec = importlib.util.spec_from_file_location("tradeoffs", SCRIPT)
+tradeoffs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tradeoffs)
+
+
+def test_each_change_has_its_tokens_its_time_and_its_agreement(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    save_tiny_scenes_model(tmp_path / "model")
+    arguments = ["--model_name_or_path", str(tmp_path / "model"), "--max_samples", "2", "--output_dir", str(tmp_path)]
+    arguments += ["--thresholds", "-1", "2", "--patch_sizes", "16", "--runtimes", "torch/bfloat16", "torch/float32/-1"]
+    tradeoffs.main(arguments)
+    points = json.loads((tmp_path / "tradeoffs.json").read_text())["points"]
+    none, merged, unmerged, larger, bfloat16, both = points
+    assert none["agreement"] == 1 and none["speedup"] == 1 and none["tokens"] == bfloat16["tokens"]
+    assert merged["tokens"] < unmerged["tokens"] <= none["tokens"] and larger["tokens"] < none["tokens"]
+    assert merged["tokens"] == both["tokens"] and merged["agreement"] == both["agreement"]
+    assert all(point["seconds"] > 0 and 0 <= point["mean_iou"] <= 1 for point in points)
+    assert len((tmp_path / "tradeoffs.md").read_text().splitlines()) == 2 + len(points)
+    assert (tmp_path / "tradeoffs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runtimes_need_a_place_for_their_exports(tmp_path) -> None:
+    save_tiny_scenes_model(tmp_path / "model")
+    with pytest.raises(SystemExit, match="--export_dir"):
+        tradeoffs.main(
+            ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path), "--runtimes", "openvino/int8"]
+        )
