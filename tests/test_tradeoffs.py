@@ -35,5 +35,12 @@ def test_runtimes_need_a_place_for_their_exports(tmp_path) -> None:
     save_tiny_scenes_model(tmp_path / "model")
     with pytest.raises(SystemExit, match="--export_dir"):
         tradeoffs.main(
-            ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path), "--runtimes", "openvino/int8"]
+            [
+                "--model_name_or_path",
+                str(tmp_path / "model"),
+                "--output_dir",
+                str(tmp_path),
+                "--runtimes",
+                "openvino/int8",
+            ]
         )
