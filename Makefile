@@ -12,7 +12,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, evaluate, segment pictures
+demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, evaluate, segment images
 	$(VENV)/bin/segmenter-hf train src/segmenter_hf/training/demo.json
 	$(VENV)/bin/segmenter-hf evaluate --model_name_or_path $(DEMO)/model --dataset_name scenes --output_dir $(DEMO)/evaluation
 	$(VENV)/bin/segmenter-hf draw-scenes --num_images 6 --seed 1000 --output_dir $(DEMO)/pictures
@@ -57,11 +57,12 @@ bench: $(VENV)/installed  ## measure speed and memory beside peers; keep the mac
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[bench]"
 	$(PY) benchmarks/benchmark.py --task all --output_dir outputs/benchmark
 
-style: $(VENV)/installed  ## check style
+style: $(VENV)/installed  ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
-format: $(VENV)/installed  ## mend style
+format: $(VENV)/installed  ## fix style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
