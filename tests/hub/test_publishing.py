@@ -131,7 +131,6 @@ publish_model(checkpoint, "org/scenes", facts=facts, commit_message="Tell the sp
 script("--checkpoint_dir", checkpoint, "--hub_model_id", "org/scenes", "--revision", "fp32", "--license", "mit")
 
 card = huggingface_hub.ModelCard.load("org/scenes")
-card.validate()
 said["card"] = card.content
 (snippet,) = [text.split("```")[0] for text in card.text.split("```python")[1:] if "segmenter_hf" in text.split("```")[0]]
 exec(snippet, {})

@@ -196,22 +196,23 @@ class VitEncoderConfig(PreTrainedConfig):
         for name in ("query_bias", "key_bias", "value_bias"):
             if getattr(self, name) is None:
                 setattr(self, name, self.qkv_bias)
-        num_labels = kwargs.get("num_labels")
-        if self.id2label is None and (num_labels == 1 or (num_labels is None and self.use_single_logit)):
-            self.id2label = {0: "LABEL_0"}
-        if self.id2label is not None:
-            number = len(self.id2label)
+        num_labels, names = kwargs.get("num_labels"), self.id2label
+        if names is None and (num_labels == 1 or (num_labels is None and self.use_single_logit)):
+            names = {0: "LABEL_0"}
+        if names is not None:
+            number = len(names)
             self.use_single_logit = number == 1 or (number == 2 and (num_labels == 1 or self.use_single_logit))
             if number == 1:
-                self.id2label = with_background_name(self.id2label)
+                self.id2label = with_background_name(names)
                 self.label2id = {name: label for label, name in self.id2label.items()}
             if self.use_single_logit:
                 kwargs.pop("num_labels", None)  # transformers would count the names
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # As `from_pretrained(..., id2label={0: "leaf"}, label2id={"leaf": 0})` sets them, after the constructor.
-        if getattr(self, "_post_init_done", False) and name in ("id2label", "label2id") and value and len(value) == 1:
+        # As `from_pretrained(..., id2label={0: "leaf"}, label2id={"leaf": 0})` sets them, after the constructor, which sets
+        # the names before the fields of this class.
+        if "use_single_logit" in vars(self) and name in ("id2label", "label2id") and value and len(value) == 1:
             names = with_background_name(value if name == "id2label" else {0: next(iter(value))})
             value = names if name == "id2label" else {label: index for index, label in names.items()}
             super().__setattr__("use_single_logit", True)
