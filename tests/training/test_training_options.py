@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from segmenter_hf.cli.train import parse_training_arguments
 from segmenter_hf.data.loading import load_segmentation_datasets
+from segmenter_hf.data.mask_checks import MaskReport
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation
 from segmenter_hf.inference.files import predict_files
 from segmenter_hf.inference.predictor import Predictor
@@ -86,10 +87,19 @@ def test_weights_are_balanced_by_the_frequencies(tmp_path) -> None:
 
 def test_weights_are_numbers_or_balanced() -> None:
     assert class_weights("1,2.5", None) == [1.0, 2.5]
-    with pytest.raises(ValueError, match='must be "balanced" or numbers'):
+    with pytest.raises(ValueError, match='must be "balanced", "balanced_sqrt" or numbers'):
         class_weights("heavy", None)
-    with pytest.raises(ValueError, match="needs the frequencies"):
-        class_weights("balanced", None)
+    for name in ("balanced", "balanced_sqrt"):
+        with pytest.raises(ValueError, match=f'"{name}" needs the frequencies'):
+            class_weights(name, None)
+
+
+def test_roots_of_frequencies_weigh_a_rare_class_less() -> None:
+    report = MaskReport(4, 255, np.array([160, 40, 0, 10]), np.array([2, 2, 0, 1]), 2, 0, [], {})
+    balanced, roots = (np.array(class_weights(name, report)) for name in ("balanced", "balanced_sqrt"))
+    assert balanced[2] == roots[2] == 1  # does not occur
+    assert balanced[3] / balanced[0] == pytest.approx(16) and roots[3] / roots[0] == pytest.approx(4)
+    assert roots[[0, 1, 3]] @ [160, 40, 10] == pytest.approx(210)
 
 
 def write_parquet(folder: Path, rows: int = 2, **columns) -> None:

@@ -92,7 +92,8 @@ class ModelArguments:
     class_weights: str | None = field(
         default=None,
         metadata={
-            "help": 'Weights of the classes in the loss, as in "1,2.5,1"; "balanced" makes them from the frequencies.'
+            "help": 'Weights of the classes in the loss, as in "1,2.5,1"; "balanced" makes them from the frequencies, '
+            '"balanced_sqrt" from the roots of these.'
         },
     )
     label_smoothing: float | None = field(

@@ -168,23 +168,27 @@ def scan_masks(
 def class_weights(text: str | None, report: MaskReport | None) -> list[float] | None:
     """Weights of the classes as a configuration has them, from an argument.
 
-    "balanced" gives each class N / (C n), with n of the N pixels of C classes, as scikit-learn does; 1 to a class that does
-    not occur.
+    "balanced" gives each class N / (C n), with n of the N pixels of C classes, as scikit-learn does. "balanced_sqrt" gives the
+    square roots of these, scaled so that the mean weight of the pixels is 1. A class that does not occur gets 1.
 
     Raises:
         ValueError: If the argument is not of the form above, or there are no frequencies.
     """
     if text is None:
         return None
-    if text == "balanced":
+    if text in ("balanced", "balanced_sqrt"):
         if report is None:
             raise ValueError(
-                '`class_weights` "balanced" needs the frequencies of the classes: leave `max_scanned_masks` out.'
+                f'`class_weights` "{text}" needs the frequencies of the classes: leave `max_scanned_masks` out.'
             )
         counts = report.pixels_per_class
         weights = counts.sum() / (len(counts) * np.maximum(counts, 1))
+        if text == "balanced_sqrt":
+            weights = np.sqrt(weights) * counts.sum() / (np.sqrt(weights) * counts).sum()
         return np.where(counts > 0, weights, 1.0).round(6).tolist()
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f'`class_weights` must be "balanced" or numbers as in "1,2.5,1", got {text!r}.') from error
+        raise ValueError(
+            f'`class_weights` must be "balanced", "balanced_sqrt" or numbers as in "1,2.5,1", got {text!r}.'
+        ) from error
