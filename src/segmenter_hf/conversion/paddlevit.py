@@ -82,21 +82,14 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
     Raises:
         ValueError: If tensors are missing, or the YAML lacks a value.
     """
-    path = checkpoint.path
-    # Paddle's Linear holds the transpose of torch's, and no other weight has two axes.
-    state_dict = {
-        key: value.t() if isinstance(value, torch.Tensor) and value.ndim == 2 else value
-        for key, value in checkpoint.state_dict.items()
-    }
+    state_dict, path = transpose_linears(checkpoint.state_dict), checkpoint.path
     is_deit = "encoder.class_token" in state_dict
     is_linear = "decoder.head.weight" in state_dict
     embeddings = "encoder" if is_deit else "encoder.transformer.embeddings"
     layers = "encoder.layers" if is_deit else "encoder.transformer.encoder.layers"
-    projection, position_embeddings = (
-        ("patch_embed.proj", "pos_embed") if is_deit else ("patch_embeddings", "position_embeddings")
-    )
-    patches = get_tensor(state_dict, f"{embeddings}.{projection}.weight", 4, path)
-    positions = get_tensor(state_dict, f"{embeddings}.{position_embeddings}", 3, path)
+    names = ("patch_embed.proj", "pos_embed") if is_deit else ("patch_embeddings", "position_embeddings")
+    patches = get_tensor(state_dict, f"{embeddings}.{names[0]}.weight", 4, path)
+    positions = get_tensor(state_dict, f"{embeddings}.{names[1]}", 3, path)
     image_size = square_image_size(positions, 2 if is_deit else 1, patches.shape[-1], path)
     yaml = {} if config_path is None else read_yaml(config_path)
     heads = lookup(yaml, "MODEL.TRANS.NUM_HEADS", int, config_path) if yaml else infer_num_heads(patches.shape[0])
@@ -134,6 +127,14 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
         num_labels=num_labels,
         label_sets=LABEL_SETS.get(lookup(yaml, "DATA.DATASET", str, config_path), ()) if yaml else (),
     )
+
+
+def transpose_linears(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Weights as torch has them: Paddle's Linear holds the transpose, and no other weight has two axes."""
+    return {
+        key: value.t() if isinstance(value, torch.Tensor) and value.ndim == 2 else value
+        for key, value in state_dict.items()
+    }
 
 
 def processor_config(yaml: dict[str, Any], where: Path | None, is_deit: bool, image_size: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ SETR-Naive and its auxiliary heads upsample once, at the end, which is an upsamp
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -131,46 +131,8 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
     patches = get_tensor(state_dict, "backbone.patch_embed.proj.weight", 4, path)
     positions = get_tensor(state_dict, "backbone.pos_embed", 3, path)
     backbone = lookup(config, "model.backbone", dict, where)
-    auxiliaries = auxiliary_heads(config, where)
-    num_auxiliaries = count_layers(state_dict, "auxiliary_head")
-    indices = [lookup(head, "in_index", int, where) for head in auxiliaries]
-    is_mla = "decode_head.cls.weight" in state_dict
-    if is_mla:
-        check_indices(indices, num_auxiliaries, where)
-        renames, num_labels = AUTHORS_MLA, get_tensor(state_dict, "decode_head.cls.weight", 4, path).shape[0]
-        for head in range(num_auxiliaries):  # these convolutions have no bias
-            state_dict.setdefault(f"auxiliary_head.{head}.aux.bias", torch.zeros(num_labels))
-        decoder = {
-            "decoder_type": "mla",
-            "out_indices": list(lookup(backbone, "mla_index", (list, tuple), where, (5, 11, 17, 23))),
-            "decoder_hidden_size": get_tensor(state_dict, "backbone.mla.mla_p2_1x1.0.weight", 4, path).shape[0],
-            "decoder_align_corners": True,
-            "decoder_classifier_kernel_size": 3,
-        }
-    else:
-        last = count_convs(state_dict, "decode_head")
-        layers = [lookup(head, "num_upsampe_layer", int, where, 1) for head in auxiliaries]
-        kernels = {side(state_dict, f"auxiliary_head.{head}.conv_0.weight", path) for head in range(num_auxiliaries)}
-        convs = {count_convs(state_dict, f"auxiliary_head.{head}") for head in range(num_auxiliaries)}
-        if len(indices) != num_auxiliaries or len({*layers}) > 1 or len(kernels) > 1 or convs - {1}:
-            raise ValueError(f"{where}: expected auxiliary heads of one kind, each of two convolutions.")
-        renames = [
-            *authors_head("decode_head", "decode_head", last),
-            *authors_head(AUXILIARY, AUXILIARY_TARGET, 1),
-        ]
-        num_labels = get_tensor(state_dict, f"decode_head.conv_{last}.weight", 4, path).shape[0]
-        head_layers = lookup(config, "model.decode_head.num_upsampe_layer", int, where, 1)
-        decoder = {
-            "decoder_type": "naive" if last == 1 else "pup",
-            "out_indices": [*indices, lookup(config, "model.decode_head.in_index", int, where)],
-            "decoder_hidden_size": get_tensor(state_dict, "decode_head.conv_0.weight", 4, path).shape[0],
-            "decoder_num_convs": last,
-            "decoder_kernel_size": side(state_dict, "decode_head.conv_0.weight", path),
-            "decoder_upsample_factor": 2 if last > 1 else 4 if head_layers == 2 else 1,
-            "auxiliary_num_convs": 1,
-            "auxiliary_kernel_size": max(kernels, default=1),
-            "auxiliary_upsample_factor": 4 if 2 in layers else 1,
-        }
+    describe_heads = authors_mla_heads if "decode_head.cls.weight" in state_dict else authors_upsampling_heads
+    heads = describe_heads(state_dict, path, config, where)
     encoder = {
         "hidden_size": patches.shape[0],
         "num_channels": patches.shape[1],
@@ -188,15 +150,76 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
     return Conversion(
         source="fudan-zvg/SETR",
         model_class=SetrForSemanticSegmentation,
-        config=encoder | decoder | auxiliary_loss(auxiliaries, num_auxiliaries, where),
+        config=encoder | heads.config | auxiliary_loss(state_dict, config, where),
         state_dict=state_dict,
-        renames=[*AUTHORS, *renames],
+        renames=[*AUTHORS, *heads.renames],
         unused=AUTHORS_UNUSED,
         processor=processor_config(config, where, is_deit=True) | {"patch_size": patches.shape[-1]},
-        num_labels=num_labels,
+        num_labels=heads.num_labels,
         class_names=class_names(checkpoint),
         palette=palette(checkpoint),
     )
+
+
+class Heads(NamedTuple):
+    """The decoder and the auxiliary heads: their fields of the configuration, their table, and the number of classes."""
+
+    config: dict[str, Any]
+    renames: list[Rename]
+    num_labels: int
+
+
+def authors_mla_heads(state_dict: dict[str, Any], path: Path, config: dict[str, Any], where: str) -> Heads:
+    """Describe the heads of the authors' SETR-MLA, and add the biases that its auxiliary heads lack.
+
+    Raises:
+        ValueError: If the auxiliary heads are on other levels than the first.
+    """
+    indices = [lookup(head, "in_index", int, where) for head in auxiliary_heads(config, where)]
+    num_auxiliaries = count_layers(state_dict, "auxiliary_head")
+    check_indices(indices, num_auxiliaries, where)
+    num_labels = get_tensor(state_dict, "decode_head.cls.weight", 4, path).shape[0]
+    for head in range(num_auxiliaries):
+        state_dict.setdefault(f"auxiliary_head.{head}.aux.bias", torch.zeros(num_labels))
+    decoder = {
+        "decoder_type": "mla",
+        "out_indices": list(lookup(config, "model.backbone.mla_index", (list, tuple), where, (5, 11, 17, 23))),
+        "decoder_hidden_size": get_tensor(state_dict, "backbone.mla.mla_p2_1x1.0.weight", 4, path).shape[0],
+        "decoder_align_corners": True,
+        "decoder_classifier_kernel_size": 3,
+    }
+    return Heads(decoder, AUTHORS_MLA, num_labels)
+
+
+def authors_upsampling_heads(state_dict: dict[str, Any], path: Path, config: dict[str, Any], where: str) -> Heads:
+    """Describe the heads of the authors' SETR-Naive and SETR-PUP.
+
+    Raises:
+        ValueError: If the auxiliary heads differ.
+    """
+    auxiliaries = auxiliary_heads(config, where)
+    num_auxiliaries = count_layers(state_dict, "auxiliary_head")
+    indices = [lookup(head, "in_index", int, where) for head in auxiliaries]
+    layers = [lookup(head, "num_upsampe_layer", int, where, 1) for head in auxiliaries]
+    kernels = {side(state_dict, f"auxiliary_head.{head}.conv_0.weight", path) for head in range(num_auxiliaries)}
+    convs = {count_convs(state_dict, f"auxiliary_head.{head}") for head in range(num_auxiliaries)}
+    if len(indices) != num_auxiliaries or len({*layers}) > 1 or len(kernels) > 1 or convs - {1}:
+        raise ValueError(f"{where}: expected auxiliary heads of one kind, each of two convolutions.")
+    last = count_convs(state_dict, "decode_head")
+    head_layers = lookup(config, "model.decode_head.num_upsampe_layer", int, where, 1)
+    decoder = {
+        "decoder_type": "naive" if last == 1 else "pup",
+        "out_indices": [*indices, lookup(config, "model.decode_head.in_index", int, where)],
+        "decoder_hidden_size": get_tensor(state_dict, "decode_head.conv_0.weight", 4, path).shape[0],
+        "decoder_num_convs": last,
+        "decoder_kernel_size": side(state_dict, "decode_head.conv_0.weight", path),
+        "decoder_upsample_factor": 2 if last > 1 else 4 if head_layers == 2 else 1,
+        "auxiliary_num_convs": 1,
+        "auxiliary_kernel_size": max(kernels, default=1),
+        "auxiliary_upsample_factor": 4 if 2 in layers else 1,
+    }
+    renames = [*authors_head("decode_head", "decode_head", last), *authors_head(AUXILIARY, AUXILIARY_TARGET, 1)]
+    return Heads(decoder, renames, get_tensor(state_dict, f"decode_head.conv_{last}.weight", 4, path).shape[0])
 
 
 def convert_mmsegmentation(checkpoint: Checkpoint, config: dict[str, Any], where: str) -> Conversion:
@@ -218,9 +241,8 @@ def convert_mmsegmentation(checkpoint: Checkpoint, config: dict[str, Any], where
     patches = get_tensor(state_dict, "backbone.patch_embed.projection.weight", 4, path)
     # mmsegmentation's patch embedding has no bias
     state_dict.setdefault("backbone.patch_embed.projection.bias", torch.zeros(patches.shape[0]))
-    auxiliaries = auxiliary_heads(config, where)
-    num_auxiliaries = count_layers(state_dict, "auxiliary_head")
-    check_indices([lookup(head, "in_index", int, where) for head in auxiliaries], num_auxiliaries, where)
+    indices = [lookup(head, "in_index", int, where) for head in auxiliary_heads(config, where)]
+    check_indices(indices, count_layers(state_dict, "auxiliary_head"), where)
     is_mla = any(key.startswith("neck.") for key in state_dict)
     first = get_tensor(state_dict, "decode_head.up_convs.0.0.conv.weight", 4, path)
     if is_mla:
@@ -229,18 +251,7 @@ def convert_mmsegmentation(checkpoint: Checkpoint, config: dict[str, Any], where
         auxiliary = {"auxiliary_num_convs": 0, "auxiliary_upsample_factor": 1}
     else:
         num_convs, width = count_layers(state_dict, r"decode_head\.up_convs"), first.shape[0]
-        convs = {count_layers(state_dict, rf"auxiliary_head\.{i}\.up_convs") for i in range(num_auxiliaries)}
-        kernels = {
-            side(state_dict, f"auxiliary_head.{i}.up_convs.0.0.conv.weight", path) for i in range(num_auxiliaries)
-        }
-        factors = {lookup(head, "up_scale", int, where, 4) for head in auxiliaries}
-        if len(convs) > 1 or len(kernels) > 1 or len(factors) > 1:
-            raise ValueError(f"{where}: expected auxiliary heads of one kind, got {convs} convolutions of {kernels}.")
-        auxiliary = {
-            "auxiliary_num_convs": max(convs, default=1),
-            "auxiliary_kernel_size": max(kernels, default=1),
-            "auxiliary_upsample_factor": max(factors, default=4),
-        }
+        auxiliary = auxiliary_upsampling(state_dict, path, config, where)
     return Conversion(
         source="open-mmlab/mmsegmentation",
         model_class=SetrForSemanticSegmentation,
@@ -253,7 +264,7 @@ def convert_mmsegmentation(checkpoint: Checkpoint, config: dict[str, Any], where
             "decoder_kernel_size": first.shape[-1],
             "decoder_upsample_factor": lookup(config, "model.decode_head.up_scale", int, where, 4),
             **auxiliary,
-            **auxiliary_loss(auxiliaries, num_auxiliaries, where),
+            **auxiliary_loss(state_dict, config, where),
         },
         state_dict=state_dict,
         renames=MMSEGMENTATION + (MMSEGMENTATION_MLA if is_mla else MMSEGMENTATION_UP),
@@ -263,6 +274,25 @@ def convert_mmsegmentation(checkpoint: Checkpoint, config: dict[str, Any], where
         class_names=class_names(checkpoint),
         palette=palette(checkpoint),
     )
+
+
+def auxiliary_upsampling(state_dict: dict[str, Any], path: Path, config: dict[str, Any], where: str) -> dict[str, int]:
+    """Fields of mmsegmentation's auxiliary heads that upsample.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    heads = [f"auxiliary_head.{index}.up_convs" for index in range(count_layers(state_dict, "auxiliary_head"))]
+    convs = {count_layers(state_dict, re.escape(head)) for head in heads}
+    kernels = {side(state_dict, f"{head}.0.0.conv.weight", path) for head in heads}
+    factors = {lookup(head, "up_scale", int, where, 4) for head in auxiliary_heads(config, where)}
+    if len(convs) > 1 or len(kernels) > 1 or len(factors) > 1:
+        raise ValueError(f"{where}: expected auxiliary heads of one kind, got {convs} convolutions of {kernels}.")
+    return {
+        "auxiliary_num_convs": max(convs, default=1),
+        "auxiliary_kernel_size": max(kernels, default=1),
+        "auxiliary_upsample_factor": max(factors, default=4),
+    }
 
 
 def fold_biases(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +334,11 @@ def check_indices(indices: list[int], num_auxiliaries: int, where: str) -> None:
         )
 
 
-def auxiliary_loss(auxiliaries: list[dict[str, Any]], num_auxiliaries: int, where: str) -> dict[str, Any]:
+def auxiliary_loss(state_dict: dict[str, Any], config: dict[str, Any], where: str) -> dict[str, Any]:
     """Whether there are auxiliary heads, and the weight of their loss."""
-    weights = [lookup(head, "loss_decode.loss_weight", float, where, 0.4) for head in auxiliaries]
-    return {"use_auxiliary_head": num_auxiliaries > 0, "auxiliary_loss_weight": weights[0] if weights else 0.4}
+    heads = auxiliary_heads(config, where)
+    weights = [lookup(head, "loss_decode.loss_weight", float, where, 0.4) for head in heads]
+    return {
+        "use_auxiliary_head": count_layers(state_dict, "auxiliary_head") > 0,
+        "auxiliary_loss_weight": weights[0] if weights else 0.4,
+    }
