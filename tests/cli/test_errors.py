@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from segmenter_hf.cli.errors import TRACEBACK_VARIABLE, cli_main
+from segmenter_hf.cli.errors import TRACEBACK_VARIABLE, Terminated, cli_main
 from segmenter_hf.cli.train import main as train
 from segmenter_hf.utils.atomic_files import atomic_directory, atomic_write
 from segmenter_hf.utils.markdown import markdown_cell
@@ -38,6 +38,62 @@ def test_a_signal_drops_what_is_not_finished_and_ends_with_a_line(
     assert capsys.readouterr().err == line
     assert [path.name for path in tmp_path.iterdir()] == ["done.txt"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_after_the_work_ends_with_a_line_too(number, code, capsys, monkeypatch, request) -> None:
+    monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    monkeypatch.setattr("gc.collect", lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as ended:
+        cli_main(lambda: None)()
+    assert ended.value.code == code
+    assert capsys.readouterr().err in ("terminated\n", "interrupted\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_a_library_wraps_in_an_error_stays_one(number, code, capsys, monkeypatch, request) -> None:
+    monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
+    @cli_main
+    def main() -> None:  # as torch.export does
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException as error:
+            raise RuntimeError("the graph cannot be traced") from error
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert capsys.readouterr().err in ("terminated\n", "interrupted\n")
+
+
+def test_a_second_sigterm_does_not_interrupt_the_cleaning(capsys, monkeypatch) -> None:
+    monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
+    cleaned = []
+
+    @cli_main
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned.append(True)
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 143 and cleaned == [True]
+
+
+def test_of_several_processes_one_says_that_they_were_terminated(capsys, monkeypatch) -> None:
+    monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
+    for rank, said in (("0", "terminated: saved\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert ending(Terminated("terminated: saved")) == "143"
+        assert capsys.readouterr().err == said
 
 
 def ending(error: BaseException) -> str:

@@ -2,11 +2,13 @@
 
 import functools
 import gc
+import math
 import os
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +21,7 @@ TRACEBACK_VARIABLE = "SEGMENTER_HF_TRACEBACK"  # set to anything, it brings the 
 KNOWN_OPTIONS: ContextVar[frozenset[str]] = ContextVar(
     "KNOWN_OPTIONS", default=frozenset()
 )  # of the command that runs
+CLEANING_SECONDS = 10.0  # in which a further SIGTERM is ignored; batch systems and launchers send several
 USER_ERRORS = (FloatingPointError, ImportError, MemoryError, OSError, ValueError)
 
 
@@ -49,28 +52,49 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
     def ending(*args: Any, **kwargs: Any) -> None:
         try:
             with _sigterm_as_exception():
-                main(*args, **kwargs)
-        except (KeyboardInterrupt, Terminated) as error:
-            if os.environ.get(TRACEBACK_VARIABLE):
+                try:
+                    main(*args, **kwargs)
+                finally:
+                    # A stream of a parquet file that is not at its end would abort the interpreter as it ends
+                    # (https://github.com/apache/arrow/issues/45214).
+                    gc.collect()
+                    _leave_process_group(failed=sys.exc_info()[0] is not None)
+        except SystemExit:
+            raise
+        except BaseException as error:
+            signaled = _find_signal(error)
+            if signaled is None or os.environ.get(TRACEBACK_VARIABLE):
+                _end_with_error(error)
                 raise
-            is_terminated = isinstance(error, Terminated)
-            print(str(error) or "terminated" if is_terminated else "interrupted", file=sys.stderr)
+            is_terminated = isinstance(signaled, Terminated)
+            if os.environ.get("RANK", "0") == "0":  # a launcher passes the signal on to all processes: one says it
+                print(str(signaled) or "terminated" if is_terminated else "interrupted", file=sys.stderr)
             raise SystemExit(128 + (signal.SIGTERM if is_terminated else signal.SIGINT)) from error
-        except _user_errors() as error:
-            if os.environ.get(TRACEBACK_VARIABLE):
-                raise
-            message = describe_error(error)
-            if not isinstance(error, UsageError):
-                raise SystemExit(message) from error
-            print(message, file=sys.stderr)
-            raise SystemExit(2) from error
-        finally:
-            # A stream of a parquet file that is not at its end would abort the interpreter as it ends
-            # (https://github.com/apache/arrow/issues/45214).
-            gc.collect()
-            _leave_process_group(failed=sys.exc_info()[0] is not None)
 
     return ending
+
+
+def _find_signal(error: BaseException) -> BaseException | None:
+    """Return the Ctrl-C or SIGTERM that an error comes from: libraries such as torch's exporter wrap them in errors."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        if isinstance(found, (KeyboardInterrupt, Terminated)):
+            return found
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return None
+
+
+def _end_with_error(error: BaseException) -> None:
+    """End the process with the line of an error that its user can fix; return for others."""
+    if not isinstance(error, _user_errors()) or os.environ.get(TRACEBACK_VARIABLE):
+        return
+    message = describe_error(error)
+    if not isinstance(error, UsageError):
+        raise SystemExit(message) from error
+    print(message, file=sys.stderr)
+    raise SystemExit(2) from error
 
 
 @contextmanager
@@ -81,9 +105,13 @@ def _sigterm_as_exception() -> Iterator[None]:
         yield
         return
 
+    last = -math.inf
+
     def terminate(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the cleaning is not interrupted
-        raise Terminated
+        nonlocal last
+        if time.monotonic() - last >= CLEANING_SECONDS:  # the cleaning after the first is not interrupted
+            last = time.monotonic()
+            raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
     try:
