@@ -14,7 +14,9 @@ from segmenter_hf.data.label_sets import label_set_from_names
 from segmenter_hf.training.adapters import add_adapters, merge_adapters
 from segmenter_hf.training.arguments import SegmentationTrainingArguments
 from segmenter_hf.training.averaging import AVERAGE_FILE, WeightAverage
+from segmenter_hf.training.datasets import build_augmentation
 from segmenter_hf.training.freezing import get_encoder
+from segmenter_hf.training.model_building import build_model_and_processor
 from segmenter_hf.training.optimization import decays, depth_from_top
 from segmenter_hf.training.run import train_segmenter
 from segmenter_hf.training.trainer import SegmentationTrainer
@@ -239,6 +241,21 @@ def test_training_ends_after_so_many_evaluations_without_a_better_one(tmp_path) 
     state = json.loads(next(tmp_path.glob("checkpoint-6/trainer_state.json")).read_text())
     assert state["global_step"] == 6  # the first evaluation is the best one
     assert EarlyStoppingCallback.__name__ in state["stateful_callbacks"]
+
+
+def test_options_reach_the_crops_and_the_loss(tmp_path) -> None:
+    options = {"vertical_flip_probability": 0.3, "min_scale": 0.7, "max_scale": 1.7, "focal_gamma": 2.0}
+    options |= {"ohem_fraction": 0.25, "dice_weight": 0.5}
+    more = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    model_args, data_args, _ = parse_training_arguments(words(str(tmp_path), *more, "--right_angle_rotations", "true"))
+    label_set = label_set_from_names(["a", "b"])
+    model, processor = build_model_and_processor(model_args, data_args, label_set)
+    augmentation = build_augmentation(data_args, label_set.ignore_index, processor)
+    assert augmentation.vertical_flip_probability == 0.3 and augmentation.right_angle_rotations is True
+    assert augmentation.ratio_range == (0.7, 1.7)
+    assert model.config.semantic_loss_focal_gamma == 2.0
+    assert model.config.semantic_loss_ohem_fraction == 0.25
+    assert model.config.semantic_loss_dice_weight == 0.5
 
 
 @pytest.mark.parametrize(

@@ -196,3 +196,10 @@ def test_a_directory_whose_recipe_is_none_is_refused(text, tmp_path) -> None:
     (tmp_path / "recipe.json").write_text(text)
     with pytest.raises(ValueError, match="recipe.json: expected"):
         check_same_run(tmp_path, resolved_recipe(*parse(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["finetune_small_dataset", "camvid_dinov2"])
+def test_recipes_of_fine_tuning_start_the_decoder_from_a_probe(name, tmp_path) -> None:
+    model_args, _, training_args = parse_training_arguments(["--recipe", name, "--output_dir", str(tmp_path)])
+    assert model_args.decoder_type == "mask_transformer" and training_args.decoder_warm_start == "linear_probe"
+    assert training_args.layer_decay < 1 and training_args.ema_decay is not None
