@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation
 from segmenter_hf.inference import model_loading
@@ -50,6 +51,20 @@ def test_any_number_of_models_is_compiled_in_one_process(monkeypatch) -> None:
             expected = model(pixel_values=pixel_values, return_dict=True).logits
             compile_network(model)
             torch.testing.assert_close(model(pixel_values=pixel_values, return_dict=True).logits, expected)
+
+
+def test_a_gpu_has_options_of_its_own_and_results_outlive_the_next_run() -> None:
+    assert model_loading.compile_options(torch.device("cpu")) == {}
+    assert model_loading.compile_options(torch.device("cuda", 0)) == {"mode": "max-autotune"}
+    memory = torch.zeros(2)  # as that of a CUDA graph
+
+    def forward(value: int) -> SemanticSegmenterOutput:
+        return SemanticSegmenterOutput(logits=memory.fill_(value))
+
+    copied = model_loading.copy_results(forward)
+    first, second = copied(1), copied(value=2)
+    assert isinstance(first, SemanticSegmenterOutput)
+    assert first.logits.tolist() == [1, 1] and second.logits.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("name", ["nope", "org/nope"])
