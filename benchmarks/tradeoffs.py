@@ -7,14 +7,17 @@
 
 Each variant is the model changed in one way: the mean number of tokens after the last layer that merges, seconds of an image (preprocessing,
 network and merge), the share of pixels of the same class as the unchanged model, and the mean IoU of all images. The variants segment
-each image in turns, twice, of which the second is timed, so that a machine that becomes slower does so for all. `tradeoffs.json` holds the figures, `tradeoffs.md` a table and `tradeoffs.png` a picture.
+each image in turns, twice, of which the second is timed, so that a machine that becomes slower does so for all. `--times_from` takes the
+times of another run, with fewer images on a quiet machine. `tradeoffs.json` holds the figures, `tradeoffs.md` a table and `tradeoffs.png` a picture.
 """
 
+import json
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser
@@ -54,6 +57,11 @@ class Arguments:
         metadata={"help": "Directory of the exports onnxruntime and openvino; made where they are missing."},
     )
     calibration_images: str | None = field(default=None, metadata={"help": "Folder of images for the precision int8."})
+    repeats: int = field(default=2, metadata={"help": "Times that each image is segmented; the last one is timed."})
+    times_from: str | None = field(
+        default=None,
+        metadata={"help": "tradeoffs.json of a run with fewer images on a quiet machine: its times are taken."},
+    )
     num_threads: int | None = field(default=None, metadata={"help": "Threads; by default as many as torch takes."})
 
 
@@ -101,9 +109,11 @@ class Variant:
         else:
             self.tokens += [outputs.last_hidden_state.shape[1] - prefix] * len(outputs.last_hidden_state)
 
-    def segment(self, image: object, labels: torch.Tensor, expected: torch.Tensor | None) -> torch.Tensor:
+    def segment(
+        self, image: object, labels: torch.Tensor, expected: torch.Tensor | None, repeats: int
+    ) -> torch.Tensor:
         """Segment an image, and count how well."""
-        for _ in range(2):  # the first fills the caches again, which another variant used
+        for _ in range(repeats):  # the first fills the caches again, which another variant used
             start = time.perf_counter()
             class_map = self.predictor(image, dtype=self.predictor.class_map_dtype).class_map
             seconds = time.perf_counter() - start
@@ -185,6 +195,16 @@ def write_exports(args: Arguments) -> None:
             )
 
 
+def take_times(points: Sequence[Point], timed: Sequence[dict[str, Any]]) -> None:
+    """Replace the times by those of the same variants in another run."""
+    times = {point["name"]: point for point in timed}
+    for point in points:
+        if point.name not in times:
+            raise SystemExit(f"`--times_from` has no {point.name!r}: give the same variants in both runs.")
+        for name in ("seconds", "spread_percent", "speedup"):
+            setattr(point, name, times[point.name][name])
+
+
 def draw(points: Sequence[Point], path: Path) -> None:
     """Time and mean IoU over tokens."""
     import matplotlib
@@ -227,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     examples = EvaluationDataset(dataset, fit_to_masks(plain.label_set, dataset), plain.processor.num_channels)
     for index in range(len(dataset)):
         example = examples[index]
-        image, labels = example["image"], torch.as_tensor(example["labels"])
+        image, labels = example["image"], torch.tensor(example["labels"])
         if index == 0:  # to warm up
             for variant in variants:
                 variant.predictor(image)
@@ -235,15 +255,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 variant.tokens.clear()
         expected = None
         for variant in variants:
-            class_map = variant.segment(image, labels, expected)
+            class_map = variant.segment(image, labels, expected, args.repeats)
             expected = class_map if expected is None else expected
     unchanged_seconds = statistics.median(variants[0].seconds)
     points = [variant.point(unchanged_seconds) for variant in variants]
+    if args.times_from is not None:
+        take_times(points, json.loads(Path(args.times_from).read_text())["points"])
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     machine = {
         "date": time.strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(),
+        "times_from": args.times_from,
         "torch": torch.__version__,
         "images": len(dataset),
         "dataset": args.dataset_name,
