@@ -3,7 +3,7 @@
     python benchmarks/tradeoffs.py --model_name_or_path outputs/camvid --dataset_name FOLDER --max_samples 20 \
         --thresholds 0.95 0.9 0.8 --patch_sizes 16 28 --output_dir outputs/tradeoffs
     python benchmarks/tradeoffs.py --model_name_or_path outputs/camvid --dataset_name FOLDER --export_dir outputs/exports \
-        --runtimes torch/bfloat16 onnxruntime/float32 openvino/bfloat16 --thresholds --output_dir outputs/tradeoffs
+        --runtimes torch/bfloat16 onnxruntime/float32 openvino/bfloat16 --output_dir outputs/tradeoffs
 
 Each variant is the model changed in one way: the mean number of tokens after the last layer that merges, seconds of an image (preprocessing,
 network and merge), the share of pixels of the same class as the unchanged model, and the mean IoU of all images. The variants segment
@@ -41,9 +41,7 @@ class Arguments:
     label_set: str | None = field(default=None, metadata={"help": "Name or file of the label set of the dataset."})
     split: str = field(default="validation", metadata={"help": "Split of the dataset."})
     max_samples: int = field(default=20, metadata={"help": "Number of images, the first ones."})
-    thresholds: list[float] = field(
-        default_factory=lambda: [0.98, 0.95, 0.92, 0.88, 0.8, 0.6], metadata={"help": "Of token merging."}
-    )
+    thresholds: list[float] = field(default_factory=list, metadata={"help": "Of token merging."})
     patch_sizes: list[int] = field(default_factory=list, metadata={"help": "Other patch sizes in pixels."})
     runtimes: list[str] = field(
         default_factory=list,
