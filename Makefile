@@ -5,7 +5,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 DEMO = outputs/demo
 
-.PHONY: demo test test-lowest test-colab build test-wheel docs web coverage bench style format clean
+.PHONY: demo test test-fast test-lowest test-colab build test-wheel test-sdist docs web coverage bench style format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,13 @@ demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, ev
 
 test: $(VENV)/installed  ## install and run all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+# The core: reading data, the mathematics, the models, prediction, metrics; no training, no processes, no other systems.
+FAST = tests/test_architecture.py tests/test_requirements.py tests/utils tests/evaluation tests/data tests/inference \
+	tests/models/test_sliding_window.py tests/models/test_segmentation_loss.py tests/models/test_loss_options.py \
+	tests/models/test_configuration_segmenter.py tests/models/test_image_processing_segmenter.py
+test-fast: $(VENV)/installed  ## the tests of the core, in less than a minute
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(FAST)
 
 # Environments of their own; the extra `demo` is left out, for Gradio needs a later huggingface_hub.
 test-lowest: VERSIONS = tests/requirements.txt torchvision==0.21
@@ -42,6 +49,12 @@ test-wheel: build  ## every subcommand, from the wheel, in an environment withou
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
 	$(PY) tests/check_wheel.py $(VENV)-wheel/bin/segmenter-hf
+
+test-sdist: build  ## tests of the source distribution, unpacked elsewhere
+	rm -rf build/sdist && mkdir -p build/sdist
+	tar -xzf dist/*.tar.gz -C build/sdist --strip-components 1
+	cd build/sdist && PYTHONPATH=src HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(abspath $(PY)) -m pytest --collect-only -q tests > collected.txt
+	cd build/sdist && PYTHONPATH=src HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(abspath $(PY)) -m pytest -n 2 $(FAST) tests/test_docs.py tests/conversion
 
 docs: $(VENV)/installed  ## the documentation as a site, in site/
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[docs]"

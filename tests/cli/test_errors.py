@@ -8,6 +8,7 @@ import pytest
 
 from segmenter_hf.cli.errors import TRACEBACK_VARIABLE, Terminated, cli_main
 from segmenter_hf.cli.train import main as train
+from segmenter_hf.inference.model_loading import WHERE_FROM
 from segmenter_hf.utils.atomic_files import atomic_directory, atomic_write
 from segmenter_hf.utils.markdown import markdown_cell
 from segmenter_hf.utils.messages import one_line
@@ -104,6 +105,12 @@ def ending(error: BaseException) -> str:
     with pytest.raises(SystemExit) as ended:
         main()
     return str(ended.value.code)
+
+
+def test_functions_of_the_library_are_named_as_commands(monkeypatch) -> None:
+    monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
+    said = ending(OSError(f"no such directory. {WHERE_FROM}"))
+    assert "`segmenter-hf convert` makes a directory" in said and "`segmenter-hf models` has their names" in said
 
 
 def test_errors_of_the_system_name_the_file_first(tmp_path, monkeypatch) -> None:

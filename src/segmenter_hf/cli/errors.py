@@ -22,6 +22,8 @@ KNOWN_OPTIONS: ContextVar[frozenset[str]] = ContextVar(
     "KNOWN_OPTIONS", default=frozenset()
 )  # of the command that runs
 CLEANING_SECONDS = 10.0  # in which a further SIGTERM is ignored; batch systems and launchers send several
+# Functions that messages of the library name, and the commands that do the same.
+COMMANDS = {"convert_checkpoint": "segmenter-hf convert", "load_published_models": "segmenter-hf models"}
 USER_ERRORS = (FloatingPointError, ImportError, MemoryError, OSError, ValueError)
 
 
@@ -134,10 +136,12 @@ def describe_error(error: BaseException) -> str:
 
 
 def name_options(message: str) -> str:
-    """A message of the library with its arguments, as in `ignore_index=11`, as options of the command: `--ignore_index 11`."""
+    """Name options for the arguments of the library, `--ignore_index 11` for `ignore_index=11`, and commands for functions."""
 
     def as_option(match: re.Match[str]) -> str:
         name, value = match.groups()
+        if name in COMMANDS:
+            return f"`{COMMANDS[name]}`"
         if name not in KNOWN_OPTIONS.get():
             return match[0]
         value = value.lower() if value in ("True", "False") else value
