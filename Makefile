@@ -33,10 +33,15 @@ test-fast: $(VENV)/installed  ## the tests of the core, in less than a minute
 # Environments of their own; the extra `demo` is left out, for Gradio needs a later huggingface_hub.
 test-lowest: VERSIONS = tests/requirements.txt torchvision==0.21
 test-colab: VERSIONS = tests/requirements-colab.txt
-test-lowest test-colab:  ## all tests with the lowest versions of setup.cfg, or with those of a notebook on Colab
+test-lowest test-colab: $(VENV)/installed  ## all tests with the lowest versions of setup.cfg, or with those of a notebook on Colab
 	$(PYTHON) -m venv $(VENV)-$@
 	$(VENV)-$@/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test,onnx]" -r $(VERSIONS)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n 2
+	rm -rf build/remote_code
+	$(PY) tests/check_remote_code.py save build/remote_code/newest
+	HF_MODULES_CACHE=build/remote_code/cache $(VENV)-$@/bin/python tests/check_remote_code.py load build/remote_code/newest
+	$(VENV)-$@/bin/python tests/check_remote_code.py save build/remote_code/older
+	HF_MODULES_CACHE=build/remote_code/cache $(PY) tests/check_remote_code.py load build/remote_code/older
 
 build: $(VENV)/installed  ## wheel and source distribution, checked, in dist/
 	rm -rf dist build

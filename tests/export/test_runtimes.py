@@ -31,6 +31,7 @@ from segmenter_hf.inference.datasets import describe_run
 from segmenter_hf.inference.protocol import InferenceProtocol
 from segmenter_hf.inference.runtimes import RUNTIME_FILES
 
+from ..versions import needs_export
 from .test_onnx import FIELDS, WINDOWS, save_model
 
 
@@ -74,6 +75,11 @@ def exported(tmp_path_factory, photos) -> Callable[[str, str], tuple[Path, Path]
 
     @cache
     def export(name: str, runtime: str) -> tuple[Path, Path]:
+        if runtime == "onnxruntime" and needs_export.args[0]:
+            pytest.skip(needs_export.kwargs["reason"])
+        if runtime == "openvino":
+            for package in ("openvino", "nncf"):
+                pytest.importorskip(package, reason="exports for OpenVINO need the extra `openvino`")
         precisions = list(RUNTIME_FILES[runtime]) if name in QUANTIZED else ["float32"]
         directory = folder / f"{name}-{runtime}"
         export_model(checkpoint(name), directory, runtime=runtime, precisions=precisions, calibration_images=photos)

@@ -195,6 +195,7 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(tmp_path) -> None:
 
 
 def test_updates_of_low_rank_are_trained_resumed_and_merged(tmp_path) -> None:
+    pytest.importorskip("peft", reason="`lora_rank` needs the extra `peft`")
     more = ["--lora_rank", "2", "--lora_targets", "q_proj,fc1", "--save_total_limit", "9"]
     more += ["--load_best_model_at_end", "false", "--learning_rate", "0.01"]
     results = run(tmp_path / "run", *more)
@@ -217,6 +218,7 @@ def test_updates_of_low_rank_are_trained_resumed_and_merged(tmp_path) -> None:
 
 
 def test_merged_weights_give_the_logits_of_the_updates() -> None:
+    pytest.importorskip("peft", reason="`lora_rank` needs the extra `peft`")
     model = tiny_model().eval()
     expected_names = set(model.state_dict())
     add_adapters(model, 2, 8, "q_proj, v_proj")
@@ -271,5 +273,7 @@ def test_options_reach_the_crops_and_the_loss(tmp_path) -> None:
     ],
 )
 def test_options_that_do_not_fit_are_named(more, message, tmp_path) -> None:
+    if "--lora_targets" in more:
+        pytest.importorskip("peft", reason="`lora_rank` needs the extra `peft`")
     with pytest.raises(ValueError, match=message):
         run(tmp_path, *more)
