@@ -1,13 +1,17 @@
 """Which label set a dataset gets, and masks of colors and of black and white."""
 
+from dataclasses import replace
+
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
-from segmenter_hf.data.decoding import decode_example
+from segmenter_hf.data.decoding import decode_example, stored_ids
 from segmenter_hf.data.label_resolution import resolve_label_set
 from segmenter_hf.data.label_sets import LabelSet, label_set_from_names
 from segmenter_hf.data.mask_checks import check_masks
+from segmenter_hf.data.mask_values import MaskReader, distinct_pixels
 
 from .test_loading import HEIGHT, WIDTH, dataset_of, example, mask_array
 
@@ -151,6 +155,67 @@ def test_gray_edges_of_black_and_white_masks_are_refused(two_names):
     edge[0, 0] = 127
     with pytest.raises(ValueError, match=r"street 1: ids \[127\] in a mask of 0 and 255"):
         check_masks(dataset_of([ids, edge]), 2, label_set, show_progress=False).raise_if_impossible()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB"])
+def test_black_and_white_follow_the_colors_of_the_label_set(tmp_path, mode):
+    """The first class is white, as in DeepGlobe's roads: a map of 0 to the first class would swap both."""
+    (tmp_path / "class_dict.csv").write_text("name,r,g,b\nroad,255,255,255\nbackground,0,0,0\n")
+    ids = mask_array(num_labels=2)
+    mask = Image.fromarray((1 - ids) * 255).convert(mode)
+    label_set = resolve_label_set(dataset_of([mask]), str(tmp_path / "class_dict.csv"))
+    assert label_set.color_masks and decoded(mask, label_set) == ids.tolist()
+    check_masks(dataset_of([mask]), 2, label_set, show_progress=False).raise_if_impossible()
+
+
+def test_gray_masks_of_colors_are_decoded_where_their_values_are_no_ids(tmp_path):
+    colors = ((0, 0, 0), (128, 128, 128), (255, 255, 255))
+    label_set = LabelSet("x", "x", ("sea", "ice", "snow"), colors)
+    label_set.save(tmp_path / "x.json")
+    ids = mask_array()
+    grays = np.array([0, 128, 255], np.uint8)[ids]
+    found = resolve_label_set(dataset_of([grays]), str(tmp_path / "x.json"))
+    assert found.color_masks and decoded(grays, found) == ids.tolist()
+    assert not resolve_label_set(dataset_of([ids]), str(tmp_path / "x.json")).color_masks
+    white_is_void = resolve_label_set(dataset_of([grays % 255]), str(tmp_path / "x.json"), ignore_index=255)
+    assert white_is_void.color_masks  # no 255 is there
+    assert not resolve_label_set(dataset_of([grays]), str(tmp_path / "x.json"), ignore_index=255).color_masks
+
+
+# Masks are read once
+
+
+@pytest.mark.parametrize("factor", [1, 255])
+def test_finding_the_classes_and_checking_reads_each_mask_once(factor):
+    rows, read = dataset_of([mask_array(seed, num_labels=2) * factor for seed in range(4)]), []
+
+    def generate():
+        for row in rows:
+            read.append(row["id"])
+            yield row
+
+    reader = MaskReader(datasets.IterableDataset.from_generator(generate), show_progress=False)
+    label_set = resolve_label_set(reader)
+    report = check_masks(reader, label_set.num_labels, label_set)
+    assert read == rows["id"][:]
+    assert (
+        report.pixels_per_class.tolist()
+        == check_masks(rows, 2, label_set, show_progress=False).pixels_per_class.tolist()
+    )
+    assert check_masks(reader, 2, label_set).num_images == 4  # a reader that gave its masks away starts again
+    assert len(read) == 8
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I", "I;16"])
+def test_distinct_pixels_decode_as_the_mask_does(mode):
+    colors = mode in ("P", "RGB", "RGBA")
+    mask = colored(mask_array()) if colors else Image.fromarray(mask_array(num_labels=2))
+    mask = mask.convert(mode, palette=Image.Palette.ADAPTIVE)
+    pixels, counts = distinct_pixels(mask)
+    assert pixels.mode == mode and counts.sum() == HEIGHT * WIDTH and pixels.size == (len(counts), 1)
+    label_set = replace(TWO_COLORS, color_masks=True) if colors else None
+    ids, few = stored_ids(mask, "x", label_set), stored_ids(pixels, "x", label_set)[0]
+    assert {i: int((ids == i).sum()) for i in np.unique(ids).tolist()} == dict(zip(few.tolist(), counts.tolist()))
 
 
 # Numbers of classes

@@ -68,7 +68,7 @@ def decode_example(
             f"{row_name(example, 'image')}: expected an image of 8 or 16 bits per channel, got floats of one channel. Save "
             "it as .npy, or as TIFF with all channels."
         )
-    with _translate_decoding_errors(row_name(example, "image")):
+    with translate_decoding_errors(row_name(example, "image")):
         if num_channels == 1 and image.mode.startswith("I"):
             return np.asarray(image)[..., None], ids
         pixels = np.ascontiguousarray(np.moveaxis(pil_to_array(image, do_convert_rgb=num_channels == 3), 0, -1))
@@ -87,10 +87,10 @@ def open_pair(
     if isinstance(image, np.ndarray):
         _check_sizes(example, image.shape[:0:-1], mask.size)
         return image, mask
-    with _translate_decoding_errors(row_name(example, "image")):
+    with translate_decoding_errors(row_name(example, "image")):
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         image = ImageOps.exif_transpose(image) if turned else image
-    with _translate_decoding_errors(row_name(example, "annotation")):
+    with translate_decoding_errors(row_name(example, "annotation")):
         mask = ImageOps.exif_transpose(mask) if turned else mask
     _check_sizes(example, image.size, mask.size)
     return image, mask
@@ -119,7 +119,7 @@ def open_channels(example: dict[str, Any], num_channels: int | None = 3) -> Imag
         if array is not None:
             image = array
         else:
-            with _translate_decoding_errors(name):
+            with translate_decoding_errors(name):
                 image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     if num_channels is not None:
         check_channels(image, num_channels, name)
@@ -140,12 +140,12 @@ def open_image(example: dict[str, Any], column: str, label_set: LabelSet | None 
         content = encoded_bytes(value)  # a server that gives no answer now is no error of the file
     except FileNotFoundError as error:
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error
-    with _translate_decoding_errors(name):
+    with translate_decoding_errors(name):
         return Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
 
 
 @contextmanager
-def _translate_decoding_errors(name: str) -> Iterator[None]:
+def translate_decoding_errors(name: str) -> Iterator[None]:
     """Turn PIL's errors, which do not say which file they are about, into a `ValueError` that does."""
     try:
         yield
@@ -161,13 +161,16 @@ def row_name(example: dict[str, Any], column: str = "annotation") -> str:
     return f"{names[0]} ({names[1]})" if len(names) == 2 else names[0] if names else f"an {column} without a name"
 
 
-def stored_ids(mask: Image.Image, name: str, label_set: LabelSet | None = None) -> np.ndarray:
+def stored_ids(
+    mask: Image.Image, name: str, label_set: LabelSet | None = None, counts: np.ndarray | None = None
+) -> np.ndarray:
     """The ids as stored, or those of the classes whose colors are stored.
 
     Args:
         mask (`Image.Image`): The mask.
         name (`str`): What to call it in errors.
         label_set (`LabelSet`, *optional*): Says whether masks store colors, and which.
+        counts (`np.ndarray`, *optional*): How many pixels each pixel of `mask` stands for in errors; by default one.
 
     Returns:
         `np.ndarray` of shape `(height, width)`: Of some integer dtype.
@@ -176,14 +179,14 @@ def stored_ids(mask: Image.Image, name: str, label_set: LabelSet | None = None) 
         ValueError: If it cannot be decoded, holds something else, or a color of no class.
     """
     if label_set is not None and label_set.color_masks:
-        return color_ids(_rgb_array(mask, name), label_set, name)
-    with _translate_decoding_errors(name):
+        return color_ids(_rgb_array(mask, name), label_set, name, counts)
+    with translate_decoding_errors(name):
         ids = np.asarray(mask)
     if mask.mode in ("RGB", "RGBA", "LA"):
         colors = ids[..., :3] if mask.mode != "LA" else ids[..., :1]
         if (colors != colors[..., :1]).any():
             raise ValueError(
-                f"{name}: expected a mask of class ids, got an RGB image with colors, {_most_frequent(_codes(colors))}. Give "
+                f"{name}: expected a mask of class ids, got an RGB image with colors, {_most_frequent(_codes(colors), counts)}. Give "
                 "the classes of the colors: as `label_set` with colors, or as colors.json or class_dict.csv (name, r, g, b) "
                 "beside the data; or convert the mask with its palette to ids, saved as an 8-bit gray PNG."
             )
@@ -203,13 +206,14 @@ def has_colors(mask: Image.Image, name: str) -> bool:
     return bool((colors != colors[..., :1]).any())
 
 
-def color_ids(colors: np.ndarray, label_set: LabelSet, name: str) -> np.ndarray:
+def color_ids(colors: np.ndarray, label_set: LabelSet, name: str, counts: np.ndarray | None = None) -> np.ndarray:
     """The class ids of colors.
 
     Args:
         colors (`np.ndarray` of shape `(height, width, 3)` and dtype `uint8`): RGB.
         label_set (`LabelSet`): The color of each class.
         name (`str`): What to call the mask in errors.
+        counts (`np.ndarray`, *optional*): How many pixels each color stands for in errors; by default one.
 
     Returns:
         `np.ndarray` of shape `(height, width)` and dtype `int32`: The ids; `ignore_index` where the color is ignored.
@@ -223,11 +227,13 @@ def color_ids(colors: np.ndarray, label_set: LabelSet, name: str) -> np.ndarray:
     order = np.argsort(known)
     codes = _codes(colors)
     places = np.searchsorted(known[order], codes).clip(max=len(known) - 1)
-    wrong = codes[known[order][places] != codes]
-    if wrong.size:
+    is_wrong = known[order][places] != codes
+    if is_wrong.any():
+        counts = np.ones(codes.shape, np.int64) if counts is None else counts.reshape(codes.shape)
+        found = _most_frequent(codes[is_wrong], counts[is_wrong])
         raise ValueError(
-            f"{name}: {wrong.size} of {codes.size} pixels have colors that are not in the label set {label_set.name!r}: "
-            f"{_most_frequent(wrong)}. Add them to its file: with the name of their class, or as `__ignore__` where there "
+            f"{name}: {counts[is_wrong].sum()} of {counts.sum()} pixels have colors that are not in the label set "
+            f"{label_set.name!r}: {found}. Add them to its file: with the name of their class, or as `__ignore__` where there "
             "is none. If there are many, the mask was saved as JPEG or enlarged smoothly: save it as PNG without either."
         )
     return ids[order][places]
@@ -236,7 +242,7 @@ def color_ids(colors: np.ndarray, label_set: LabelSet, name: str) -> np.ndarray:
 def _rgb_array(mask: Image.Image, name: str) -> np.ndarray:
     if mask.mode not in ("1", "L", "P", "RGB", "RGBA"):
         raise ValueError(f"{name}: expected a mask of colors in RGB or palette mode, got mode {mask.mode}.")
-    with _translate_decoding_errors(name):
+    with translate_decoding_errors(name):
         return np.asarray(mask.convert("RGB"))
 
 
@@ -245,12 +251,13 @@ def _codes(colors: np.ndarray) -> np.ndarray:
     return colors.astype(np.int32) @ np.array([2**16, 2**8, 1], dtype=np.int32)
 
 
-def _most_frequent(codes: np.ndarray, limit: int = 5) -> str:
+def _most_frequent(codes: np.ndarray, counts: np.ndarray | None = None, limit: int = 5) -> str:
     """The most frequent of some colors with the number of their pixels, in words."""
-    values, counts = np.unique(codes, return_counts=True)
+    values, places = np.unique(codes, return_inverse=True)
+    sums = np.bincount(places.ravel(), None if counts is None else counts.ravel()).astype(np.int64)
     shown = [
         f"({value >> 16}, {value >> 8 & 255}, {value & 255}) in {count} pixels"
-        for count, value in sorted(zip(counts.tolist(), values.tolist()), reverse=True)[:limit]
+        for count, value in sorted(zip(sums.tolist(), values.tolist()), reverse=True)[:limit]
     ]
     return ", ".join(shown) + (f" and {len(values) - limit} more" if len(values) > limit else "")
 

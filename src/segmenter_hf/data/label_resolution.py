@@ -1,19 +1,17 @@
 """Which label set fits a dataset: the one that was named, the one that lies beside the data, or one made of its masks."""
 
-import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from .decoding import has_colors, open_image, row_name, stored_ids
-from .described_masks import is_described
+from .decoding import has_colors, stored_ids
 from .label_sets import BINARY_MASK_IDS, LabelSet, label_set_from_names, load_label_set
 from .loading import AnyDataset
 from .mask_checks import infer_num_labels
+from .mask_values import AnyMasks, MaskReader, as_reader
 
 
 logger = logging.getLogger(__name__)
@@ -22,7 +20,7 @@ BINARY_NAMES = ("background", "foreground")
 
 
 def resolve_label_set(
-    dataset: AnyDataset,
+    masks: AnyMasks,
     name_or_path: str | None = None,
     *,
     num_labels: int | None = None,
@@ -33,8 +31,9 @@ def resolve_label_set(
     """Find the classes of a dataset, and how its masks store them.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            As from `load_segmentation_datasets`.
+        masks (`datasets.Dataset`, `datasets.IterableDataset` or `MaskReader`):
+            The dataset, as from `load_segmentation_datasets`; or a reader of it, to read the masks once for this and
+            `check_masks`.
         name_or_path (`str`, *optional*):
             Name or file of the label set. By default that of the dataset, where it has one, or else as many classes as the
             masks hold; masks of 0 and 255 have the two classes background and foreground.
@@ -45,7 +44,7 @@ def resolve_label_set(
         do_reduce_labels (`bool`, *optional*, defaults to `False`):
             Whether stored 0 means "no class" and the classes are stored from 1 on.
         max_images (`int`, *optional*):
-            Look at so many masks at most.
+            Look at so many masks of a dataset at most.
 
     Returns:
         `LabelSet`: It also says whether masks store colors, or 0 and 255: see `fit_to_masks`.
@@ -57,15 +56,16 @@ def resolve_label_set(
     changes: dict[str, Any] = {} if ignore_index is None else {"ignore_index": ignore_index}
     if do_reduce_labels:
         changes["reduce_labels"] = True
-    found = load_label_set(name_or_path) if name_or_path is not None else dataset_label_set(dataset)
+    reader = as_reader(masks, max_images)
+    found = load_label_set(name_or_path) if name_or_path is not None else dataset_label_set(reader.dataset)
     if found is None:
-        return _made_of_masks(dataset, num_labels, changes, max_images)
+        return _made_of_masks(reader, num_labels, changes)
     if num_labels not in (None, found.num_labels):
         raise ValueError(
             f"`num_labels` is {num_labels}, but the label set {found.name!r} has {found.num_labels} classes: give one of both."
         )
     found = replace(found, **changes)
-    return fit_to_masks(found, dataset, keep_ignored=ignore_index is not None, max_images=max_images)
+    return fit_to_masks(found, reader, keep_ignored=ignore_index is not None)
 
 
 def dataset_label_set(dataset: AnyDataset) -> LabelSet | None:
@@ -73,27 +73,28 @@ def dataset_label_set(dataset: AnyDataset) -> LabelSet | None:
     return getattr((dataset.features or {}).get("annotation"), "label_set", None)
 
 
-def fit_to_masks(
-    label_set: LabelSet, dataset: AnyDataset, *, keep_ignored: bool = False, max_images: int | None = None
-) -> LabelSet:
+def fit_to_masks(label_set: LabelSet, masks: AnyMasks, *, keep_ignored: bool = False) -> LabelSet:
     """Adapt a label set to masks that store colors, or 0 and 255 for two classes (one beside the background).
 
     Args:
         label_set (`LabelSet`): The classes.
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): As from `load_segmentation_datasets`.
-        keep_ignored (`bool`, *optional*, defaults to `False`): Whether 255 means "no class" even where it is all there is
-            beside 0.
-        max_images (`int`, *optional*): Look at so many masks at most.
+        masks (`datasets.Dataset`, `datasets.IterableDataset` or `MaskReader`): See `resolve_label_set`.
+        keep_ignored (`bool`, *optional*, defaults to `False`): Whether the ignore index means "no class" even where it is all
+            there is beside 0.
 
     Returns:
         `LabelSet`: With `color_masks`, or with a `label_id_to_train_id`, or as it was.
     """
+    reader = as_reader(masks)
     if label_set.color_masks:
         return label_set
-    if store_colors(dataset, max_images):
+    if store_colors(reader):
         return replace(label_set, color_masks=True, label_id_to_train_id=None, reduce_labels=False)
-    has_map = label_set.label_id_to_train_id is not None or label_set.reduce_labels
-    if keep_ignored or has_map or label_set.num_labels > 2 or not are_binary(dataset, max_images):
+    if label_set.label_id_to_train_id is not None or label_set.reduce_labels:
+        return label_set
+    if store_grays(reader, label_set, label_set.ignore_index if keep_ignored else None):
+        return replace(label_set, color_masks=True)
+    if keep_ignored or label_set.num_labels > 2 or not are_binary(reader):
         return label_set
     logger.warning(
         "All masks hold 0 and 255 only: 255 is the class %r. If it marks pixels without a class, set `ignore_index=255`.",
@@ -102,15 +103,13 @@ def fit_to_masks(
     return replace(label_set, label_id_to_train_id=dict(BINARY_MASK_IDS))
 
 
-def _made_of_masks(
-    dataset: AnyDataset, num_labels: int | None, changes: dict[str, Any], max_images: int | None
-) -> LabelSet:
+def _made_of_masks(reader: MaskReader, num_labels: int | None, changes: dict[str, Any]) -> LabelSet:
     if num_labels in (None, 2) and not changes:
-        binary = fit_to_masks(label_set_from_names(BINARY_NAMES, "binary"), dataset, max_images=max_images)
+        binary = fit_to_masks(label_set_from_names(BINARY_NAMES, "binary"), reader)
         if binary.label_id_to_train_id is not None:
             return binary
     if num_labels is None:
-        num_labels = infer_num_labels(dataset, max_images=max_images, **changes)
+        num_labels = infer_num_labels(reader, **changes)
         logger.warning("Found %d classes in the masks; name them with `label_set`.", num_labels)
     names = [f"class {index}" for index in range(num_labels)]
     made = label_set_from_names(names, ignore_index=changes.get("ignore_index", 255))
@@ -120,36 +119,48 @@ def _made_of_masks(
 # What masks store
 
 
-def store_colors(dataset: AnyDataset, max_images: int | None = None) -> bool:
+def store_colors(masks: AnyMasks) -> bool:
     """Whether the masks of a dataset store colors: they are RGB, and the channels of one differ somewhere."""
-    for mask, name in _masks(dataset, max_images):
-        if mask.mode not in ("RGB", "RGBA"):
+    for pixels, _ in _stored_pixels(masks):
+        if pixels.mode not in ("RGB", "RGBA"):
             return False
-        if has_colors(mask, name):
+        if has_colors(pixels, ""):
             return True
     return False
 
 
-def are_binary(dataset: AnyDataset, max_images: int | None = None) -> bool:
+def store_grays(masks: AnyMasks, label_set: LabelSet, ignored: int | None = None) -> bool:
+    """Whether gray masks hold the colors of a label set, as 255 for white, and not class ids or `ignored`."""
+    colors = [color for color in (*label_set.colors, *label_set.ignore_colors) if len(set(color)) == 1]
+    grays = {color[0] for color in colors} - {ignored}
+    found: set[int] = set()
+    for pixels, name in _stored_pixels(masks):
+        if not grays or pixels.mode not in ("1", "L", "RGB", "RGBA"):
+            return False
+        stored = stored_ids(pixels, name) * (255 if pixels.mode == "1" else 1)
+        found.update(stored.ravel().tolist())
+        if not found <= grays:
+            return False
+    return not found <= set(range(label_set.num_labels))
+
+
+def are_binary(masks: AnyMasks) -> bool:
     """Whether the masks of a dataset hold no values but 0 and 255, and one holds 255. Stops at the first other value."""
     found: set[int] = set()
-    for mask, name in _masks(dataset, max_images):
-        found.update(np.unique(stored_ids(mask, name)).tolist())
+    for pixels, name in _stored_pixels(masks):
+        found.update(stored_ids(pixels, name).ravel().tolist())
         if not found <= BINARY_MASK_IDS.keys():
             return False
     return 255 in found
 
 
-def _masks(dataset: AnyDataset, max_images: int | None) -> Iterator[tuple[Image.Image, str]]:
-    """The stored masks that can be read, each with its name: `check_masks` reports the others."""
-    column = dataset.select_columns(["annotation", *(["id"] if "id" in (dataset.column_names or []) else [])])
-    for example in itertools.islice(column, max_images):
-        name = row_name(example)
-        if is_described(example["annotation"]):
-            continue
-        try:
-            mask = open_image(example, "annotation")
-            mask.load()
-        except (OSError, SyntaxError, ValueError):
-            continue
-        yield mask, name
+def _stored_pixels(masks: AnyMasks) -> Iterator[tuple[Image.Image, str]]:
+    """The distinct pixels of stored masks that can be read, and their names: `check_masks` reports the others.
+
+    It ends at the first mask that is described: it names its classes.
+    """
+    for mask in as_reader(masks):
+        if mask.is_described:
+            return
+        if mask.pixels is not None:
+            yield mask.pixels, mask.name

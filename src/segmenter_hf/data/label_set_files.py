@@ -14,6 +14,7 @@ LABEL_FILES = (
     "label_set.json",
     "colors.json",
     "class_dict.csv",
+    "label_class_dict.csv",
     "labelmap.txt",
     "class_names.txt",
 )  # looked for beside the data

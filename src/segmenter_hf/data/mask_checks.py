@@ -1,19 +1,16 @@
 """What the masks of a dataset hold, checked and counted before a model is trained on them."""
 
-import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import datasets
 import numpy as np
-from tqdm.auto import tqdm
 
 from ..utils.messages import one_line
-from .decoding import class_ids, open_pair, row_label_set, row_name, stored_ids
+from .decoding import class_ids
 from .label_sets import BINARY_MASK_IDS, LabelSet
-from .loading import AnyDataset
+from .mask_values import AnyMasks, MaskValues, as_reader
 
 
 logger = logging.getLogger(__name__)
@@ -137,7 +134,7 @@ def _upper(sentence: str) -> str:
 
 
 def check_masks(
-    dataset: AnyDataset,
+    masks: AnyMasks,
     num_labels: int,
     label_set: LabelSet | None = None,
     *,
@@ -146,11 +143,12 @@ def check_masks(
     max_images: int | None = None,
     show_progress: bool = True,
 ) -> MaskReport:
-    """Read the masks of a dataset and counts what is in them.
+    """Read the masks of a dataset and count what is in them.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            As from `load_segmentation_datasets`.
+        masks (`datasets.Dataset`, `datasets.IterableDataset` or `MaskReader`):
+            The dataset, as from `load_segmentation_datasets`; or a reader of it, which the last two arguments do not apply to:
+            what it has read already is not read again, and is not kept.
         num_labels (`int`):
             Number of classes of the model.
         label_set (`LabelSet`, *optional*):
@@ -173,8 +171,9 @@ def check_masks(
     report = MaskReport(num_labels, ignore_index, pixels_per_class=counts[0], images_per_class=counts[1])
     is_binary = label_set is not None and label_set.label_id_to_train_id == BINARY_MASK_IDS
     mapped_ids: set[int] = set()
+    reader = as_reader(masks, max_images, show_progress)
     for i, (name, ids, mapped, problem) in enumerate(
-        _class_counts(dataset, label_set, ignore_index, reduce_labels, max_images, show_progress)
+        _class_counts(reader.consume(), label_set, ignore_index, reduce_labels)
     ):
         report.num_images += 1
         mapped_ids.update(mapped)
@@ -211,7 +210,7 @@ def check_masks(
 
 
 def infer_num_labels(
-    dataset: AnyDataset,
+    masks: AnyMasks,
     *,
     ignore_index: int = 255,
     reduce_labels: bool = False,
@@ -227,7 +226,8 @@ def infer_num_labels(
     found: set[int] = set()
     # Reduced labels are counted with -1 for "no class", so that the stored id `ignore_index` shows among them.
     ignored = -1 if reduce_labels else ignore_index
-    for _, ids, _, problem in _class_counts(dataset, None, ignored, reduce_labels, max_images, show_progress):
+    reader = as_reader(masks, max_images, show_progress)
+    for _, ids, _, problem in _class_counts(reader, None, ignored, reduce_labels):
         if problem:
             raise ValueError(problem)
         found.update(ids)
@@ -246,28 +246,18 @@ def infer_num_labels(
 
 
 def _class_counts(
-    dataset: AnyDataset,
-    label_set: LabelSet | None,
-    ignore_index: int,
-    reduce_labels: bool,
-    max_images: int | None,
-    show_progress: bool,
+    masks: Iterable[MaskValues], label_set: LabelSet | None, ignore_index: int, reduce_labels: bool
 ) -> Iterator[tuple[str, dict[int, int], list[int], str]]:
-    """Yield per example its name, pixels of each id, stored ids that a label map applied to, and what is wrong or ""."""
-    length = len(dataset) if isinstance(dataset, datasets.Dataset) else None
-    total = max_images if length is None else min(length, max_images or length)
-    rows = itertools.islice(dataset, max_images)
-    for example in tqdm(rows, desc="Checking masks", total=total, disable=not show_progress, unit="image"):
-        name = row_name(example)
+    """Yield per mask its name, pixels of each id, stored ids that a label map applied to, and what is wrong or ""."""
+    for mask in masks:
         try:
-            stored = stored_ids(open_pair(example, label_set, None)[1], name, label_set)
+            values, counts = mask.count_stored_ids(label_set)
         except ValueError as error:
-            yield name, {}, [], str(error)
+            yield mask.name, {}, [], str(error)
             continue
-        values, counts = np.unique(stored, return_counts=True)
-        label_set_here = row_label_set(example, label_set)
+        label_set_here = mask.row_label_set(label_set)
         ids: Counter[int] = Counter()
         for class_id, count in zip(class_ids(values, label_set_here, ignore_index, reduce_labels), counts.tolist()):
             ids[int(class_id)] += count
         is_mapped = label_set_here is not None and label_set_here.label_id_to_train_id is not None
-        yield name, ids, values.tolist() if is_mapped else [], ""
+        yield mask.name, ids, values.tolist() if is_mapped else [], ""

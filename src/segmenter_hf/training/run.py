@@ -20,7 +20,7 @@ from .mixing import MixedTrainDataset
 from .model_building import build_model_and_processor, override_config, parse_overrides
 from .recipes import resolved_recipe
 from .results import save_trained_model
-from .splits import class_weights, find_label_set, load_extra_set, load_splits, scan_masks
+from .splits import class_weights, find_label_set, load_extra_set, load_splits, read_masks, scan_masks
 from .termination import TrainingTerminated
 from .trainer import SegmentationTrainer
 from .warm_start import warm_start_decoder
@@ -63,10 +63,12 @@ def _train(
     recipe = resolved_recipe(model_args, data_args, training_args)
     checkpoint = find_checkpoint(training_args, recipe)
     train_set, validation_set = load_splits(data_args, training_args)
-    label_set = find_label_set(data_args, train_set)
+    masks = read_masks(data_args, train_set)
+    label_set = find_label_set(data_args, masks)
     one_class, label_set = label_set, label_set.with_background()
     extra = load_extra_set(data_args, label_set)
-    report = scan_masks(train_set, validation_set, label_set, data_args, extra)
+    report = scan_masks(masks, validation_set, label_set, data_args, extra)
+    del masks  # with what it keeps
     weights = class_weights(model_args.class_weights, report)
     model, processor = build_model_and_processor(model_args, data_args, one_class, weights)
     if training_args.lora_rank is not None:

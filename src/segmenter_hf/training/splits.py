@@ -12,6 +12,7 @@ from ..data.label_resolution import dataset_label_set, resolve_label_set
 from ..data.label_sets import LabelSet
 from ..data.loading import AnyDataset, first_rows, load_segmentation_datasets, load_split
 from ..data.mask_checks import MaskReport, check_masks
+from ..data.mask_values import AnyMasks, MaskReader
 from ..utils.processes import process_state
 from .arguments import DataArguments, SegmentationTrainingArguments
 
@@ -114,20 +115,25 @@ def _listed(labels: Sequence[str]) -> str:
     return f"{len(labels)} ({', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''})"
 
 
-def find_label_set(data_args: DataArguments, train_set: AnyDataset) -> LabelSet:
+def read_masks(data_args: DataArguments, train_set: AnyDataset) -> MaskReader:
+    """A reader of the training masks, for both [`find_label_set`] and [`scan_masks`]."""
+    limit = data_args.max_scanned_masks or (STREAM_SCAN if data_args.streaming else None)
+    return MaskReader(train_set, limit, show_progress=process_state().is_main_process)
+
+
+def find_label_set(data_args: DataArguments, masks: AnyMasks) -> LabelSet:
     """The label set that was named, that of the embedded scenes, or what [`resolve_label_set`] finds."""
     return resolve_label_set(
-        train_set,
+        masks,
         data_args.label_set or ("scenes" if data_args.dataset_name == "scenes" else None),
         num_labels=data_args.num_labels,
         ignore_index=data_args.ignore_index,
         do_reduce_labels=data_args.do_reduce_labels,
-        max_images=data_args.max_scanned_masks or (STREAM_SCAN if data_args.streaming else None),
     )
 
 
 def scan_masks(
-    train_set: AnyDataset,
+    train_masks: AnyMasks,
     validation_set: datasets.Dataset,
     label_set: LabelSet,
     data_args: DataArguments,
@@ -150,12 +156,12 @@ def scan_masks(
     reports: list[MaskReport | None] = []
     if state.is_main_process:
         checked = [
-            (f"the split {data_args.train_split!r}", train_set, label_set),
+            (f"the split {data_args.train_split!r}", train_masks, label_set),
             (f"the split {data_args.validation_split!r}", validation_set, label_set),
             *([] if extra is None else [(str(data_args.extra_dataset_name), *extra)]),
         ]
-        for name, dataset, stored in checked:
-            report = check_masks(dataset, stored.num_labels, stored, max_images=limit)
+        for name, masks, stored in checked:
+            report = check_masks(masks, stored.num_labels, stored, max_images=limit)
             report.raise_if_impossible()
             print(f"Masks of {name}:\n{report.describe(stored.labels)}")
             reports.append(report)
