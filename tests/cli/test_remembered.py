@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from segmenter_hf.cli.evaluate import main as evaluate
 from segmenter_hf.cli.predict import main as predict
 from segmenter_hf.cli.train import main as train
+from segmenter_hf.data import decoding, mask_values
 
 from ..data import formats
 
@@ -87,3 +89,44 @@ def test_a_new_model_says_that_it_starts_from_random_weights(tmp_path, caplog) -
     formats.one_folder(tmp_path / "data")
     train(["--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "model"), *TRAINING])
     assert "training from random weights" in caplog.text
+
+
+def test_training_reads_each_mask_once_to_check_it(tmp_path, monkeypatch) -> None:
+    (tmp_path / "data").mkdir()
+    formats.black_and_white(tmp_path / "data")
+    read = []
+
+    def open_pair(row: dict, *args: object) -> tuple:
+        read.append(row["id"])
+        return decoding.open_pair(row, *args)
+
+    monkeypatch.setattr(mask_values, "open_pair", open_pair)
+    train(["--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "model"), *TRAINING])
+    assert sorted(read) == [f"plant{seed}" for seed in range(5)]
+
+
+def test_an_ignore_index_of_the_command_comes_before_that_of_the_training(tmp_path, folder) -> None:
+    (tmp_path / "data").mkdir()
+    formats.void_id(tmp_path / "data")
+    arguments = ["--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "model"), *TRAINING]
+    train([*arguments, "--ignore_index", "11"])
+    assert json.loads((tmp_path / "model" / "recipe.json").read_text())["arguments"]["ignore_index"] == 11
+    assert np.isfinite(results(tmp_path)["per_category_accuracy"]).all()
+    with pytest.raises(SystemExit, match=r"references must lie in \[0, 3\) or be the ignore_index 255, got 11"):
+        results(tmp_path, "--ignore_index", "255")
+    other = results(tmp_path, "--dataset_name", str(folder / "data"), "--ignore_index", "7")
+    assert np.isfinite(other["per_category_accuracy"]).all()  # the ids 0 to 2, and no 11
+
+
+def test_the_label_set_of_the_training_is_what_it_was_there_when_it_is_named_again(tmp_path) -> None:
+    """Without it, labels that training shifted by one would be evaluated as they are stored."""
+    (tmp_path / "data").mkdir()
+    formats.ade20k(tmp_path / "data")
+    (tmp_path / "names.txt").write_text("a\nb\nc")
+    (tmp_path / "other.txt").write_text("a\nb\nc")
+    arguments = ["--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "model"), *TRAINING]
+    train([*arguments, "--label_set", str(tmp_path / "names.txt"), "--do_reduce_labels", "true"])
+    expected = results(tmp_path)["per_category_iou"]
+    assert results(tmp_path, "--label_set", str(tmp_path / "names.txt"))["per_category_iou"] == expected
+    with pytest.raises(SystemExit, match=r"references must lie in \[0, 3\) or be the ignore_index 255, got 3"):
+        results(tmp_path, "--label_set", str(tmp_path / "other.txt"))

@@ -12,6 +12,7 @@ images and give exactly the numbers of one:
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..data.label_resolution import fit_to_masks
 from ..data.label_sets import LabelSet
@@ -28,7 +29,7 @@ from ..utils.processes import process_state
 from .errors import cli_main
 from .parsing import build_parser, parse_arguments
 from .prediction_arguments import EvaluationDataArguments, PredictionArguments
-from .remembered import recall_data_arguments
+from .remembered import recall_data_arguments, recall_label_changes
 
 
 @dataclass
@@ -47,11 +48,9 @@ class Arguments:
     num_worst: int = field(default=4, metadata={"help": "Show so many images of the lowest mean IoU in worst.png."})
 
 
-def _fit_label_set(label_set: LabelSet, dataset: AnyDataset, ignore_index: int | None) -> LabelSet:
-    """The label set for what the masks of the dataset store, with another ignore index where one is given."""
-    if ignore_index is not None:
-        label_set = replace(label_set, ignore_index=ignore_index)
-    return fit_to_masks(label_set, dataset, keep_ignored=ignore_index is not None)
+def _fit_label_set(label_set: LabelSet, dataset: AnyDataset, changes: dict[str, Any]) -> LabelSet:
+    """The label set for what the masks of the dataset store, with what was said otherwise."""
+    return fit_to_masks(replace(label_set, **changes), dataset, keep_ignored="ignore_index" in changes)
 
 
 @cli_main
@@ -66,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     data_args.split = data_args.split or "validation"
     predictor = prediction_args.load_predictor()
     dataset = load_split(args.dataset_name, **vars(data_args))
-    predictor.label_set = label_set = _fit_label_set(predictor.label_set, dataset, args.ignore_index)
+    changes = recall_label_changes(prediction_args.model_name_or_path, prediction_args.label_set)
+    if args.ignore_index is not None:
+        changes["ignore_index"] = args.ignore_index
+    predictor.label_set = label_set = _fit_label_set(predictor.label_set, dataset, changes)
     results = evaluate_segmentation(predictor, dataset, num_worst=args.num_worst)
     if not process_state().is_main_process:
         return

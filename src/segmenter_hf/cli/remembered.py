@@ -54,10 +54,24 @@ def recall_data_arguments(
     return dataset_name
 
 
+def recall_label_changes(model_name_or_path: str, label_set: str | None) -> dict[str, Any]:
+    """What the training of a model changed in its label set, where that is named again as it was for the training.
+
+    Returns:
+        `dict`: Fields of `LabelSet`. Without `label_set` none: what is saved with the model has them.
+    """
+    path = Path(model_name_or_path) / RECIPE_FILE
+    recipe = read_arguments(path) if label_set is not None and path.is_file() else {}
+    if label_set is None or not _is_same(label_set, recipe.get("label_set")):
+        return {}
+    changes = {"ignore_index": recipe.get("ignore_index"), "reduce_labels": recipe.get("do_reduce_labels") or None}
+    return {name: value for name, value in changes.items() if value is not None}
+
+
 def _is_same(dataset_name: str | None, trained_on: Any) -> bool:
     if dataset_name is None or not isinstance(trained_on, str):
         return False
     return dataset_name == trained_on or Path(dataset_name).resolve() == Path(trained_on).resolve()
 
 
-__all__ = ["recall_data_arguments"]
+__all__ = ["recall_data_arguments", "recall_label_changes"]
