@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -18,6 +19,7 @@ from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.hub.handler import EndpointHandler
 from segmenter_hf.hub.publishing import build_repository
+from segmenter_hf.inference.predictor import Predictor
 
 from ..tiny_models import spread_weights, tiny_scenes_config, tiny_scenes_processor
 
@@ -58,7 +60,11 @@ def save_repository(config: SegmenterConfig, folder: Path) -> Path:
     """A repository as it would be pushed."""
     torch.manual_seed(0)
     spread_weights(SegmenterForSemanticSegmentation(config)).save_pretrained(folder / "model")
-    tiny_scenes_processor().save_pretrained(folder / "model")
+    processor = tiny_scenes_processor()
+    if config.num_channels != 3:
+        processor.image_mean = processor.image_std = [0.5] * config.num_channels
+        processor.do_convert_rgb = False
+    processor.save_pretrained(folder / "model")
     return build_repository(folder / "model", folder / "repository")
 
 
@@ -157,6 +163,65 @@ def test_a_model_of_one_class_has_a_background(tmp_path) -> None:
     assert sum(part["share"] for part in answer) == pytest.approx(1)
 
 
+def channels_model(num_channels: int, folder: Path) -> Path:
+    fields = {**tiny_scenes_config().to_dict(), "num_channels": num_channels}
+    return save_repository(SegmenterConfig(**fields), folder)
+
+
+def as_tiff(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, photometric="minisblack", planarconfig="contig")
+    return buffer.getvalue()
+
+
+def class_map_of(handler: EndpointHandler, image: Any) -> np.ndarray:
+    return from_base64(handler({"inputs": image, "parameters": {"format": "class_map"}})["class_map"])
+
+
+def test_a_model_of_four_channels_takes_files_of_four(tmp_path) -> None:
+    repository = channels_model(4, tmp_path)
+    handler = EndpointHandler(str(repository))
+    pixels = np.concatenate([np.asarray(noise(90, 61)), np.asarray(noise(90, 61, seed=1))[..., :1]], axis=-1)
+    (tmp_path / "scene.tif").write_bytes(as_tiff(pixels))
+    expected = Predictor.from_pretrained(repository)(tmp_path / "scene.tif").class_map.numpy()
+    assert len(np.unique(expected)) > 1
+    buffer = io.BytesIO()
+    np.save(buffer, pixels)
+    for content in (as_tiff(pixels), as_tiff(pixels.astype(np.uint16) * 257), buffer.getvalue()):
+        np.testing.assert_array_equal(class_map_of(handler, content), expected)
+        np.testing.assert_array_equal(class_map_of(handler, base64.b64encode(content).decode()), expected)
+    for wrong in (noise(90, 61), as_png(noise(90, 61)), as_base64(noise(90, 61))):
+        with pytest.raises(ValueError, match="image 1 of the request.* has 3 channels, and the model takes 4"):
+            handler({"inputs": wrong})
+    six = as_tiff(np.concatenate([pixels, pixels[..., :2]], axis=-1))
+    with pytest.raises(ValueError, match="image 2 of the request: the image has 6 channels, and the model takes 4"):
+        handler({"inputs": [as_tiff(pixels), six]})
+
+
+def test_a_model_of_one_channel_takes_gray_images(tmp_path) -> None:
+    repository = channels_model(1, tmp_path)
+    handler = EndpointHandler(str(repository))
+    gray = noise(90, 61).convert("L")
+    gray.save(tmp_path / "gray.png")
+    expected = Predictor.from_pretrained(repository)(tmp_path / "gray.png").class_map.numpy()
+    assert len(np.unique(expected)) > 1
+    # A palette in another order holds other numbers for the same grays.
+    palette = Image.fromarray(255 - np.asarray(gray))
+    palette.putpalette([255 - i // 3 for i in range(768)])
+    for image in (gray, as_png(gray), as_base64(gray), as_png(palette), palette):
+        np.testing.assert_array_equal(class_map_of(handler, image), expected)
+    with pytest.raises(ValueError, match="has 3 channels, and the model takes 1"):
+        handler({"inputs": as_png(noise(90, 61))})
+
+
+def test_pixels_of_arrays_count_before_they_are_decoded(handler, monkeypatch) -> None:
+    monkeypatch.setattr("segmenter_hf.hub.handler.MAX_PIXELS", 1000)
+    half = as_tiff(np.zeros((30, 20, 3), np.uint16))
+    assert handler({"inputs": half})
+    with pytest.raises(ValueError, match="image 2 of the request.*20 x 30 pixels are more than 400"):
+        handler({"inputs": [half, half]})
+
+
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
@@ -165,8 +230,8 @@ def test_a_model_of_one_class_has_a_background(tmp_path) -> None:
         ({"inputs": "/etc/passwd"}, "Expected an image file|in base64"),
         ({"inputs": "https://example.org/a.png"}, "Expected an image in base64"),
         ({"inputs": 5}, "got int"),
-        ({"inputs": b"no image"}, "got something else"),
-        ({"inputs": as_png(noise(90, 61))[:200]}, "damaged or incomplete"),
+        ({"inputs": b"no image"}, "image 1 of the request: expected an image .*or something else"),
+        ({"inputs": as_png(noise(90, 61))[:200]}, "image 1 of the request.*damaged"),
         ({"inputs": as_png(Image.new("1", (9000, 6000)))}, "54000000 pixels, expected at most 50000000"),
         ({"inputs": b"", "parameters": {"size": 5}}, "may hold flip, format, scales, window_batch_size"),
         ({"inputs": b"", "parameters": {"scales": [100.0]}}, "above 0 and up to 4"),

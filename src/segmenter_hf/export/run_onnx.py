@@ -104,7 +104,8 @@ def read_image(path: Path, settings: dict[str, Any]) -> np.ndarray:
             values = np.asarray(image)
             values = values.astype(np.uint16) if image.mode.startswith("I") else values
         else:
-            values = np.asarray(image.convert("RGB") if is_rgb else image)
+            wanted = "RGB" if is_rgb else "L" if image.mode in ("1", "P") else image.mode
+            values = np.asarray(image.convert(wanted))
     values = values[..., None] if values.ndim == 2 else values
     if is_rgb and values.shape[-1] == 1:
         values = np.repeat(values, 3, axis=-1)

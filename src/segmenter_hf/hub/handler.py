@@ -1,7 +1,8 @@
 """Inference Endpoints of Hugging Face: an image in, its masks and labels out.
 
 The service imports this file from the repository of the model, makes an `EndpointHandler` and calls it with each request.
-It needs torch, transformers and Pillow, and not the package that wrote it: the code of the model lies beside it.
+It needs torch, transformers and Pillow, and not the package that wrote it: the code of the model lies beside it. TIFF of other
+channels or depth than RGB of 8 bits needs tifffile too.
 
     {"inputs": "<image in base64>", "parameters": {"scales": [0.75, 1.0, 1.25], "flip": true}}
 """
@@ -47,9 +48,9 @@ class EndpointHandler:
         """Segment the image or the images of a request.
 
         Args:
-            data (`dict`): `inputs`, an image or a list of images: bytes of an image file, a string in base64, with or
-                without `data:image/png;base64,` before it, or a PIL image, which the service makes of a body that is an
-                image file. And `parameters`, which may hold
+            data (`dict`): `inputs`, an image or a list of images: bytes of an image file, also of a TIFF or a `.npy` array of
+                as many channels as the model takes; a string in base64, with or without `data:image/png;base64,` before it;
+                or a PIL image, which the service makes of a body that is an image file, in RGB. And `parameters`, which may hold
 
                 - `scales` (`list[float]`): factors of the size that are averaged over; by default those of the processor.
                 - `flip` (`bool`): whether each scale is also seen mirrored.
@@ -69,13 +70,46 @@ class EndpointHandler:
             raise ValueError('Expected {"inputs": ..., "parameters": ...}, and there is no "inputs".')
         settings = _check_parameters(data.get("parameters") or {})
         inputs = data["inputs"]
-        images = _read_images(inputs if isinstance(inputs, (list, tuple)) else [inputs])
+        images = self._read_images(inputs if isinstance(inputs, (list, tuple)) else [inputs])
         class_maps = self._segment(images, **settings["protocol"])
         describe = self._masks if settings["format"] == "masks" else self._class_map
         results = [describe(class_map) for class_map in class_maps]
         return results if isinstance(inputs, (list, tuple)) else results[0]
 
-    def _segment(self, images: list[Image.Image], window_batch_size: int, **kwargs: Any) -> list[np.ndarray]:
+    def _read_images(self, inputs: list[Any] | tuple[Any, ...]) -> list[Image.Image | np.ndarray]:
+        """The images of a request, decoded and upright."""
+        if not inputs:
+            raise ValueError("`inputs` is an empty list: give at least one image.")
+        files = [_image_or_bytes(image) for image in inputs]
+        sizes = [_count_pixels(file) for file in files]
+        if sum(sizes) > MAX_PIXELS:  # before any of them is decoded
+            raise ValueError(
+                f"The request holds {sum(sizes)} pixels, expected at most {MAX_PIXELS}: make the images smaller."
+            )
+        images: list[Image.Image | np.ndarray] = []
+        left = MAX_PIXELS - sum(sizes)
+        for number, (file, size) in enumerate(zip(files, sizes), 1):
+            image = self._decode(file, f"image {number} of the request", size or left)
+            images.append(image)
+            if not size and isinstance(image, np.ndarray):
+                left -= image.shape[-2] * image.shape[-1]
+        return images
+
+    def _decode(self, file: Image.Image | bytes, name: str, max_pixels: int) -> Image.Image | np.ndarray:
+        """The image of a file, in the channels of the model."""
+        if isinstance(file, Image.Image):
+            num_bands, num_channels = len(file.getbands()), self.processor.num_channels
+            if num_channels not in (3, num_bands):
+                raise ValueError(
+                    f"{name} has {num_bands} channels, and the model takes {num_channels}. Send the bytes of a TIFF or .npy "
+                    "file of so many in base64: the service turns files that are the body into RGB."
+                )
+            return ImageOps.exif_transpose(file)
+        return self.processor.decode_image(file, name, max_pixels)
+
+    def _segment(
+        self, images: list[Image.Image | np.ndarray], window_batch_size: int, **kwargs: Any
+    ) -> list[np.ndarray]:
         """The class map (height, width) of each image; windows of all of them share the batches."""
         batch = self.processor(images, return_tensors="pt", **kwargs)
         windows = batch["pixel_values"].split(window_batch_size)
@@ -135,36 +169,30 @@ def _check_parameters(parameters: Any) -> dict[str, Any]:
     return {"protocol": protocol, "format": format}
 
 
-def _read_images(inputs: list[Any] | tuple[Any, ...]) -> list[Image.Image]:
-    """The images of a request, decoded and upright."""
-    if not inputs:
-        raise ValueError("`inputs` is an empty list: give at least one image.")
-    opened = [_open_image(image) for image in inputs]
-    pixels = sum(image.width * image.height for image in opened)
-    if pixels > MAX_PIXELS:  # before any of them is decoded
-        raise ValueError(f"The request holds {pixels} pixels, expected at most {MAX_PIXELS}: make the images smaller.")
-    try:
-        return [ImageOps.exif_transpose(image) for image in opened]
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"An image is damaged or incomplete: {error}") from error
-
-
-def _open_image(image: Any) -> Image.Image:
-    """An image whose header alone is read. Strings are base64 and nothing else: neither paths nor addresses."""
-    if isinstance(image, Image.Image):
+def _image_or_bytes(image: Any) -> Image.Image | bytes:
+    """What an input holds. Strings are base64 and nothing else: neither paths nor addresses."""
+    if isinstance(image, (Image.Image, bytes)):
         return image
-    if isinstance(image, str):
-        content = image.partition(";base64,")[2] if image.startswith("data:") else image
-        try:
-            image = base64.b64decode("".join(content.split()), validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ValueError(f"Expected an image in base64, got a string that is not: {image[:40]!r}.") from error
-    if not isinstance(image, (bytes, bytearray)):
+    if isinstance(image, bytearray):
+        return bytes(image)
+    if not isinstance(image, str):
         raise ValueError(f"Expected an image as bytes, base64 or PIL image, got {type(image).__name__}.")
+    content = image.partition(";base64,")[2] if image.startswith("data:") else image
     try:
-        return Image.open(io.BytesIO(image), formats=IMAGE_FORMATS)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Expected an image file ({', '.join(IMAGE_FORMATS)}), got something else.") from error
+        return base64.b64decode("".join(content.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"Expected an image in base64, got a string that is not: {image[:40]!r}.") from error
+
+
+def _count_pixels(image: Image.Image | bytes) -> int:
+    """The pixels of an image by its header; 0 where Pillow does not read it."""
+    try:
+        opened = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image), formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError:
+        return MAX_PIXELS + 1
+    except (OSError, SyntaxError, ValueError):
+        return 0
+    return opened.width * opened.height
 
 
 def _png(image: Image.Image) -> str:

@@ -59,6 +59,8 @@ def pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
         image = PIL.Image.fromarray(to_uint8(np.asarray(image), is_16_bit=True))
     if do_convert_rgb and image.mode not in ("RGB", "F"):
         image = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+    elif image.mode == "P":  # what it holds are places in its palette
+        image = image.convert("L")
     array = np.array(image)
     return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
@@ -213,11 +215,11 @@ def read_channels(
         OSError: If there is no such file, or the address cannot be reached.
         ValueError: If it is no image, is damaged, has too many pixels, or has another number of channels.
     """
-    is_address = isinstance(source, str) and source.startswith(("http://", "https://", "data:"))
-    if is_address or not os.path.isfile(source):
-        image = read_image(source, max_pixels)
-        check_channels(image, num_channels, os.fspath(source)[:200])
-        return image
+    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+        name = source if len(source) <= 200 else f"{source[:200]}..."
+        return decode_channels(io.BytesIO(download(source, name)), name, num_channels, max_pixels)
+    if not os.path.isfile(source):
+        read_image(source)  # says what is there instead
     with open(source, "rb") as file:
         return decode_channels(file, os.fspath(source), num_channels, max_pixels)
 
@@ -257,8 +259,8 @@ def load_array(
         if prefix.startswith(b"\x93NUMPY"):
             array = _load_npy(file, num_channels, limit)
         elif prefix[:4] in TIFF_PREFIXES:
-            array = _load_tiff(file, num_channels, limit)
-    except MemoryError:
+            array = _load_tiff(file, name, num_channels, limit)
+    except (MemoryError, _ChannelError):
         raise
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(
@@ -280,8 +282,16 @@ def check_channels(image: PIL.Image.Image | np.ndarray, num_channels: int, name:
         found = num_channels if is_rgb else len(image.getbands())
     else:
         found = 3 if num_channels == 3 and len(image) == 1 else len(image)
+    _check_count(found, num_channels, name)
+
+
+class _ChannelError(ValueError):
+    """An image has other channels than the model."""
+
+
+def _check_count(found: int, num_channels: int, name: str) -> None:
     if found != num_channels:
-        raise ValueError(
+        raise _ChannelError(
             f"{name}: the image has {found} channels, and the model takes {num_channels} (`num_channels`). Give images of "
             f"{num_channels} channels, or a model of {found}: `num_channels={found}` in its configuration."
         )
@@ -307,7 +317,7 @@ def _load_npy(file: BinaryIO, num_channels: int | None, limit: int | None) -> np
     return array[None] if array.ndim == 2 else array if is_first else np.moveaxis(array, -1, 0)
 
 
-def _load_tiff(file: BinaryIO, num_channels: int | None, limit: int | None) -> np.ndarray | None:
+def _load_tiff(file: BinaryIO, name: str, num_channels: int | None, limit: int | None) -> np.ndarray | None:
     """A TIFF as (channels, height, width); nothing where Pillow reads it whole: gray, and 8-bit RGB, palette and CMYK."""
     try:
         import tifffile
@@ -318,10 +328,13 @@ def _load_tiff(file: BinaryIO, num_channels: int | None, limit: int | None) -> n
         samples = page.samplesperpixel
         _check_pixels(page.imagelength, page.imagewidth, limit)
         if samples == 1 and num_channels not in (None, 1, 3) and series.ndim == 3:  # a page for each channel
+            _check_count(series.shape[0], num_channels, name)
             return series.asarray()
         is_cmyk = page.photometric == tifffile.PHOTOMETRIC.SEPARATED
         if samples == 1 or (page.dtype == np.uint8 and (samples == 3 or is_cmyk)):
             return None
+        if num_channels is not None:  # before what may fill the memory is decoded
+            _check_count(samples, num_channels, name)
         array = page.asarray()
         return array if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE else np.moveaxis(array, -1, 0)
 

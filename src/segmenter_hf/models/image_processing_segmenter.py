@@ -1,11 +1,13 @@
 """Image processor of Segmenter and SETR: resize, windows, normalisation, and the merge of the model's outputs."""
 
+import io
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import PIL.Image
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
@@ -22,7 +24,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import ModelOutput, TensorType
 
-from .image_io import image_to_array, label_map_to_array, read_channels, read_image
+from .image_io import decode_channels, image_to_array, label_map_to_array, read_channels, read_image
 from .image_windows import ImageWindows, Normalization, ScaledImage, scaled_size
 from .resampling import resize_image, resize_labels
 from .sliding_window import merge_windows
@@ -306,6 +308,12 @@ class _SegmenterImageProcessing(BaseImageProcessor):
         if isinstance(image_url_or_urls, (str, os.PathLike)):
             return read_channels(image_url_or_urls, self.num_channels)
         return image_url_or_urls
+
+    def decode_image(
+        self, content: bytes, name: str = "the image", max_pixels: int | None = None
+    ) -> PIL.Image.Image | np.ndarray:
+        """Decode the bytes of an image file with the channels that the model takes: see [`read_channels`]."""
+        return decode_channels(io.BytesIO(content), name, self.num_channels, max_pixels)
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
         """A flat list of images, in which grey arrays (height, width) have a channel too."""

@@ -38,14 +38,15 @@ class Normalization(NamedTuple):
         if self.factor is not None:
             image.mul_(self.factor)
         if self.mean is not None:
+            for values in (self.mean, self.std):
+                if isinstance(values, Sequence) and len(values) != len(image):
+                    raise ValueError(
+                        f"The image has {len(image)} channels, and the model takes {len(values)}, one for each value of "
+                        f"`image_mean` and `image_std`. Give an image of {len(values)} channels."
+                    )
             mean, std = (
                 torch.as_tensor(v, device=image.device).float().reshape(-1, 1, 1) for v in (self.mean, self.std)
             )
-            if len(mean) not in (1, len(image)) or len(std) not in (1, len(image)):
-                raise ValueError(
-                    f"`image_mean` and `image_std` must have one value for each of the {len(image)} channels of the "
-                    f"image, got {self.mean} and {self.std}."
-                )
             image.sub_(mean).div_(std)
         return image
 
