@@ -13,7 +13,7 @@ from segmenter_hf.data.label_sets import LabelSet, label_set_from_names
 from segmenter_hf.data.mask_checks import check_masks
 from segmenter_hf.data.mask_values import MaskReader, distinct_pixels
 
-from .test_loading import HEIGHT, WIDTH, dataset_of, example, mask_array
+from .test_loading import HEIGHT, WIDTH, dataset_of, encoded, example, mask_array
 
 
 SKY, ROAD, VOID = (10, 200, 30), (128, 128, 128), (0, 0, 0)
@@ -133,6 +133,19 @@ def test_black_and_white_masks_take_one_name(tmp_path, caplog):
     assert "255 is the class 'leaf'" in caplog.text
 
 
+def test_black_and_white_masks_take_one_class_without_a_name():
+    ids = mask_array(num_labels=2)
+    label_set = resolve_label_set(dataset_of([ids * 255]), num_labels=1)
+    assert label_set.labels == ("foreground",)
+    assert decoded(ids * 255, label_set.with_background()) == ids.tolist()
+    assert resolve_label_set(dataset_of([ids]), num_labels=1).labels == ("class 0",)
+
+
+def test_a_split_of_one_class_beside_pixels_without_one_can_be_used():
+    rows = dataset_of([np.where(mask_array(num_labels=2), np.uint8(255), np.uint8(2))])
+    check_masks(rows, 4, show_progress=False).raise_if_impossible()
+
+
 def test_other_values_keep_255_ignored(two_names):
     masks = [mask_array(num_labels=2) * 255, np.full((HEIGHT, WIDTH), 1, np.uint8)]
     label_set = resolve_label_set(dataset_of(masks), two_names)
@@ -144,7 +157,7 @@ def test_255_stays_ignored_where_that_is_said(two_names):
     rows = dataset_of([mask_array(num_labels=2) * 255])
     label_set = resolve_label_set(rows, two_names, ignore_index=255)
     assert label_set.label_id_to_train_id is None
-    with pytest.raises(ValueError, match="black and white .* do not set `ignore_index`"):
+    with pytest.raises(ValueError, match="first is street 0,.* black and white .* do not set `ignore_index`"):
         check_masks(rows, 2, label_set, show_progress=False).raise_if_impossible()
 
 
@@ -228,6 +241,25 @@ def test_classes_are_counted_or_numbered():
     assert resolve_label_set(rows, ignore_index=3).num_labels == 3
     reduced = resolve_label_set(rows, do_reduce_labels=True)
     assert (reduced.num_labels, reduced.reduce_labels) == (3, True)
+
+
+def test_classes_are_not_counted_in_jpeg_masks():
+    mask = np.kron(mask_array(num_labels=2)[:2, :2], np.full((13, 9), 255, np.uint8))
+    row = {"image": encoded(np.zeros((*mask.shape, 3), np.uint8)), "annotation": encoded(mask, "JPEG"), "id": "street"}
+    with pytest.raises(
+        ValueError, match=r"street: classes cannot be counted .* JPEG.* from 0 to 255\. Save .* as PNG"
+    ):
+        resolve_label_set(datasets.Dataset.from_list([row]))
+
+
+def test_smooth_edges_are_not_counted_as_classes():
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:15, 5:15], mask[5:15, 15] = 255, 130
+    row = {"image": encoded(np.zeros((20, 30, 3), np.uint8)), "annotation": encoded(mask), "id": "street"}
+    rows = datasets.Dataset.from_list([row])
+    with pytest.raises(ValueError, match=r"street: .* smooth edges: 10 of their 600 pixels .* `num_labels`"):
+        resolve_label_set(rows)
+    assert resolve_label_set(rows, num_labels=131).num_labels == 131
 
 
 def test_a_label_set_and_another_number_of_classes_contradict(two_names):

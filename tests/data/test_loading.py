@@ -453,8 +453,8 @@ def test_problems_name_the_example_and_what_is_wrong():
 @pytest.mark.parametrize(
     ("values", "options", "advice"),
     [
-        ((0, 255), {"num_labels": 2}, r"black and white.*\{0: 0, 255: 1\}"),
-        ((0, 255), {"num_labels": 2, "ignore_index": 254}, r"Black and white.*\{0: 0, 255: 1\}"),
+        ((0, 255), {"num_labels": 2}, "black and white.*`label_set` of one name or two, or none"),
+        ((0, 255), {"num_labels": 2, "ignore_index": 254}, "Black and white.*no `ignore_index`.* one name or two"),
         ((0, 1, 2, 255), {"num_labels": 3, "ignore_index": 254}, "set `ignore_index=255`"),
         (
             (0, 1, 2, 3),

@@ -97,15 +97,16 @@ def fit_to_masks(label_set: LabelSet, masks: AnyMasks, *, keep_ignored: bool = F
     if keep_ignored or label_set.num_labels > 2 or not are_binary(reader):
         return label_set
     logger.warning(
-        "All masks hold 0 and 255 only: 255 is the class %r. If it marks pixels without a class, set `ignore_index=255`.",
+        "All masks hold 0 and 255 only: 255 is the class %r. If it marks pixels without a class, give it as the ignore index.",
         label_set.labels[-1],
     )
     return replace(label_set, label_id_to_train_id=dict(BINARY_MASK_IDS))
 
 
 def _made_of_masks(reader: MaskReader, num_labels: int | None, changes: dict[str, Any]) -> LabelSet:
-    if num_labels in (None, 2) and not changes:
-        binary = fit_to_masks(label_set_from_names(BINARY_NAMES, "binary"), reader)
+    if num_labels in (None, 1, 2) and not changes:
+        binary_names = BINARY_NAMES[-1:] if num_labels == 1 else BINARY_NAMES
+        binary = fit_to_masks(label_set_from_names(binary_names, "binary"), reader)
         if binary.label_id_to_train_id is not None:
             return binary
     if num_labels is None:

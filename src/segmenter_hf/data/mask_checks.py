@@ -34,6 +34,8 @@ class MaskReport:
             Masks that each class occurs in.
         num_images (`int`):
             Masks seen.
+        first_mask (`str`):
+            Name of the first of them, for messages about all.
         num_ignored_pixels (`int`):
             Pixels with the label `ignore_index`.
         problems (`list[str]`):
@@ -47,6 +49,7 @@ class MaskReport:
     pixels_per_class: np.ndarray
     images_per_class: np.ndarray
     num_images: int = 0
+    first_mask: str = ""
     num_ignored_pixels: int = 0
     problems: list[str] = field(default_factory=list)
     wrong_ids: dict[int, int] = field(default_factory=dict)
@@ -93,14 +96,16 @@ class MaskReport:
             raise ValueError("There are no masks: the dataset or the split is empty.")
         if not self.pixels_per_class.any():
             raise ValueError(
-                f"No pixel of {self.num_images} masks belongs to a class: all are {self.ignore_index}. "
+                f"No pixel of {self.num_images} masks, of which the first is {self.first_mask}, belongs to a class: all are "
+                f"{self.ignore_index}. "
                 "Check the masks, `ignore_index`, `do_reduce_labels` and the label_id_to_train_id of the `label_set`."
             )
-        if np.count_nonzero(self.pixels_per_class) == 1 and self.num_ignored_pixels and self.num_labels > 1:
+        only_first = self.pixels_per_class[0] and np.count_nonzero(self.pixels_per_class) == 1
+        if only_first and self.num_ignored_pixels and self.num_labels > 1:
             raise ValueError(
-                f"The masks hold only class {int(self.pixels_per_class.argmax())} and {self.ignore_index}, which is "
-                f"ignored. If they are black and white (0 and {self.ignore_index}), do not set `ignore_index`, or give a "
-                f"`label_set` with label_id_to_train_id {{0: 0, {self.ignore_index}: 1}} and another ignore_index."
+                f"The {self.num_images} masks, of which the first is {self.first_mask}, hold only class 0 and "
+                f"{self.ignore_index}, which is ignored. If they are black and white "
+                f"(0 and {self.ignore_index}), do not set `ignore_index`, and give a `label_set` of one name or two, or none."
             )
 
     def _remedy(self) -> str:
@@ -111,7 +116,7 @@ class MaskReport:
         found = f"Ids out of range: {wrong[:20]}; expected 0 to {self.num_labels - 1} and {self.ignore_index}."
         last = wrong[-1]
         if wrong == [255] and self.num_labels == 2:
-            return f"{found} Black and white masks: give a `label_set` with label_id_to_train_id {{0: 0, 255: 1}}."
+            return f"{found} Black and white masks: set no `ignore_index`, and give a `label_set` of one name or two, or none."
         if wrong == [255]:
             return f"{found} 255 mostly means no class: set `ignore_index=255`."
         if wrong[0] < 0 or last > 255:
@@ -176,6 +181,7 @@ def check_masks(
         _class_counts(reader.consume(), label_set, ignore_index, reduce_labels)
     ):
         report.num_images += 1
+        report.first_mask = report.first_mask or name
         mapped_ids.update(mapped)
         wrong = {}
         for class_id, num_pixels in ids.items():
@@ -220,19 +226,28 @@ def infer_num_labels(
     """Return the largest class id of a dataset's masks plus one. Arguments as for `check_masks`.
 
     Raises:
-        ValueError: If a mask cannot be decoded, no pixel belongs to a class, or labels are reduced and it is not clear
-            whether the stored id `ignore_index` is the last class.
+        ValueError: If a mask cannot be decoded or is saved as JPEG, no pixel belongs to a class, the masks are black and
+            white with smooth edges, or labels are reduced and it is not clear whether the stored id `ignore_index` is the last
+            class.
     """
-    found: set[int] = set()
+    found: Counter[int] = Counter()
+    smooth = ""
     # Reduced labels are counted with -1 for "no class", so that the stored id `ignore_index` shows among them.
     ignored = -1 if reduce_labels else ignore_index
     reader = as_reader(masks, max_images, show_progress)
-    for _, ids, _, problem in _class_counts(reader, None, ignored, reduce_labels):
+    for name, ids, _, problem in _class_counts(_without_jpeg(reader), None, ignored, reduce_labels):
         if problem:
             raise ValueError(problem)
         found.update(ids)
+        smooth = smooth or (name if max(ids.keys() - {255}, default=0) >= 128 else "")
+    if smooth and found[0] and found[255] and found[0] + found[255] > 0.9 * found.total():
+        raise ValueError(
+            f"{smooth}: the masks are black and white with smooth edges: {found.total() - found[0] - found[255]} of their "
+            f"{found.total()} pixels are neither 0 nor 255. Save them as PNG of these two. If all values are ids of classes, set "
+            "`num_labels`, or name them with `label_set`."
+        )
     stored_ignored = ignore_index - 1 if reduce_labels else ignore_index
-    largest = max(found - {ignored, stored_ignored}, default=-1)
+    largest = max(found.keys() - {ignored, stored_ignored}, default=-1)
     if reduce_labels and stored_ignored in found and stored_ignored == largest + 1:
         raise ValueError(
             f"The masks store the id {ignore_index}, which is both `ignore_index` and the class after {largest + 1} where "
@@ -243,6 +258,18 @@ def infer_num_labels(
             f"No pixel belongs to a class: every label is {ignore_index}. Check the masks and `do_reduce_labels`."
         )
     return largest + 1
+
+
+def _without_jpeg(masks: Iterable[MaskValues]) -> Iterator[MaskValues]:
+    """The masks, from which classes are counted, unless one is a JPEG file, where ids blur into others."""
+    for mask in masks:
+        if mask.is_jpeg:
+            found = np.unique(np.asarray(mask.pixels))
+            raise ValueError(
+                f"{mask.name}: classes cannot be counted in a mask that is saved as JPEG, which blurs its ids: it holds "
+                f"{len(found)} values from {found[0]} to {found[-1]}. Save the masks as PNG."
+            )
+        yield mask
 
 
 def _class_counts(

@@ -26,12 +26,14 @@ class MaskValues:
             described or cannot be used.
         counts (`np.ndarray` of shape `(num_pixels,)`): How often each occurs.
         problem (`str`): Why the mask cannot be used.
+        is_jpeg (`bool`): Whether it is stored as JPEG, which changes pixels.
     """
 
     row: dict[str, Any]
     pixels: Image.Image | None = None
     counts: np.ndarray | None = None
     problem: str = ""
+    is_jpeg: bool = False
 
     @property
     def name(self) -> str:
@@ -126,7 +128,7 @@ def mask_values(row: dict[str, Any]) -> MaskValues:
             mask.load()
     except ValueError as error:
         return MaskValues(kept, problem=str(error))
-    return MaskValues(kept, *distinct_pixels(mask))
+    return MaskValues(kept, *distinct_pixels(mask), is_jpeg=getattr(mask, "format", None) == "JPEG")
 
 
 def distinct_pixels(mask: Image.Image) -> tuple[Image.Image, np.ndarray]:
