@@ -15,8 +15,8 @@ $(VENV)/installed: setup.cfg pyproject.toml
 demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, evaluate, segment images
 	$(VENV)/bin/segmenter-hf train src/segmenter_hf/training/demo.json
 	$(VENV)/bin/segmenter-hf evaluate --model_name_or_path $(DEMO)/model --dataset_name scenes --output_dir $(DEMO)/evaluation
-	$(VENV)/bin/segmenter-hf draw-scenes --num_images 6 --seed 1000 --output_dir $(DEMO)/pictures
-	$(VENV)/bin/segmenter-hf predict --model_name_or_path $(DEMO)/model --images $(DEMO)/pictures/images --output_dir $(DEMO)/predictions
+	$(VENV)/bin/segmenter-hf draw-scenes --num_images 6 --seed 1000 --output_dir $(DEMO)/images
+	$(VENV)/bin/segmenter-hf predict --model_name_or_path $(DEMO)/model --images $(DEMO)/images/images --output_dir $(DEMO)/predictions
 	@echo "Look at $(DEMO)/predictions and $(DEMO)/model/README.md."
 	@echo "Your own photographs: segmenter-hf train --recipe finetune_small_dataset --dataset_name FOLDER --model_name_or_path DINOV2_FOLDER --output_dir outputs/fine_tuned"
 

@@ -212,7 +212,7 @@ def test_the_page_works_in_a_browser(address, picture_path, tmp_path) -> None:
 
         (tmp_path / "text.png").write_text("no picture")
         page.set_input_files("input[type=file]", tmp_path / "text.png")
-        page.get_by_text("This file cannot be read as a picture").wait_for()
+        page.get_by_text("This file cannot be read as an image").wait_for()
         page.set_input_files("input[type=file]", picture_path)
         page.locator(".legend button").first.wait_for()
 

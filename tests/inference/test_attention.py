@@ -18,7 +18,7 @@ from segmenter_hf import (
 from segmenter_hf.conversion.convert import convert_checkpoint
 from segmenter_hf.data.label_sets import label_set_from_names
 from segmenter_hf.inference.attention import (
-    attention_picture,
+    attention_image,
     attention_rows,
     central_pixel,
     class_attention,
@@ -116,8 +116,8 @@ def test_the_picture_has_a_column_for_each_large_class(model, processor, picture
     segmentation[:, 60:] = 2
     label_set = label_set_from_names(["sky", "road", "tree"])
     predictor = Predictor(model, processor, label_set)
-    two = attention_picture(predictor, picture, segmentation)
-    one = attention_picture(predictor, picture, np.zeros_like(segmentation))
+    two = attention_image(predictor, picture, segmentation)
+    one = attention_image(predictor, picture, np.zeros_like(segmentation))
     assert two.width - one.width > 200 and two.height == one.height
 
 

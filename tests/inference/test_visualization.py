@@ -10,9 +10,9 @@ from segmenter_hf.inference.visualization import (
     _legend_entries,
     _shorten,
     colorize,
+    image_table,
     label_map_image,
     overlay,
-    picture_table,
     prediction_grid,
     with_legend,
 )
@@ -299,5 +299,5 @@ def test_a_grid_without_rows_is_refused():
 
 
 def test_a_table_of_very_long_pictures_stays_narrow() -> None:
-    table = picture_table({"row": [Image.new("RGB", (5000, 4))] * 2}, ["a", "b"], height=100)
+    table = image_table({"row": [Image.new("RGB", (5000, 4))] * 2}, ["a", "b"], height=100)
     assert table.width < 2 * 4 * 100 + 200 and table.height < 200

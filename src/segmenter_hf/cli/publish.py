@@ -1,4 +1,4 @@
-r"""Publish a trained or converted model on the Hub: weights, code, image processor, card and pictures in one commit.
+r"""Publish a trained or converted model on the Hub: weights, code, image processor, card and images in one commit.
 
     segmenter-hf publish --checkpoint_dir outputs/demo/model --hub_model_id your-name/segmenter-scenes
 

@@ -19,7 +19,7 @@ What a folder may hold, relative to it. SPLIT is the name of the split, where "t
 
 The folder given may also be the one around `ADEChallengeData2016`, `VOC2012`, `VOC2010`, or `VOCdevkit` with one of the
 latter. All layouts but Cityscapes may leave SPLIT out: then all is train. Metadata may also name its files by the columns asked
-for, as in `picture_file_name`. `colors.json`, `class_dict.csv`, `labelmap.txt` or `class_names.txt` in the folder is its label
+for, as in `image_file_name`. `colors.json`, `class_dict.csv`, `labelmap.txt` or `class_names.txt` in the folder is its label
 set.
 
 A split that has images and no masks is reported, and cannot be loaded; one where some masks are missing is an error.

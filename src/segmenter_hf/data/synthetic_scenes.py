@@ -172,7 +172,7 @@ def _smooth_noise(rng: Generator, size: tuple[int, int], bumps: tuple[int, int])
 
 @dataclass
 class _Painter:
-    """Draws shapes given in metres into a picture and into its label map at once."""
+    """Draws shapes given in metres into an image and into its label map at once."""
 
     rng: Generator
     focal: float  # pixels, like the vanishing point
@@ -281,7 +281,7 @@ class _Street:
     half_road: float
     pavement: float
     end: float  # depth of the backdrop
-    crossing: Range  # depths of a second road across the picture; both at the end where there is none
+    crossing: Range  # depths of a second road across the image; both at the end where there is none
     built_sides: tuple[int, ...]
 
     def kerb(self, side: int) -> float:
@@ -492,7 +492,7 @@ class _Thing:
 
 
 def _furnish(painter: _Painter, street: _Street) -> list[_Thing]:
-    """Chooses what is in the street and where: everything in the picture, large enough, and mostly beside the rest."""
+    """Chooses what is in the street and where: everything in the image, large enough, and mostly beside the rest."""
     rng = painter.rng
     things: list[_Thing] = []
     height, width = painter.image.height, painter.image.width
@@ -501,10 +501,10 @@ def _furnish(painter: _Painter, street: _Street) -> list[_Thing]:
         return painter.project(x - half_width, 0, z)[0] / width, painter.project(x + half_width, 0, z)[0] / width
 
     def covered(candidate: _Thing) -> float:
-        """Share of the candidate's width that is in front of or behind other things, or out of the picture."""
+        """Share of the candidate's width that is in front of or behind other things, or out of the image."""
         left, right = span(candidate.x, candidate.z, candidate.half_width)
         others = [span(thing.x, thing.z, thing.half_width) for thing in things]
-        others += 4 * [(-9.0, 0.0), (1.0, 9.0)]  # better behind a few others than out of the picture
+        others += 4 * [(-9.0, 0.0), (1.0, 9.0)]  # better behind a few others than out of the image
         return sum(max(min(right, end) - max(left, start), 0) for start, end in others) / (right - left)
 
     def add(draw: Callable, zone: Callable[[int], float], z: float, half_width: float, height: float) -> None:
@@ -517,7 +517,7 @@ def _furnish(painter: _Painter, street: _Street) -> list[_Thing]:
         things.append(min(spots, key=lambda spot: max(covered(spot), 0.25) + 0.05 * spot.z / z))
 
     def depth_of(metres: float, share: Range) -> float:
-        """Depth at which so many metres take a share of the picture's height that is drawn from the range."""
+        """Depth at which so many metres take a share of the image's height that is drawn from the range."""
         return painter.focal * metres / (min(height, width) * rng.uniform(*share))
 
     def beside(margin: float) -> Callable[[int], float]:

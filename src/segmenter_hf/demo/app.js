@@ -7,7 +7,7 @@ const opacity = find(".opacity input");
 const CONFIDENCE = ramp([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]);
 const HEAT = ramp([[0, 0, 0], [170, 20, 20], [245, 130, 20], [255, 255, 235]]);
 const EXPLANATIONS = {
-  spot: "Click anywhere in the picture. Bright is what the network compares that spot with.",
+  spot: "Click anywhere in the image. Bright is what the network compares that spot with.",
   class: "Bright is where the network looks for this class.",
 };
 
@@ -29,14 +29,14 @@ function percent(share) {
 }
 
 async function pixelsOf(url, width, height) {
-  const picture = new Image();
-  picture.src = url;
-  await picture.decode();
+  const image = new Image();
+  image.src = url;
+  await image.decode();
   const canvas = document.createElement("canvas");
   canvas.width = width;
   canvas.height = height;
   const context = canvas.getContext("2d", {willReadFrequently: true});
-  context.drawImage(picture, 0, 0);
+  context.drawImage(image, 0, 0);
   return context.getImageData(0, 0, width, height).data;
 }
 

@@ -1,4 +1,4 @@
-"""A web page that segments pictures: classes, how sure the model is of them, and what it attends to.
+"""A web page that segments images: classes, how sure the model is of them, and what it attends to.
 
 The server sends what it found once; opacity, hover, confidence, highlights and heads are drawn in the browser by
 `app.js`. Models are only read, one event at a time goes through them, and the others wait in the queue.
@@ -34,8 +34,8 @@ from .uploads import MAX_UPLOAD_BYTES, NOT_UNDERSTOOD, GuardedBlocks, open_uploa
 
 
 MAX_IMAGE_PIXELS = 50_000_000  # what the cameras of phones make
-MAX_ASPECT_RATIO = 8  # the short side is brought to the size of the model, and a narrower picture would be too long
-MAX_SHOWN_SIDE = 1280  # pixels; larger pictures are reduced before they are segmented and shown
+MAX_ASPECT_RATIO = 8  # the short side is brought to the size of the model, and a narrower image would be too long
+MAX_SHOWN_SIDE = 1280  # pixels; larger images are reduced before they are segmented and shown
 MAX_PROFILE_BYTES = 65_000  # of the colors of a photograph, which go to the browser with it
 KEEP_UPLOADS = 3600  # seconds
 MAX_WAITING = 200  # events in the queue; who comes later is told to try again
@@ -43,7 +43,7 @@ MAX_WAITING = 200  # events in the queue; who comes later is told to try again
 UNTOLD = ("model", "best", "final")  # names of directories that do not say which model it is
 
 TEMPLATES = Path(__file__).parent
-INTRODUCTION = """# What is where in this picture?
+INTRODUCTION = """# What is where in this image?
 Give it a photograph, and a vision transformer says for every single pixel what it shows:
 [Segmenter](https://arxiv.org/abs/2105.05633) or [SETR](https://arxiv.org/abs/2012.15840)."""
 
@@ -53,7 +53,7 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
 
     Args:
         models (`Mapping[str, Predictor]`): The models to choose from, by the name that the page shows.
-        max_image_pixels (`int`, defaults to 50000000): Pictures with more pixels are refused.
+        max_image_pixels (`int`, defaults to 50000000): Images with more pixels are refused.
 
     Returns:
         `gr.Blocks`: The page.
@@ -65,22 +65,22 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
         raise ValueError("Expected at least one model to show, got none.")
 
     def segment(path: str | None, name: str, thorough: bool) -> dict[str, Any]:
-        """Say what each pixel of a picture shows, with class names, areas and probabilities."""
+        """Say what each pixel of an image shows, with class names, areas and probabilities."""
         if path is None:
             return nothing()
-        picture = open_upload(upload_path(path, upload.GRADIO_CACHE), max_image_pixels)
+        image = open_upload(upload_path(path, upload.GRADIO_CACHE), max_image_pixels)
         protocol = PAPER_PROTOCOLS["multi-scale + flip" if thorough else "single scale"]
         predictor = models[name].with_protocol(protocol)
-        return gr.update(value=describe_segmentation(predictor, picture), attention=None)
+        return gr.update(value=describe_segmentation(predictor, image), attention=None)
 
     def attend(path: str | None, name: str, event: gr.EventData) -> dict[str, Any]:
         if path is None:
-            raise refusal("Choose a picture first.")
+            raise refusal("Choose an image first.")
         asked = event._data
         if not isinstance(asked, dict) or not asked.keys() <= {"x", "y", "class_id", "layer"}:
             raise refusal(NOT_UNDERSTOOD)
-        picture = open_upload(upload_path(path, upload.GRADIO_CACHE), max_image_pixels)
-        return gr.update(attention=describe_attention(models[name], picture, **asked))
+        image = open_upload(upload_path(path, upload.GRADIO_CACHE), max_image_pixels)
+        return gr.update(attention=describe_attention(models[name], image, **asked))
 
     def nothing() -> dict[str, Any]:
         return gr.update(value=None, attention=None)
@@ -92,7 +92,7 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Your picture", height=260)
+                upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Your image", height=260)
                 # The file is opened by `open_upload` only: bounded, upright, and with errors in words.
                 upload.preprocess = _uploaded_path  # type: ignore[method-assign]  # a hook of this component alone
                 model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
@@ -225,73 +225,71 @@ def train_scenes_model(config_path: str | Path, output_dir: str | Path) -> None:
 
 
 def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
-    """Read an uploaded picture upright, in RGB and reduced to at most 1280 pixels on its longer side.
+    """Read an uploaded image upright, in RGB and reduced to at most 1280 pixels on its longer side.
 
-    The picture that is returned knows its size before the reduction as `picture.info["full_size"]`.
+    The image that is returned knows its size before the reduction as `image.info["full_size"]`.
 
     Args:
         path (`str` or `Path`): The file.
-        max_image_pixels (`int`): Pictures with more pixels are refused, before they are decoded.
+        max_image_pixels (`int`): Images with more pixels are refused, before they are decoded.
 
     Returns:
-        `PIL.Image.Image`: The picture.
+        `PIL.Image.Image`: The image.
 
     Raises:
-        gr.Error: If it is no picture, too large or too narrow.
+        gr.Error: If it is no image, too large or too narrow.
     """
     with open_upload_file(path) as file:
         check_header(file, max_image_pixels)
         file.seek(0)
         try:
-            picture = decode_image(file, "upload", max_image_pixels)
-            full_size, profile = picture.size, picture.info.get("icc_profile")
-            picture = as_rgb(picture)
+            image = decode_image(file, "upload", max_image_pixels)
+            full_size, profile = image.size, image.info.get("icc_profile")
+            image = as_rgb(image)
         except ValueError as error:
-            raise refusal("The picture is damaged or incomplete: it cannot be read to its end.") from error
+            raise refusal("The image is damaged or incomplete: it cannot be read to its end.") from error
     factor = min(1.0, MAX_SHOWN_SIDE / max(full_size))
     if factor < 1:
         width, height = (max(1, round(factor * side)) for side in full_size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
-    picture.info = {"full_size": full_size}  # Pillow would write comments, EXIF tags and the like into what is sent
+        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
+    image.info = {"full_size": full_size}  # Pillow would write comments, EXIF tags and the like into what is sent
     if isinstance(profile, bytes) and len(profile) <= MAX_PROFILE_BYTES:
-        picture.info["icc_profile"] = profile
-    return picture
+        image.info["icc_profile"] = profile
+    return image
 
 
 def check_header(file: BinaryIO, max_image_pixels: int) -> None:
     """Refuse a file whose beginning is none of an image that the page takes.
 
     Raises:
-        gr.Error: If it is no picture, too large or too narrow.
+        gr.Error: If it is no image, too large or too narrow.
     """
     try:
         width, height = Image.open(file, formats=IMAGE_FORMATS).size
     except Image.DecompressionBombError as error:
-        raise refusal(
-            f"The picture is much too large: this page takes at most {max_image_pixels:,} pixels."
-        ) from error
+        raise refusal(f"The image is much too large: this page takes at most {max_image_pixels:,} pixels.") from error
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can fail in any way
-        raise refusal("This file cannot be read as a picture. JPEG, PNG and WebP work.") from error
+        raise refusal("This file cannot be read as an image. JPEG, PNG and WebP work.") from error
     if width * height > max_image_pixels:
         raise refusal(
-            f"The picture has {width} x {height} pixels, and this page takes at most {max_image_pixels:,} pixels. "
+            f"The image has {width} x {height} pixels, and this page takes at most {max_image_pixels:,} pixels. "
             "Make it smaller and try again."
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise refusal(
-            f"The picture has {width} x {height} pixels: its long side may be at most {MAX_ASPECT_RATIO} times the "
+            f"The image has {width} x {height} pixels: its long side may be at most {MAX_ASPECT_RATIO} times the "
             "short one. Cut a part out of it and try again."
         )
 
 
-def describe_segmentation(predictor: Predictor, picture: Image.Image) -> dict[str, Any]:
-    """Segment a picture; what the browser needs to show it.
+def describe_segmentation(predictor: Predictor, image: Image.Image) -> dict[str, Any]:
+    """Segment an image; what the browser needs to show it.
 
     Args:
         predictor ([`Predictor`]): The model and the protocol.
-        picture (`PIL.Image.Image`): RGB picture, from `open_upload`.
+        image (`PIL.Image.Image`): RGB image, from `open_upload`.
 
     Returns:
         `dict`: `photograph`, `pixels` (as `pack_pixels` says) and `label_map` (of the size before any reduction) as data
@@ -299,18 +297,18 @@ def describe_segmentation(predictor: Predictor, picture: Image.Image) -> dict[st
         the numbers of layers with attention in the encoder and, for classes, in the decoder.
     """
     model, label_set = predictor.model, predictor.label_set
-    (result,) = predictor.stream([(None, picture)], return_scores=True)
+    (result,) = predictor.stream([(None, image)], return_scores=True)
     segmentation, confidence = confidences(result)
     label_map = label_map_image(segmentation, label_set.palette)
     areas = np.bincount(segmentation.ravel(), minlength=label_set.num_labels)
     return {
-        "photograph": data_url(picture, "JPEG", quality=90),
+        "photograph": data_url(image, "JPEG", quality=90),
         "pixels": data_url(pack_pixels(segmentation, confidence), "PNG"),
         "label_map": data_url(
-            label_map.resize(picture.info.get("full_size", picture.size), Image.Resampling.NEAREST), "PNG"
+            label_map.resize(image.info.get("full_size", image.size), Image.Resampling.NEAREST), "PNG"
         ),
-        "width": picture.width,
-        "height": picture.height,
+        "width": image.width,
+        "height": image.height,
         "classes": [
             {
                 "id": class_id,
@@ -328,17 +326,17 @@ def describe_segmentation(predictor: Predictor, picture: Image.Image) -> dict[st
 
 def describe_attention(
     predictor: Predictor,
-    picture: Image.Image,
+    image: Image.Image,
     x: int | None = None,
     y: int | None = None,
     class_id: int | None = None,
     layer: int = -1,
 ) -> dict[str, Any]:
-    """What a spot of a picture, or a class, attends to; what the browser needs to show it.
+    """What a spot of an image, or a class, attends to; what the browser needs to show it.
 
     Args:
         predictor ([`Predictor`]): The model.
-        picture (`PIL.Image.Image`): RGB picture, from `open_upload`.
+        image (`PIL.Image.Image`): RGB image, from `open_upload`.
         x (`int`, *optional*), y (`int`, *optional*): The spot, in pixels.
         class_id (`int`, *optional*): The class, for the decoder, instead of a spot.
         layer (`int`, defaults to -1): The layer, counted from 0.
@@ -357,11 +355,11 @@ def describe_attention(
         raise refusal("This model is an exported one, which shows classes only.")
     try:
         if class_id is None:
-            attention = patch_attention(predictor, picture, cast("tuple[int, int]", (x, y)), layer)
+            attention = patch_attention(predictor, image, cast("tuple[int, int]", (x, y)), layer)
         else:
-            attention = class_attention(predictor, picture, class_id, layer)
+            attention = class_attention(predictor, image, class_id, layer)
     except ValueError as error:
-        raise refusal("The picture has no such spot, or the model no such class or layer.") from error
+        raise refusal("The image has no such spot, or the model no such class or layer.") from error
     maps = np.concatenate([attention.mean(axis=0, keepdims=True), attention])
     levels = np.rint(255 * maps / maps.max(axis=(1, 2), keepdims=True).clip(min=1e-12)).astype(np.uint8)
     _, rows, columns = levels.shape
@@ -369,21 +367,21 @@ def describe_attention(
 
 
 def pack_pixels(segmentation: np.ndarray, confidence: np.ndarray) -> Image.Image:
-    """Class ids and probabilities as one picture: red + 256 * green is the id, blue / 255 the probability.
+    """Class ids and probabilities as one image: red + 256 * green is the id, blue / 255 the probability.
 
     Args:
         segmentation (integer `np.ndarray` of shape `(height, width)`): Class ids in `[0, 65535]`.
         confidence (`np.ndarray` of shape `(height, width)`): Probability of each pixel's class, in `[0, 1]`.
 
     Returns:
-        `PIL.Image.Image`: RGB picture.
+        `PIL.Image.Image`: RGB image.
     """
     channels = [segmentation & 255, segmentation >> 8, np.rint(255 * confidence)]
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
-def data_url(picture: Image.Image, format: str, **kwargs: Any) -> str:
-    """A picture as a `data:` URL; `kwargs` go to its `save`."""
+def data_url(image: Image.Image, format: str, **kwargs: Any) -> str:
+    """An image as a `data:` URL; `kwargs` go to its `save`."""
     buffer = io.BytesIO()
-    picture.save(buffer, format, **kwargs)
+    image.save(buffer, format, **kwargs)
     return f"data:{Image.MIME[format]};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -22,7 +22,7 @@ from .published_models import PublishedModel, get_published_model, load_publishe
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 FACTS_FILE = "model_card.json"  # beside a model: what its card says and the model itself does not know
-SAMPLE_PICTURE = "sample.png"
+SAMPLE_IMAGE = "sample.png"
 EVAL_RESULTS_FILE = ".eval_results/semantic_segmentation.yaml"
 
 # Names on the Hub of the datasets that published models were trained on, where one is known.
@@ -80,7 +80,7 @@ class CardFacts:
         published_model (`str`, *optional*): The model of `published_models.json` whose weights these are.
         license (`str`, *optional*): Licence of the weights, as the Hub names it; it is not stated by default.
         speed (`dict[str, Any]`): What a recorded run measured, name by name.
-        picture (`str`, *optional*): File name of a picture of predictions beside the model.
+        picture (`str`, *optional*): File name of an image of predictions beside the model.
 
     Raises:
         ValueError: If a field is of another type, or a result lacks something.
@@ -179,7 +179,7 @@ def write_model_card(
 ) -> Path:
     """Write the card of a model, `README.md`, and what belongs to it, into the directory of the model.
 
-    These are `model_card.json`, `.eval_results/*.yaml`, and the picture of its examples, `sample.png`, unless there is
+    These are `model_card.json`, `.eval_results/*.yaml`, and the image of its examples, `sample.png`, unless there is
     one.
 
     Args:
@@ -219,8 +219,8 @@ def write_model_card(
         facts=facts,
         published=published,
     )
-    if not (output_dir / SAMPLE_PICTURE).exists():
-        with atomic_write(output_dir / SAMPLE_PICTURE) as temporary:
+    if not (output_dir / SAMPLE_IMAGE).exists():
+        with atomic_write(output_dir / SAMPLE_IMAGE) as temporary:
             Image.fromarray(draw_scene(seed=2000)[0]).save(temporary)
     save_card_facts(output_dir, facts)
     return _write_card(output_dir, card, facts.results, published)
@@ -408,7 +408,7 @@ def _render(
         datasets=list(facts.datasets) or None,
         base_model=facts.base_model,
         metrics=["mean_iou"],
-        widget=[{"src": SAMPLE_PICTURE, "example_title": "Street scene"}],
+        widget=[{"src": SAMPLE_IMAGE, "example_title": "Street scene"}],
         eval_results=index or None,
     )
     protocols = {result["protocol"]["name"]: result["protocol"] for result in facts.results}
@@ -420,7 +420,7 @@ def _render(
         location=location,
         on_hub=on_hub,
         at=f', revision="{revision}"' if revision else "",
-        sample=SAMPLE_PICTURE,
+        sample=SAMPLE_IMAGE,
         family=family,
         architecture=", ".join(architecture),
         labels=labels,

@@ -23,11 +23,11 @@ from ..inference.protocol import InferenceProtocol
 from ..models.image_processing_segmenter import AnyImageProcessor
 from ..utils.atomic_files import MODEL_FILES, atomic_directory, check_replaceable
 from ..utils.json_files import check_types, read_json_object
-from .model_card import SAMPLE_PICTURE, CardFacts, check_result, read_card_facts, recorded_result, write_model_card
+from .model_card import SAMPLE_IMAGE, CardFacts, check_result, read_card_facts, recorded_result, write_model_card
 
 
 HANDLER_FILE = "handler.py"  # what Inference Endpoints run
-PREDICTIONS_PICTURE = "predictions.png"
+PREDICTIONS_IMAGE = "predictions.png"
 # What a repository may hold from before and the new directory does not: it goes in the same commit.
 _OUTDATED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.py", ".eval_results/*")
 
@@ -46,7 +46,7 @@ def publish_model(
     token: str | None = None,
     commit_message: str = "Publish the model",
 ) -> CommitInfo:
-    """Push a model to the Hub as one commit: weights, configuration, processor, code, card and pictures.
+    """Push a model to the Hub as one commit: weights, configuration, processor, code, card and images.
 
     The repository is made where there is none. Weights, code and pickles that it held before and that are no longer part
     of the model go in the same commit; all other files stay.
@@ -110,7 +110,7 @@ def build_repository(
     """Write the directory that would be pushed, and nothing else than what belongs there.
 
     It holds the weights as safetensors, the configuration, the image processor, the label set, the model files,
-    `handler.py` for Inference Endpoints, the card, and pictures: `sample.png` for its examples, and `predictions.png` if the model was trained here or on the
+    `handler.py` for Inference Endpoints, the card, and images: `sample.png` for its examples, and `predictions.png` if the model was trained here or on the
     embedded scenes.
 
     Args:
@@ -140,19 +140,19 @@ def build_repository(
         processor.save_pretrained(temporary)
         label_set.save(temporary / LABEL_SET_FILE)
         shutil.copyfile(Path(__file__).parent / HANDLER_FILE, temporary / HANDLER_FILE)
-        if (checkpoint_dir / SAMPLE_PICTURE).exists():
-            shutil.copyfile(checkpoint_dir / SAMPLE_PICTURE, temporary / SAMPLE_PICTURE)
-        picture = temporary / PREDICTIONS_PICTURE
-        if (checkpoint_dir / PREDICTIONS_PICTURE).exists():
-            shutil.copyfile(checkpoint_dir / PREDICTIONS_PICTURE, picture)
+        if (checkpoint_dir / SAMPLE_IMAGE).exists():
+            shutil.copyfile(checkpoint_dir / SAMPLE_IMAGE, temporary / SAMPLE_IMAGE)
+        image = temporary / PREDICTIONS_IMAGE
+        if (checkpoint_dir / PREDICTIONS_IMAGE).exists():
+            shutil.copyfile(checkpoint_dir / PREDICTIONS_IMAGE, image)
         elif label_set.name == "scenes" and model.config.num_channels == 3:
             scenes = load_segmentation_datasets("scenes", splits=["validation"], scenes_validation=4)["validation"]
             predictor = Predictor(model, processor, label_set.with_background())
-            save_prediction_grid(predictor, EvaluationDataset(scenes, label_set), picture)
+            save_prediction_grid(predictor, EvaluationDataset(scenes, label_set), image)
         write_model_card(
             temporary,
             model=model,
-            facts=replace(facts, picture=PREDICTIONS_PICTURE if picture.exists() else None),
+            facts=replace(facts, picture=PREDICTIONS_IMAGE if image.exists() else None),
             hub_model_id=hub_model_id,
             revision=revision,
             location=output_dir.as_posix(),

@@ -1,4 +1,4 @@
-"""Where a patch or a class looks: attention probabilities of single tokens, and pictures of them.
+"""Where a patch or a class looks: attention probabilities of single tokens, and images of them.
 
 Only the rows that are asked for are computed, from the input of their layer: (heads, tokens) numbers for each query instead
 of (heads, tokens, tokens) for every layer. They are the same whatever attention implementation the model runs with.
@@ -22,7 +22,7 @@ from ..models.token_merging import MergedTokens
 from ..models.window_geometry import Window
 from .predictor import Predictor
 from .runtimes import RuntimeNetwork
-from .visualization import attention_overlay, picture_table
+from .visualization import attention_overlay, image_table
 
 
 MAX_CLASSES_SHOWN = 6
@@ -174,7 +174,7 @@ def _torch_model(predictor: Predictor) -> PreTrainedModel:
     return predictor.model
 
 
-def attention_picture(predictor: Predictor, image: Image.Image, class_map: np.ndarray, layer: int = -1) -> Image.Image:
+def attention_image(predictor: Predictor, image: Image.Image, class_map: np.ndarray, layer: int = -1) -> Image.Image:
     """Attention, averaged over the heads, of the largest classes of an image.
 
     The first row shows the patch nearest to the middle of each class (marked by a cross) in the last layer of the
@@ -205,7 +205,7 @@ def attention_picture(predictor: Predictor, image: Image.Image, class_map: np.nd
         rows["class in the decoder"] = [
             attention_overlay(image, class_attention(predictor, image, class_id).mean(0)) for class_id in largest
         ]
-    return picture_table(rows, [predictor.label_set.labels[class_id] for class_id in largest])
+    return image_table(rows, [predictor.label_set.labels[class_id] for class_id in largest])
 
 
 def central_pixel(mask: np.ndarray) -> tuple[int, int]:
@@ -239,4 +239,4 @@ def _layer(model: PreTrainedModel, index: int, decoder: bool) -> VitEncoderLayer
     return cast(VitEncoderLayer, layers[index])
 
 
-__all__ = ["attention_picture", "attention_rows", "class_attention", "has_class_attention", "patch_attention"]
+__all__ = ["attention_image", "attention_rows", "class_attention", "has_class_attention", "patch_attention"]

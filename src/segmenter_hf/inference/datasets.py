@@ -116,7 +116,7 @@ def load_image_dataset(
     """Load the images of a split, which needs no masks.
 
     Args:
-        dataset_name (`str`): A dataset of the Hub; a folder of parquet files; a folder of pictures, where a split is
+        dataset_name (`str`): A dataset of the Hub; a folder of parquet files; a folder of images, where a split is
             the folder `images/SPLIT`, `SPLIT/images` or `SPLIT`, and "train" may also be `images` or all of it; a folder of
             images and masks as for training; or "scenes".
         split (`str`, defaults to `"train"`): The split.
@@ -130,11 +130,11 @@ def load_image_dataset(
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: The columns `image`, encoded as `{"bytes", "path"}`, and `id`
-        where there is one; for pictures the path below the folder without its suffix.
+        where there is one; for images the path below the folder without its suffix.
 
     Raises:
         ValueError: If the split or the column is missing, or a name of a file is no text.
-        FileNotFoundError: If `dataset_name` is a path that is no folder, or the folder holds no picture.
+        FileNotFoundError: If `dataset_name` is a path that is no folder, or the folder holds no image.
         OSError: If the Hub dataset cannot be reached.
     """
     source = (dataset_config, revision, streaming)
@@ -181,21 +181,21 @@ def _load_images(
         return saved[split], folders_of(root)
     if visible_files(root, [".parquet"]):
         return load_local(root, split, dataset_config, streaming), folders_of(root)
-    images = split_images(root, split, dataset_config) or find_images([_picture_folder(root, split)])
+    images = split_images(root, split, dataset_config) or find_images([_image_folder(root, split)])
     check_names(images.values())
     columns = {"image": [str(path) for path in images.values()], "id": list(images)}
     features = datasets.Features({"image": datasets.Image(), "id": datasets.Value("string")})
     return datasets.Dataset.from_dict(columns, features=features), ()
 
 
-def _picture_folder(root: Path, split: str) -> Path:
+def _image_folder(root: Path, split: str) -> Path:
     candidates = [root / "images" / split, root / split / "images", root / split]
     if split == "train":
         candidates += [root / "images", root]
     found = next((folder for folder in candidates if folder.is_dir()), None)
     if found is None:
         expected = ", ".join(map(str, candidates))
-        raise ValueError(f"{root} has no split {split!r}: expected parquet files, or pictures in {expected}.")
+        raise ValueError(f"{root} has no split {split!r}: expected parquet files, or images in {expected}.")
     return found
 
 

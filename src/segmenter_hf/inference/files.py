@@ -13,7 +13,7 @@ from ..data.label_sets import LabelSet
 from ..models.image_io import ARRAY_SUFFIXES, IMAGE_SUFFIXES, read_channels
 from ..utils.atomic_files import atomic_write
 from ..utils.folders import visible_files
-from .attention import attention_picture
+from .attention import attention_image
 from .predictor import Predictor, Segmentation
 from .pseudo_labels import ConfidenceRule, confident_classes, pseudo_label_set
 from .scenes import is_scene, predict_scene
@@ -154,7 +154,7 @@ def predict_files(
         paths (`Sequence` of `str` or `Path`): Image files and folders of them.
         output_dir (`str` or `Path`): Where the results go.
         attention (`bool`, defaults to `False`): Whether to write `NAME_attention.png` too: what the largest classes of the
-            image attend to (see [`attention_picture`]).
+            image attend to (see [`attention_image`]).
         vectorize (`bool`, defaults to `False`): Whether to write `NAME.geojson` too, the regions of a scene as polygons.
         min_confidence (`float`, *optional*): Pixels whose class has a lower probability get the ignore index.
         show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
@@ -250,7 +250,7 @@ def save_results(
     image, class_map = reduced(shown, class_map)
     save_overlay(image, class_map, label_set, overlaid)
     for output in attended:
-        shown = attention_picture(predictor, image, class_map)
+        shown = attention_image(predictor, image, class_map)
         with atomic_write(output) as temporary:
             shown.save(temporary)
 

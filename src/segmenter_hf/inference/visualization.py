@@ -1,4 +1,4 @@
-"""Pictures of segmentations: colours, overlays on the photograph, legends and grids of predictions."""
+"""Images of segmentations: colours, overlays on the photograph, legends and grids of predictions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,22 +20,22 @@ _TEXT, _FAINT_TEXT, _BACKGROUND = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 _HEAT = np.stack([np.clip(np.arange(256) * 3 - 255 * channel, 0, 255) for channel in range(3)], 1).astype(np.uint8)
 _SMALLEST_FONT = 14  # pixels; smaller ones of the built-in font are hard to read
 _LONGEST_NAME = 200  # characters; more of a class name are not shown, and Pillow measures a million only
-_SMALLEST_SIDE = 400  # pixels, geometric mean of width and height of a picture beside a legend
+_SMALLEST_SIDE = 400  # pixels, geometric mean of width and height of an image beside a legend
 
 
-def as_rgb(picture: Image.Image) -> Image.Image:
-    """A picture in RGB as the models see it: 16 bits are scaled to 8, where Pillow and `pipeline` clip them.
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB as the models see it: 16 bits are scaled to 8, where Pillow and `pipeline` clip them.
 
     Args:
-        picture (`PIL.Image.Image`):
-            Picture of any mode.
+        image (`PIL.Image.Image`):
+            Image of any mode.
 
     Returns:
-        `PIL.Image.Image`: RGB picture.
+        `PIL.Image.Image`: RGB image.
     """
-    if picture.mode.startswith("I"):
-        return Image.fromarray(np.moveaxis(pil_to_array(picture, do_convert_rgb=True), 0, -1))
-    return picture.convert("RGB")
+    if image.mode.startswith("I"):
+        return Image.fromarray(np.moveaxis(pil_to_array(image, do_convert_rgb=True), 0, -1))
+    return image.convert("RGB")
 
 
 def preview(image: Image.Image | np.ndarray) -> Image.Image:
@@ -69,7 +69,7 @@ def colorize(segmentation: Segmentation, palette: np.ndarray, ignore_index: int 
             Pixels with this id are black.
 
     Returns:
-        `PIL.Image.Image`: RGB picture of size `(width, height)`.
+        `PIL.Image.Image`: RGB image of size `(width, height)`.
 
     Raises:
         `ValueError`: If the segmentation has another shape, dtype or class ids than above.
@@ -81,7 +81,7 @@ def colorize(segmentation: Segmentation, palette: np.ndarray, ignore_index: int 
 
 
 def label_map_image(segmentation: Segmentation, palette: np.ndarray) -> Image.Image:
-    """Makes a picture that stores the class ids themselves, for saving as PNG.
+    """Makes an image that stores the class ids themselves, for saving as PNG.
 
     Args:
         segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`):
@@ -90,7 +90,7 @@ def label_map_image(segmentation: Segmentation, palette: np.ndarray) -> Image.Im
             RGB colours in which viewers show the ids; ids beyond are black.
 
     Returns:
-        `PIL.Image.Image`: Picture of mode "P", or of mode "I;16" and without colours for more than 256 of them.
+        `PIL.Image.Image`: Image of mode "P", or of mode "I;16" and without colours for more than 256 of them.
 
     Raises:
         `ValueError`: If the segmentation has another shape, dtype or class ids than above.
@@ -102,12 +102,12 @@ def label_map_image(segmentation: Segmentation, palette: np.ndarray) -> Image.Im
             f"with {len(palette)} colors, class ids must lie in [0, {np.iinfo(dtype).max}], "
             f"got values from {array.min()} to {array.max()}."
         )
-    picture = Image.fromarray(array.astype(dtype))
+    image = Image.fromarray(array.astype(dtype))
     if dtype is np.uint8:
         full_palette = np.zeros((256, 3), dtype=np.uint8)  # PNG would cut ids to the bits that a shorter one needs
         full_palette[: len(palette)] = palette
-        picture.putpalette(full_palette.tobytes())
-    return picture
+        image.putpalette(full_palette.tobytes())
+    return image
 
 
 def overlay(
@@ -130,13 +130,13 @@ def overlay(
         alpha (`float`, *optional*, defaults to 0.5):
             Opacity of the colours in `[0, 1]`.
         boundaries (`bool`, *optional*, defaults to `True`):
-            Whether to line each class with a brighter tone of its colour. Pictures below about 225 x 225 pixels have no
+            Whether to line each class with a brighter tone of its colour. Images below about 225 x 225 pixels have no
             lines: they would hide the small things.
         ignore_index (`int`, *optional*, defaults to 255):
             Pixels with this id stay as in the photograph.
 
     Returns:
-        `PIL.Image.Image`: RGB picture of the size of `image`.
+        `PIL.Image.Image`: RGB image of the size of `image`.
 
     Raises:
         `ValueError`: If the sizes differ, `alpha` is out of range, or an argument has another form than above.
@@ -158,20 +158,20 @@ def overlay(
 
 
 def with_legend(
-    picture: ImageOrArray,
+    image: ImageOrArray,
     segmentation: Segmentation,
     id2label: Mapping[int, str],
     palette: np.ndarray,
     max_entries: int = 20,
     ignore_index: int = 255,
 ) -> Image.Image:
-    """Puts a legend to the right of a picture: the classes that are present, by area.
+    """Puts a legend to the right of an image: the classes that are present, by area.
 
-    Small pictures are enlarged by a whole factor, so that the legend is readable.
+    Small images are enlarged by a whole factor, so that the legend is readable.
 
     Args:
-        picture (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype `uint8`):
-            Picture of the size of `segmentation`, usually from `overlay` or `colorize`.
+        image (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype `uint8`):
+            Image of the size of `segmentation`, usually from `overlay` or `colorize`.
         segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`):
             Class ids in `[0, num_labels)`, or `ignore_index`.
         id2label (`Mapping[int, str]`):
@@ -184,22 +184,22 @@ def with_legend(
             Pixels with this id are left out; the percentages are of the other pixels.
 
     Returns:
-        `PIL.Image.Image`: RGB picture, wider than `picture`.
+        `PIL.Image.Image`: RGB image, wider than `image`.
 
     Raises:
         `ValueError`: If the sizes differ, a class that is present has no name, or an argument has another form than
             above.
     """
-    picture = _rgb(picture)
-    _check_sizes(picture, _map_array(segmentation))
-    factor = math.ceil(_SMALLEST_SIDE / math.sqrt(picture.width * picture.height))
+    image = _rgb(image)
+    _check_sizes(image, _map_array(segmentation))
+    factor = math.ceil(_SMALLEST_SIDE / math.sqrt(image.width * image.height))
     if factor > 1:
-        picture = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
+        image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
     entries = _legend_entries([segmentation], id2label, palette, max_entries, ignore_index)
-    panel = _legend_column(entries, _font(0.03 * math.sqrt(picture.width * picture.height)))
-    canvas = Image.new("RGB", (picture.width + panel.width, max(picture.height, panel.height)), _BACKGROUND)
-    canvas.paste(picture, (0, 0))
-    canvas.paste(panel, (picture.width, 0))
+    panel = _legend_column(entries, _font(0.03 * math.sqrt(image.width * image.height)))
+    canvas = Image.new("RGB", (image.width + panel.width, max(image.height, panel.height)), _BACKGROUND)
+    canvas.paste(image, (0, 0))
+    canvas.paste(panel, (image.width, 0))
     return canvas
 
 
@@ -225,14 +225,14 @@ def prediction_grid(
         column_titles (`tuple[str, str, str]`, *optional*):
             Titles of the columns.
         row_height (`int`, *optional*, defaults to 240):
-            Height of every picture, in pixels.
+            Height of every image, in pixels.
         max_entries (`int`, *optional*, defaults to 30):
             Number of classes in the legend, the largest first.
         ignore_index (`int`, *optional*, defaults to 255):
             Pixels with this id show the photograph.
 
     Returns:
-        `PIL.Image.Image`: RGB picture.
+        `PIL.Image.Image`: RGB image.
 
     Raises:
         `ValueError`: If there are no rows, the sizes within a row differ, or as `overlay` and `with_legend`.
@@ -283,24 +283,24 @@ def _draw_grid(
     for center, title in zip(centers, titles):
         title = _shorten(title, font, column_width)
         draw.text((center, title_height // 2), title, fill=_TEXT, font=font, anchor="mm")
-    for row, pictures in enumerate([image, *of_image] for image, of_image in zip(images, overlays)):
+    for row, (photograph, of_image) in enumerate(zip(images, overlays)):
         top = title_height + row * (row_height + gap)
-        for center, picture in zip(centers, pictures):
-            if picture is None:
+        for center, image in zip(centers, [photograph, *of_image]):
+            if image is None:
                 draw.text((center, top + row_height // 2), "none", fill=_FAINT_TEXT, font=font, anchor="mm")
             else:
-                canvas.paste(picture, (center - picture.width // 2, top))
+                canvas.paste(image, (center - image.width // 2, top))
     canvas.paste(legend, (0, height - legend.height))
     return canvas
 
 
 def attention_overlay(
-    picture: ImageOrArray, attention: np.ndarray, point: tuple[int, int] | None = None, alpha: float = 0.7
+    image: ImageOrArray, attention: np.ndarray, point: tuple[int, int] | None = None, alpha: float = 0.7
 ) -> Image.Image:
     """Lays attention over a darkened photograph, from nothing over red and orange to white.
 
     Args:
-        picture (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype `uint8`):
+        image (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype `uint8`):
             Photograph.
         attention (`np.ndarray` of shape `(rows, columns)`):
             Non-negative numbers for a grid that covers the photograph. The colours run up to the largest of them.
@@ -310,7 +310,7 @@ def attention_overlay(
             How much the attention hides of the photograph, in `[0, 1]`.
 
     Returns:
-        `PIL.Image.Image`: RGB picture of the size of `picture`.
+        `PIL.Image.Image`: RGB image of the size of `image`.
 
     Raises:
         `ValueError`: If `attention` has another form, or `alpha` is out of range.
@@ -322,7 +322,7 @@ def attention_overlay(
         )
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
-    photograph = _rgb(picture)
+    photograph = _rgb(image)
     levels = np.rint(255 * attention / max(float(attention.max()), 1e-12)).astype(np.uint8)
     heat = Image.fromarray(_HEAT[levels]).resize(photograph.size, Image.Resampling.BICUBIC)
     shown = Image.blend(photograph, heat, alpha)
@@ -331,26 +331,26 @@ def attention_overlay(
     return shown
 
 
-def picture_table(
+def image_table(
     rows: Mapping[str, Sequence[Image.Image]], column_titles: Sequence[str], height: int = 200
 ) -> Image.Image:
-    """Puts pictures of one size into a table with titles.
+    """Puts images of one size into a table with titles.
 
     Args:
         rows (`Mapping[str, Sequence[PIL.Image.Image]]`):
-            Title and pictures of each row, as many as there are columns.
+            Title and images of each row, as many as there are columns.
         column_titles (`Sequence[str]`):
             Titles of the columns.
         height (`int`, *optional*, defaults to 200):
-            Height of every picture, in pixels.
+            Height of every image, in pixels.
 
     Returns:
-        `PIL.Image.Image`: RGB picture.
+        `PIL.Image.Image`: RGB image.
     """
     font = _font(height / 14)
     gap, line = _em(font) // 2, 2 * _em(font)
-    cells = {title: [_thumbnail(picture, height) for picture in pictures] for title, pictures in rows.items()}
-    column_width = max(picture.width for pictures in cells.values() for picture in pictures)
+    cells = {title: [_thumbnail(image, height) for image in images] for title, images in rows.items()}
+    column_width = max(image.width for images in cells.values() for image in images)
     row_titles = max(math.ceil(font.getlength(title)) for title in cells) + 2 * gap
     canvas = Image.new(
         "RGB",
@@ -361,11 +361,11 @@ def picture_table(
     for column, title in enumerate(column_titles):
         center = row_titles + column * (column_width + gap) + column_width // 2
         draw.text((center, line // 2), _shorten(title, font, column_width), fill=_TEXT, font=font, anchor="mm")
-    for row, (title, pictures) in enumerate(cells.items()):
+    for row, (title, images) in enumerate(cells.items()):
         top = line + row * (height + gap)
         draw.text((gap, top + height // 2), title, fill=_FAINT_TEXT, font=font, anchor="lm")
-        for column, picture in enumerate(pictures):
-            canvas.paste(picture, (row_titles + column * (column_width + gap), top))
+        for column, image in enumerate(images):
+            canvas.paste(image, (row_titles + column * (column_width + gap), top))
     return canvas
 
 
@@ -377,7 +377,7 @@ def training_curves(log_history: Sequence[Mapping[str, float]]) -> Image.Image |
             What Trainer logged: entries with `step` and `loss`, `learning_rate` or `eval_mean_iou`.
 
     Returns:
-        `PIL.Image.Image`: RGB picture, one plot beside the other; `None` if nothing was logged yet.
+        `PIL.Image.Image`: RGB image, one plot beside the other; `None` if nothing was logged yet.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -405,10 +405,10 @@ def training_curves(log_history: Sequence[Mapping[str, float]]) -> Image.Image |
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def _draw_cross(picture: Image.Image, point: tuple[int, int]) -> None:
+def _draw_cross(image: Image.Image, point: tuple[int, int]) -> None:
     """Draws a cross that is seen on light and on dark."""
-    arm = max(3, round(math.sqrt(picture.width * picture.height) / 50))
-    draw, (x, y) = ImageDraw.Draw(picture), point
+    arm = max(3, round(math.sqrt(image.width * image.height) / 50))
+    draw, (x, y) = ImageDraw.Draw(image), point
     for color, width in (((0, 0, 0), max(3, arm // 2)), ((255, 255, 255), max(1, arm // 4))):
         draw.line((x - arm, y, x + arm, y), fill=color, width=width)
         draw.line((x, y - arm, x, y + arm), fill=color, width=width)
@@ -440,19 +440,19 @@ def _class_ids(segmentation: Segmentation, num_labels: int, ignore_index: int) -
     return ids, ignored
 
 
-def _rgb(picture: ImageOrArray) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return as_rgb(picture)
-    if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
+def _rgb(image: ImageOrArray) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return as_rgb(image)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
         raise ValueError(
             "expected a PIL image, or a uint8 array of shape (height, width, 3) or (height, width), "
-            f"got {picture.dtype} of shape {tuple(picture.shape)}."
+            f"got {image.dtype} of shape {tuple(image.shape)}."
         )
-    return Image.fromarray(picture).convert("RGB")
+    return Image.fromarray(image).convert("RGB")
 
 
-def _check_sizes(picture: Image.Image, segmentation: np.ndarray) -> None:
-    size = (picture.height, picture.width)
+def _check_sizes(image: Image.Image, segmentation: np.ndarray) -> None:
+    size = (image.height, image.width)
     if segmentation.shape != size:
         raise ValueError(
             f"image and segmentation must have one (height, width), got {size} and {segmentation.shape}. "
@@ -460,11 +460,11 @@ def _check_sizes(picture: Image.Image, segmentation: np.ndarray) -> None:
         )
 
 
-def _thumbnail(picture: Image.Image, height: int) -> Image.Image:
-    """The picture at this height, or lower where it would be longer than four times that."""
-    factor = min(height / picture.height, 4 * height / picture.width)
-    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+def _thumbnail(image: Image.Image, height: int) -> Image.Image:
+    """The image at this height, or lower where it would be longer than four times that."""
+    factor = min(height / image.height, 4 * height / image.width)
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _boundaries(ids: np.ndarray, thickness: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Image files of any kind to pictures, and pictures of any kind to arrays of 8 bits."""
+"""Image files of any kind to images, and images of any kind to arrays of 8 bits."""
 
 import concurrent.futures
 import http.client
@@ -146,7 +146,7 @@ def label_map_to_array(label_map: Any, do_reduce_labels: bool) -> np.ndarray:
 
 
 def read_image(source: "str | os.PathLike[str]", max_pixels: int | None = None) -> PIL.Image.Image:
-    """Read the first picture of an image file, turned upright by its EXIF orientation, in its own mode.
+    """Read the first image of an image file, turned upright by its EXIF orientation, in its own mode.
 
     Args:
         source (`str` or `os.PathLike`): A path, or text that is an address: it begins with `https://`, `http://` or `data:`.
@@ -154,7 +154,7 @@ def read_image(source: "str | os.PathLike[str]", max_pixels: int | None = None) 
             refuses, of more than twice `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Returns:
-        `PIL.Image.Image`: The picture, decoded.
+        `PIL.Image.Image`: The image, decoded.
 
     Raises:
         OSError: If there is no such file, or the address cannot be reached.
@@ -192,7 +192,7 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> PI
         ) from error
     raise ValueError(
         f"{name}: {image.width} x {image.height} pixels are more than {max_pixels}, which guards against files made to "
-        "fill the memory. If the picture is meant to be that large, raise `max_image_pixels`, or "
+        "fill the memory. If the image is meant to be that large, raise `max_image_pixels`, or "
         "`PIL.Image.MAX_IMAGE_PIXELS`."
     )
 

@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: epochs for the training set, pictures of the progress, an end at a loss that is NaN."""
+"""Callbacks of the Trainer: epochs for the training set, images of the progress, an end at a loss that is NaN."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..hub.publishing import PREDICTIONS_PICTURE
+from ..hub.publishing import PREDICTIONS_IMAGE
 from ..inference.visualization import training_curves
 from ..utils.atomic_files import atomic_write
 from .averaging import WeightAverage
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CURVES_PICTURE = "curves.png"
+CURVES_IMAGE = "curves.png"
 
 
 class StartRun(TrainerCallback):
@@ -123,23 +123,23 @@ class ShowProgress(TrainerCallback):
         try:
             self._draw(Path(args.output_dir), state)
         except OSError as error:  # a full disk is a matter of the checkpoints, which say what to do
-            logger.warning("The pictures of step %d could not be written: %s.", state.global_step, error)
+            logger.warning("The images of step %d could not be written: %s.", state.global_step, error)
 
     def _draw(self, output_dir: Path, state: TrainerState) -> None:
         trainer, curves = self.trainer, training_curves(state.log_history)
         if curves is not None:
-            with atomic_write(output_dir / CURVES_PICTURE) as temporary:
+            with atomic_write(output_dir / CURVES_IMAGE) as temporary:
                 curves.save(temporary)
-        trainer.save_predictions(trainer.model, output_dir / PREDICTIONS_PICTURE)
-        _report_picture(trainer, output_dir / PREDICTIONS_PICTURE, state.global_step)
+        trainer.save_predictions(trainer.model, output_dir / PREDICTIONS_IMAGE)
+        _report_image(trainer, output_dir / PREDICTIONS_IMAGE, state.global_step)
 
 
-def _report_picture(trainer: "SegmentationTrainer", path: Path, step: int) -> None:
-    """Send a picture of predictions to the trackers that Trainer reports to."""
+def _report_image(trainer: "SegmentationTrainer", path: Path, step: int) -> None:
+    """Send an image of predictions to the trackers that Trainer reports to."""
     reporters = {type(callback).__name__: callback for callback in trainer.callback_handler.callbacks}
     if "TensorBoardCallback" in reporters and reporters["TensorBoardCallback"].tb_writer is not None:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
         reporters["TensorBoardCallback"].tb_writer.add_image("eval/predictions", pixels, step, dataformats="HWC")
     if "WandbCallback" in reporters:
         import wandb  # type: ignore[import-not-found]  # there where Trainer reports to it

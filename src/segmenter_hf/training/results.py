@@ -1,4 +1,4 @@
-"""What a finished run leaves: model, processor, results, card and pictures, moved into the output directory."""
+"""What a finished run leaves: model, processor, results, card and images, moved into the output directory."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from ..data.label_sets import LABEL_SET_FILE
 from ..data.loading import limited_split
 from ..evaluation.evaluate import save_results
 from ..hub.model_card import CardFacts, hub_name, recorded_result, write_model_card
-from ..hub.publishing import PREDICTIONS_PICTURE
+from ..hub.publishing import PREDICTIONS_IMAGE
 from ..utils.atomic_files import move_files
 from .arguments import DataArguments
 from .datasets import StreamedTrainDataset
@@ -27,7 +27,7 @@ def save_trained_model(
     recipe: dict[str, Any],
     data_args: DataArguments,
 ) -> None:
-    """Put the model, its processor, results, card and pictures together, and move them into the output directory."""
+    """Put the model, its processor, results, card and images together, and move them into the output directory."""
     output_dir = Path(trainer.args.output_dir)
     folder = output_dir / FINISHED
     if trainer.args.should_save:
@@ -40,13 +40,13 @@ def save_trained_model(
         split = limited_split(data_args.validation_split, data_args.max_eval_samples)
         result = recorded_result(results, str(data_args.dataset_name), split, trainer.label_set.name)
         save_results(folder, result, trainer.label_set.labels)
-        trainer.save_predictions(unwrapped_model, folder / PREDICTIONS_PICTURE)
+        trainer.save_predictions(unwrapped_model, folder / PREDICTIONS_IMAGE)
         facts = CardFacts(
             results=(result,),
             training=training_facts(trainer, recipe),
             datasets=tuple(filter(None, [hub_name(data_args.dataset_name)])),
             base_model=hub_name(unwrapped_model.config.name_or_path),
-            picture=PREDICTIONS_PICTURE,
+            picture=PREDICTIONS_IMAGE,
         )
         write_model_card(folder, model=unwrapped_model, facts=facts, location=str(output_dir))
         move_files(folder, output_dir)
