@@ -120,6 +120,24 @@ def test_metadata_may_be_csv_and_name_the_columns_that_are_asked_for(tmp_path):
     assert_holds_pairs(found["train"], ["a", "b, c"])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train/metadata.csv", b"file_name\n" + b"x" * 200_000, "metadata.csv: .*field larger than field limit"),
+        ("train/metadata.csv", b"id,mask\na,b,c,d\n", "metadata.csv:2: expected image_file_name"),
+        ("train/metadata.csv", b"file_name\n\xff.png\n", "metadata.csv: expected text in UTF-8"),
+        ("train/metadata.jsonl", b'{"file_name": "\xff.png"}', "metadata.jsonl: expected text in UTF-8"),
+        ("ImageSets/Segmentation/train.txt", b"\xff", "train.txt: expected text in UTF-8"),
+    ],
+)
+def test_lists_of_files_that_are_no_text_are_named(tmp_path, name, content, message):
+    save_pairs(tmp_path / "train", tmp_path / "train", ["a"])
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_segmentation_datasets(str(tmp_path), splits=["train"])
+
+
 @pytest.mark.parametrize("key", ["image_file_name", "mask_file_name"])
 @pytest.mark.parametrize("leave", ["../../other/{}", "x/../../../other/{}", "{other}/{}"])
 def test_metadata_must_not_name_files_of_others(tmp_path, key, leave):

@@ -160,6 +160,7 @@ def test_a_text_file_has_a_name_per_line(tmp_path):
         ("class_dict.csv", b"sky,1,2,3\n", "expected the columns name, r, g, b in the first line"),
         ("class_dict.csv", b"name,r,g,b\nsky,1,2\n", "class_dict.csv: expected name, r, g, b in row 2, got .'sky'"),
         ("class_dict.csv", b"name,r,g,b\nsky,1,2,x\n", "in row 2"),
+        ("class_dict.csv", b"name,r,g,b\n" + b"x" * 200_000, "class_dict.csv: .*field larger than field limit"),
         ("names.txt", b"\x89PNG\r\n\x1a\n\xff", "names.txt: expected class names in UTF-8"),
         ("names.txt", b"", "names.txt: .*at least one label"),
         ("names.txt", b"sky\nsky\n", "names.txt: .*'sky'. more than once"),

@@ -1,5 +1,6 @@
 """What the run that trained a model was told about its data, for the commands that use the model."""
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def recall_label_changes(model_name_or_path: str, label_set: str | None) -> dict
 def _is_same(dataset_name: str | None, trained_on: Any) -> bool:
     if dataset_name is None or not isinstance(trained_on, str):
         return False
-    return dataset_name == trained_on or Path(dataset_name).resolve() == Path(trained_on).resolve()
+    return dataset_name == trained_on or os.path.realpath(dataset_name) == os.path.realpath(trained_on)
 
 
 __all__ = ["recall_data_arguments", "recall_label_changes"]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..data.label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, list_label_sets, load_label_set
 from ..models.image_processing_segmenter import SegmenterImageProcessor
 from ..utils.atomic_files import MODEL_FILES, atomic_directory, check_replaceable
+from ..utils.folders import lies_within
 from ..utils.messages import one_line
 from . import dinov2_heads, mmsegmentation, paddlevit, rstrudel, setr, vit_checkpoints
 from .adaptation import adapt
@@ -313,7 +314,7 @@ def check_output(output_dir: Path, overwrite: bool, checkpoint_path: Path) -> No
     Raises:
         FileExistsError: If `output_dir` must not be written.
     """
-    if checkpoint_path.resolve().is_relative_to(output_dir.resolve()):
+    if lies_within(checkpoint_path, output_dir):
         raise FileExistsError(f"{output_dir} holds the checkpoint itself. Choose another directory.")
     check_replaceable(output_dir, overwrite, MODEL_FILES)
 

@@ -29,6 +29,7 @@ import csv
 import itertools
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ from datasets.table import table_cast
 
 from ..utils.folders import visible_files
 from ..utils.json_files import parse_json
+from ..utils.messages import one_line
 from .annotation_files import coco_split, labelme_split
 from .encoded_images import RowImage
 from .folder_files import NUM_SHOWN, FolderSplit, Mask, check_existence, files_by_stem, image_files, path_inside
@@ -364,7 +366,8 @@ def _voc_split(root: Path, name: str, config: str | None) -> FolderSplit | None:
             f"{' or '.join(present)}."
         )
     ((kind, file),) = present.items()
-    stems = dict.fromkeys(file.read_text(encoding="utf-8").split())
+    with _translate_text_errors(file):
+        stems = dict.fromkeys(file.read_text(encoding="utf-8").split())
     images = {stem: _voc_image(root, stem, str(file)) for stem in stems}
     masks = {stem: path_inside(root, root / kind, f"{stem}.png", str(file)) for stem in stems}
     check_existence(file, images.values())
@@ -407,7 +410,7 @@ def _metadata_split(root: Path, folder: Path, columns: tuple[str, str]) -> Folde
     for where, row in _metadata_rows(file):
         image, mask = (next((row[key] for key in keys if row.get(key)), None) for keys in (image_keys, mask_keys))
         if not isinstance(image, str) or not isinstance(mask, str | None):
-            raise ValueError(f"{where}: expected image_file_name and mask_file_name, got {sorted(row)}.")
+            raise ValueError(f"{where}: expected image_file_name and mask_file_name, got {sorted(map(str, row))}.")
         stem = PurePosixPath(image).with_suffix("").as_posix()
         if stem in split.images:
             raise ValueError(f"{where}: expected one row per image, got a second one of {stem!r}.")
@@ -419,9 +422,18 @@ def _metadata_split(root: Path, folder: Path, columns: tuple[str, str]) -> Folde
     return split
 
 
+@contextmanager
+def _translate_text_errors(file: Path) -> Iterator[None]:
+    """Errors of a file that is no text, or no table of it, as a `ValueError` that names the file."""
+    try:
+        yield
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file}: expected text in UTF-8, got something else: {one_line(error)}") from error
+
+
 def _metadata_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a metadata file, each with where it stands."""
-    with file.open(encoding="utf-8-sig", newline="") as lines:
+    with _translate_text_errors(file), file.open(encoding="utf-8-sig", newline="") as lines:
         if file.suffix == ".csv":
             reader = csv.DictReader(lines)
             yield from ((f"{file}:{reader.line_num}", row) for row in reader)

@@ -96,7 +96,10 @@ def _text_entry(line: str) -> Entry:
 
 
 def _csv_entries(text: str, path: Path) -> Iterable[Entry]:
-    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines())]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines())]
+    except csv.Error as error:  # which is no `ValueError`
+        raise ValueError(f"{path}: expected comma-separated values, got something else: {error}.") from error
     rows = [row for row in rows if any(row)]
     header = [cell.lower() for cell in rows[0]] if rows else []
     found = {key: [header.index(name) for name in names if name in header] for key, names in _CSV_COLUMNS.items()}

@@ -22,6 +22,7 @@ from ..inference.predictor import Predictor
 from ..inference.protocol import InferenceProtocol
 from ..models.image_processing_segmenter import AnyImageProcessor
 from ..utils.atomic_files import MODEL_FILES, atomic_directory, check_replaceable
+from ..utils.folders import lies_within
 from ..utils.json_files import check_types, read_json_object
 from .model_card import SAMPLE_IMAGE, CardFacts, check_result, read_card_facts, recorded_result, write_model_card
 
@@ -130,7 +131,7 @@ def build_repository(
         ValueError: If it does not hold a whole model of this package, or would be overwritten.
     """
     checkpoint_dir, output_dir = Path(checkpoint_dir), Path(output_dir)
-    if checkpoint_dir.resolve().is_relative_to(output_dir.resolve()):
+    if lies_within(checkpoint_dir, output_dir):
         raise ValueError(f"{output_dir} holds the checkpoint, which would be lost: give another `output_dir`.")
     check_replaceable(output_dir, overwrite, MODEL_FILES)
     model, processor, label_set = _load_whole_model(checkpoint_dir)

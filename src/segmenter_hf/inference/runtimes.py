@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
 from ..models.image_processing_segmenter import AnyImageProcessor
+from ..utils.folders import lies_within
 from .model_loading import REMEDY, check_label_set, translate_loading_errors
 
 
@@ -191,7 +192,7 @@ def find_model_file(name: str, file: str, revision: str | None) -> Path:
     weights = f"{file.removesuffix('.xml')}.bin" if file.endswith(".xml") else f"{file}_data"
     cached_file(name, weights, revision=revision or "main", _raise_exceptions_for_missing_entries=False)
     for found in (path, path.parent / Path(weights).name) if Path(name).is_dir() else ():
-        if not found.resolve().is_relative_to(Path(name).resolve()):
+        if not lies_within(found, name):
             raise ValueError(f"{found} leads out of {name}: expected a file in it. {REMEDY}")
     return path
 

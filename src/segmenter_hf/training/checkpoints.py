@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from ..utils.folders import lies_within
 from .arguments import SegmentationTrainingArguments
 from .recipes import RECIPE_FILE, check_same_run
 
@@ -28,7 +29,7 @@ def find_checkpoint(training_args: SegmentationTrainingArguments, recipe: dict[s
     """
     output_dir, checkpoint = Path(training_args.output_dir), training_args.resume_from_checkpoint
     if training_args.overwrite_output_dir:
-        if checkpoint is not None and Path(checkpoint).resolve().is_relative_to(output_dir.resolve()):
+        if checkpoint is not None and lies_within(checkpoint, output_dir):
             raise ValueError(f"`overwrite_output_dir` would delete {checkpoint}, from which to resume: leave out one.")
         return checkpoint
     if not (output_dir / RECIPE_FILE).is_file():

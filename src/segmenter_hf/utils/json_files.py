@@ -6,6 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from .folders import regular_size
 from .messages import one_line
 
 
@@ -24,9 +25,9 @@ def read_json(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is larger, no JSON or nested too deep; names the file.
+        ValueError: If it is larger, no file, no JSON or nested too deep; names the file.
     """
-    size = os.stat(path).st_size
+    size = regular_size(path)
     if size > max_bytes:
         raise ValueError(f"{path}: expected JSON of at most {max_bytes} bytes, got {size}. Is it the right file?")
     return parse_json(Path(path).read_bytes(), path)
