@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -27,8 +28,11 @@ from segmenter_hf.conversion.convert import convert_checkpoint
 from segmenter_hf.conversion.pretrained import resolve_model
 from segmenter_hf.conversion.safe_loading import read_checkpoint
 from segmenter_hf.data.decoding import decode_example
+from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.inference.model_loading import load_model
+from segmenter_hf.training.arguments import DataArguments, ModelArguments
+from segmenter_hf.training.model_building import build_model_and_processor
 
 from ..tiny_models import tiny_scenes_config
 
@@ -366,6 +370,55 @@ def test_a_configuration_of_a_few_bytes_can_not_ask_for_millions_of_layers(tmp_p
         with pytest.raises(ValueError, match=f"`{next(iter(fields))}` must be .*at most"):
             AutoConfig.from_pretrained(tmp_path)
     assert SegmenterConfig(num_hidden_layers=1000).num_hidden_layers == 1000
+
+
+@pytest.mark.parametrize(
+    "fields", [{"hidden_size": 2**14, "num_hidden_layers": 900}, {"image_size": 2**18}, {"intermediate_size": 2**24}]
+)
+def test_a_small_file_of_weights_is_not_grown_to_a_large_model(fields, tmp_path) -> None:
+    SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(tmp_path)
+    SegmenterImageProcessor(window_size=32, window_stride=32, patch_size=8).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | fields))
+    with pytest.raises(ValueError, match=r"asks for \d+ weights, and the files of the weights have \d+ bytes"):
+        load_model(tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="asks for"):
+        arguments = ModelArguments(model_name_or_path=str(tmp_path))
+        build_model_and_processor(arguments, DataArguments(), load_label_set("scenes"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors", "label_set.json"])
+def test_pipes_and_endless_files_of_a_model_are_refused(name, tmp_path) -> None:
+    SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(tmp_path)
+    SegmenterImageProcessor(window_size=32, window_stride=32, patch_size=8).save_pretrained(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: expected a file, got a pipe or a device"):
+        load_model(tmp_path, device="cpu")
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=f"{name}: expected a file, got a pipe or a device"):
+        load_model(tmp_path, device="cpu")
+    if name != "model.safetensors":
+        (tmp_path / name).unlink()
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(2**34)  # takes no room
+        with pytest.raises(ValueError, match=f"{name}: expected JSON of at most"):
+            load_model(tmp_path, device="cpu")
+
+
+def test_training_asks_nobody_whether_to_run_code_either(hostile, monkeypatch) -> None:
+    folder, marker = hostile
+    for name in ("config.json", "preprocessor_config.json"):
+        content = json.loads((folder / name).read_text())
+        content.pop("image_processor_type", None)
+        (folder / name).write_text(json.dumps({**content, "model_type": "stranger"}))
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("somebody was asked"))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        build_model_and_processor(
+            ModelArguments(model_name_or_path=str(folder)), DataArguments(), load_label_set("scenes")
+        )
+    assert not marker.exists()
 
 
 def test_a_parquet_file_with_objects_of_python_or_a_script_beside_it_runs_nothing(tmp_path) -> None:

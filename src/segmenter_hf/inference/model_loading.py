@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForSemanticSegmentation,
     PreTrainedModel,
@@ -29,6 +30,7 @@ from ..utils.http import translate_http_errors
 from ..utils.messages import one_line
 from ..utils.processes import process_state
 from ..utils.versions import require_version
+from .model_files import REMEDY, check_model_files, check_number_of_weights
 
 
 # What libraries say instead of raising `MemoryError` or `torch.OutOfMemoryError`, in lower case.
@@ -38,7 +40,6 @@ WHERE_FROM = (
     "Give the directory of a model or its name on the Hub. `convert_checkpoint` makes a directory of a published checkpoint; "
     "`load_published_models` has their names."
 )
-REMEDY = "Download or save it again, or convert the checkpoint with `convert_checkpoint`."
 
 
 def load_model(
@@ -218,6 +219,9 @@ def load_model_and_processor(
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.count("/") > 1 or name.startswith((".", "~"))):
         raise FileNotFoundError(f"{name}: no such directory. {WHERE_FROM}")
     with translate_loading_errors(name_or_path):
+        check_model_files(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision or "main", trust_remote_code=False)
+        check_number_of_weights(name_or_path, config, revision)
         # The classes of this package, whatever code the configuration names: nobody is asked whether to run it.
         model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
             name_or_path,

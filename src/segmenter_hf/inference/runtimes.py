@@ -14,7 +14,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForSemanticSegmentation,
     PreTrainedConfig,
 )
 from transformers.utils import cached_file
@@ -22,7 +21,8 @@ from transformers.utils import cached_file
 from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
 from ..models.image_processing_segmenter import AnyImageProcessor
 from ..utils.folders import lies_within
-from .model_loading import REMEDY, check_label_set, translate_loading_errors
+from .model_files import REMEDY, check_model_files, count_weights
+from .model_loading import check_label_set, translate_loading_errors
 
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ def load_network(
         raise ValueError(f"`device` must be 'cpu' with the runtime {runtime!r}, got {device!r}.")
     name = str(name_or_path)
     with translate_loading_errors(name_or_path):
+        check_model_files(name_or_path)
         config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         for part, wanted in ((config, "a Segmenter or SETR model"), (processor, "a SegmenterImageProcessor")):
@@ -199,9 +200,7 @@ def find_model_file(name: str, file: str, revision: str | None) -> Path:
 
 def max_weight_bytes(config: PreTrainedConfig) -> int:
     """Return how large the files of a network can be that holds the weights of a configuration."""
-    with torch.device("meta"):
-        model = AutoModelForSemanticSegmentation.from_config(config)
-    return SPARE_BYTES + 5 * sum(weight.numel() for weight in model.state_dict().values())
+    return SPARE_BYTES + 5 * count_weights(config)
 
 
 def check_size(paths: Iterable[Path], config: PreTrainedConfig) -> None:

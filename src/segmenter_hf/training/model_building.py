@@ -9,6 +9,7 @@ from typing import Any, get_args
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from ..data.label_sets import LabelSet
+from ..inference.model_files import check_model_files, check_number_of_weights
 from ..inference.model_loading import check_weights, enable_token_merging, translate_loading_errors
 from ..models.configuration_vit_encoder import VitEncoderConfig
 from ..models.image_processing_segmenter import SegmenterImageProcessor
@@ -47,7 +48,9 @@ def build_model_and_processor(
     if model_args.model_name_or_path is not None:
         model = _load_model(model_args.model_name_or_path, model_args, labels, chosen)
         with translate_loading_errors(model_args.model_name_or_path):
-            processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path, **pixels)
+            processor = AutoImageProcessor.from_pretrained(
+                model_args.model_name_or_path, trust_remote_code=False, **pixels
+            )
         return model, _with_channels(processor, model.config.num_channels)
     config = _new_config(model_args, data_args.crop_size, labels, chosen)
     model = AutoModelForSemanticSegmentation.from_config(config, attn_implementation=model_args.attn_implementation)
@@ -105,7 +108,9 @@ def _load_model(
 ) -> PreTrainedModel:
     """Load the model to start from, whose encoder must be complete."""
     with translate_loading_errors(name):
-        config = AutoConfig.from_pretrained(name, **labels)
+        check_model_files(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **labels)
+        check_number_of_weights(name, config)
         chosen = chosen | parse_overrides(model_args.config_overrides, config)
         config = override_config(config, chosen)
         if model_args.token_merging:
@@ -114,6 +119,7 @@ def _load_model(
             model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
                 name,
                 config=config,
+                trust_remote_code=False,
                 patch_size=model_args.patch_size,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,

@@ -1,0 +1,71 @@
+"""The files of a model before they are read: regular ones of a size that fits."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSemanticSegmentation, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+
+from ..utils.folders import regular_size
+from ..utils.json_files import MAX_JSON_BYTES
+
+
+SPARE_WEIGHTS = 2**28  # of heads that a file lacks; weights that are missing are named one by one later
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+REMEDY = "Download or save it again, or convert the checkpoint with `convert_checkpoint`."
+
+
+def check_model_files(name_or_path: str | Path) -> None:
+    """Refuse a directory with files that would be waited for or fill the memory when they are read.
+
+    Args:
+        name_or_path (`str` or `Path`): Directory of a model; a name on the Hub passes.
+
+    Raises:
+        ValueError: If a file is a pipe or a device, or a configuration is far too large.
+    """
+    folder = Path(name_or_path)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix not in (".json", *WEIGHT_SUFFIXES) or not path.exists():
+            continue
+        size = regular_size(path)
+        if path.suffix == ".json" and size > MAX_JSON_BYTES:
+            raise ValueError(f"{path}: expected JSON of at most {MAX_JSON_BYTES} bytes, got {size}. {REMEDY}")
+
+
+def check_number_of_weights(name_or_path: str | Path, config: PreTrainedConfig, revision: str | None = None) -> None:
+    """Refuse a configuration that asks for far more weights than the files of its model hold, before any is made.
+
+    Args:
+        name_or_path (`str` or `Path`): Directory or Hub name of the model.
+        config (`PreTrainedConfig`): What its `config.json` says; those of other packages are not looked at.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
+
+    Raises:
+        ValueError: If the files are too small.
+    """
+    if not type(config).__module__.startswith("segmenter_hf."):
+        return
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        files = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.exists()]
+    else:
+        options = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
+        file = cached_file(str(name_or_path), SAFE_WEIGHTS_NAME, **options)
+        files = [] if file is None else [Path(file)]
+    stored, wanted = sum(path.stat().st_size for path in files), count_weights(config)
+    if files and wanted > stored + SPARE_WEIGHTS:  # a weight takes a byte or more
+        raise ValueError(
+            f"{name_or_path}: its configuration asks for {wanted} weights, and the files of the weights have {stored} bytes. "
+            f"{REMEDY}"
+        )
+
+
+def count_weights(config: PreTrainedConfig) -> int:
+    """Return how many values the weights of a semantic segmentation model have, without making them."""
+    with torch.device("meta"):
+        model = AutoModelForSemanticSegmentation.from_config(config)
+    return sum(weight.numel() for weight in model.state_dict().values())
+
+
+__all__ = ["REMEDY", "check_model_files", "check_number_of_weights", "count_weights"]
