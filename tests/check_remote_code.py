@@ -58,14 +58,17 @@ def save(folder: Path) -> None:
         inputs = processor(Image.fromarray(pixels))
         with torch.no_grad():
             logits = model(**inputs).logits
-        save_file({"pixel_values": inputs["pixel_values"], "logits": logits}, folder / name / "expected.safetensors")
+        expected = {"pixel_values": inputs["pixel_values"].contiguous(), "logits": logits.contiguous()}
+        save_file(expected, folder / name / "expected.safetensors")
     print(f"saved with transformers {transformers.__version__}, torch {torch.__version__}: {', '.join(models)}")
 
 
 def load(folder: Path) -> None:
     """Load each model as remote code and compare what it gives."""
     sys.meta_path.insert(0, Blocked())
-    for path in sorted(expected.parent for expected in folder.glob("*/expected.safetensors")):
+    paths = sorted(expected.parent for expected in folder.glob("*/expected.safetensors"))
+    assert paths, f"nothing was saved in {folder}"
+    for path in paths:
         model = transformers.AutoModelForSemanticSegmentation.from_pretrained(path, trust_remote_code=True).eval()
         processor = transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
         assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
