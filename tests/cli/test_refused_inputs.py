@@ -216,7 +216,7 @@ REFUSED = {
     "other channels": (
         deep(np.zeros((*SIZE, 5), np.uint8)),
         (),
-        ("plant0.tif", "5 channels, and the model takes 3", "num_channels=5"),
+        ("plant0.tif", "5 channels, and the model takes 3", "`--config_overrides num_channels=5`"),
     ),
     "RGB for four channels": (formats.two_folders, FOUR, ("plant0.jpg", "3 channels, and the model takes 4")),
     "floats without range": (
@@ -263,3 +263,12 @@ def test_a_refused_dataset_is_explained(name, tmp_path) -> None:
     missing = [part for part in expected if not any(each in message for each in part.split("|"))]
     assert not missing, f"{missing} not in: {message}"
     assert not (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_the_run_of_a_refused_dataset_can_be_corrected_in_its_folder(tmp_path) -> None:
+    root = tmp_path / "data"
+    formats.channels_format(".tif", 4, 255, np.uint8)(root)
+    with pytest.raises(SystemExit, match="4 channels, and the model takes 3"):
+        train(root)
+    train(root, *FOUR)
+    assert (tmp_path / "model" / "model.safetensors").exists()

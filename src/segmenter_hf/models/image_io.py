@@ -293,7 +293,7 @@ def _check_count(found: int, num_channels: int, name: str) -> None:
     if found != num_channels:
         raise _ChannelError(
             f"{name}: the image has {found} channels, and the model takes {num_channels} (`num_channels`). Give images of "
-            f"{num_channels} channels, or a model of {found}: `num_channels={found}` in its configuration."
+            f"{num_channels} channels, or train a model of {found} with `config_overrides=num_channels={found}`."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..utils.folders import lies_within
 from .arguments import SegmentationTrainingArguments
@@ -40,8 +41,11 @@ def find_checkpoint(training_args: SegmentationTrainingArguments, recipe: dict[s
                 "`overwrite_output_dir` to replace those whose names the run needs."
             )
     elif checkpoint is None:
-        check_same_run(output_dir, recipe)
         checkpoint = last_checkpoint(output_dir)
+        if (
+            checkpoint is not None or (output_dir / SAFE_WEIGHTS_NAME).is_file()
+        ):  # a run that failed at once left neither
+            check_same_run(output_dir, recipe)
         if checkpoint is not None and training_args.should_save:
             print(f"Resuming from {checkpoint}; `overwrite_output_dir` starts again.")
     return checkpoint
