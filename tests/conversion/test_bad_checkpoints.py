@@ -387,6 +387,46 @@ def test_a_small_file_of_weights_is_not_grown_to_a_large_model(fields, tmp_path)
         build_model_and_processor(arguments, DataArguments(), load_label_set("scenes"))
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("config.json", {"attn_implementation": "evil/repo"}, "names code on the Hub for the attention, 'evil/repo'"),
+        ("config.json", {"attn_implementation": "kernels-community/flash-attn2"}, "names code on the Hub"),
+        ("config.json", {"token_merging_layers": list(range(10**5))}, "`token_merging_layers` must be rising"),
+        ("config.json", {"id2label": dict.fromkeys(range(2**16 + 1), "x")}, "`id2label` must have at most 65536"),
+        ("config.json", {"model_type": None, "auto_map": None}, "got a config.json without its `model_type`"),
+        ("preprocessor_config.json", {"scales": [1.0] * 65}, "`scales` must be 1 to 64 factors"),
+    ],
+)
+def test_a_configuration_that_asks_for_code_or_hours_is_refused(name, fields, message, tmp_path) -> None:
+    SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(tmp_path)
+    SegmenterImageProcessor(window_size=32, window_stride=32, patch_size=8).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / name).read_text()) | fields
+    (tmp_path / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    with pytest.raises(ValueError, match=message) as refused:
+        load_model(tmp_path, device="cpu")
+    assert len(str(refused.value)) < 1000
+
+
+def test_files_of_a_model_name_no_others_elsewhere_and_no_device(tmp_path) -> None:
+    folder = tmp_path / "model"
+    SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(folder)
+    SegmenterImageProcessor(window_size=32, window_stride=32, patch_size=8).save_pretrained(folder)
+    content = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(content | {"device": "cuda:9"}))
+    assert load_model(folder, device="cpu")[1].device is None
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "evil/repo", "peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="expected a whole model, got an adapter"):
+        load_model(folder, device="cpu")
+    (folder / "adapter_config.json").unlink()
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    for part in ("../model.safetensors", str(tmp_path / "model.safetensors"), 1):
+        index = {"metadata": {}, "weight_map": {"segmenter.layernorm.weight": part}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="expected a `weight_map` to files beside it"):
+            load_model(folder, device="cpu")
+
+
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors", "label_set.json"])
 def test_pipes_and_endless_files_of_a_model_are_refused(name, tmp_path) -> None:
     SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(tmp_path)

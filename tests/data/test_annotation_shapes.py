@@ -101,5 +101,6 @@ def test_a_mistyped_name_fails_at_once_where_the_hub_has_no_address(name, monkey
     monkeypatch.setattr("segmenter_hf.data.loading.datasets.load_dataset", asked)
     with pytest.raises(
         OSError, match=f"'{name}' is no local folder, and could not be loaded from the Hub, which cannot be"
-    ):
+    ) as refused:
         load_segmentation_datasets(name)
+    assert "\n" not in str(refused.value)

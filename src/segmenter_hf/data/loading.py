@@ -22,6 +22,7 @@ from huggingface_hub import constants
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..utils.http import translate_http_errors
+from ..utils.messages import one_line
 from .columns import AnyDataset, check_columns, column_names, find_columns
 from .encoded_images import CACHES, RowImage
 from .folder_layouts import folder_label_set, load_folder, stream_parquet
@@ -272,7 +273,7 @@ def check_name(name: str) -> None:
     if not any(copy.exists() for copy in copies) and not _is_hub_in_reach():
         raise OSError(
             f"Dataset {name!r} is no local folder, and could not be loaded from the Hub, which cannot be reached from here."
-            f"{hint}\n{_DOWNLOAD_ADVICE % name}"
+            f"{hint} {_DOWNLOAD_ADVICE % name}"
         )
 
 
@@ -298,7 +299,7 @@ def load_from_hub(
             return datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
     except OSError as error:  # no connection, offline mode, no such dataset: all are OSErrors
         raise OSError(
-            f"Dataset {name!r} is no local folder, and could not be loaded from the Hub: {error}\n{_DOWNLOAD_ADVICE % name}"
+            f"Dataset {name!r} is no local folder, and could not be loaded from the Hub: {one_line(error)} {_DOWNLOAD_ADVICE % name}"
         ) from error
 
 

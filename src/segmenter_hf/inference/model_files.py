@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForSemanticSegmentation, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..utils.folders import regular_size
-from ..utils.json_files import MAX_JSON_BYTES
+from ..utils.json_files import MAX_JSON_BYTES, read_json_object
 
 
 SPARE_WEIGHTS = 2**28  # of heads that a file lacks; weights that are missing are named one by one later
@@ -22,7 +22,7 @@ def check_model_files(name_or_path: str | Path) -> None:
         name_or_path (`str` or `Path`): Directory of a model; a name on the Hub passes.
 
     Raises:
-        ValueError: If a file is a pipe or a device, or a configuration is far too large.
+        ValueError: If a file is a pipe or a device, a configuration is far too large, or files name others elsewhere.
     """
     folder = Path(name_or_path)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -31,10 +31,18 @@ def check_model_files(name_or_path: str | Path) -> None:
         size = regular_size(path)
         if path.suffix == ".json" and size > MAX_JSON_BYTES:
             raise ValueError(f"{path}: expected JSON of at most {MAX_JSON_BYTES} bytes, got {size}. {REMEDY}")
+    if (folder / "adapter_config.json").exists():  # transformers would load the model that it names, wherever that is
+        raise ValueError(f"{folder}: expected a whole model, got an adapter. Merge it into its model and save that.")
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    parts = read_json_object(index).get("weight_map") if index.exists() else {}
+    if not isinstance(parts, dict) or any(
+        not isinstance(part, str) or Path(part).name != part for part in parts.values()
+    ):
+        raise ValueError(f"{index}: expected a `weight_map` to files beside it, got something else. {REMEDY}")
 
 
-def check_number_of_weights(name_or_path: str | Path, config: PreTrainedConfig, revision: str | None = None) -> None:
-    """Refuse a configuration that asks for far more weights than the files of its model hold, before any is made.
+def check_stored_config(name_or_path: str | Path, config: PreTrainedConfig, revision: str | None = None) -> None:
+    """Refuse a configuration that asks for code, or for far more weights than the files of its model hold, before any is made.
 
     Args:
         name_or_path (`str` or `Path`): Directory or Hub name of the model.
@@ -42,10 +50,15 @@ def check_number_of_weights(name_or_path: str | Path, config: PreTrainedConfig, 
         revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
 
     Raises:
-        ValueError: If the files are too small.
+        ValueError: If it does.
     """
     if not type(config).__module__.startswith("segmenter_hf."):
         return
+    if "/" in str(config._attn_implementation):  # transformers would fetch a kernel from there and run it
+        raise ValueError(
+            f"{name_or_path}: its configuration names code on the Hub for the attention, {config._attn_implementation!r:.200}. "
+            "Remove `attn_implementation` from its config.json."
+        )
     folder = Path(name_or_path)
     if folder.is_dir():
         files = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.exists()]
@@ -68,4 +81,4 @@ def count_weights(config: PreTrainedConfig) -> int:
     return sum(weight.numel() for weight in model.state_dict().values())
 
 
-__all__ = ["REMEDY", "check_model_files", "check_number_of_weights", "count_weights"]
+__all__ = ["REMEDY", "check_model_files", "check_stored_config", "count_weights"]

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +31,16 @@ from ..utils.http import translate_http_errors
 from ..utils.messages import one_line
 from ..utils.processes import process_state
 from ..utils.versions import require_version
-from .model_files import REMEDY, check_model_files, check_number_of_weights
+from .model_files import REMEDY, check_model_files, check_stored_config
 
 
 # What libraries say instead of raising `MemoryError` or `torch.OutOfMemoryError`, in lower case.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "bad_alloc")
+# What transformers says at length, with its advice to trust the code, and what that means.
+UNFIT_CONFIGURATIONS = {
+    "Unrecognized model in": "a config.json without its `model_type`",
+    "contains custom code": "one that needs code of its own, which is not run (`trust_remote_code`)",
+}
 _compiled_models = itertools.count()
 WHERE_FROM = (
     "Give the directory of a model or its name on the Hub. `convert_checkpoint` makes a directory of a published checkpoint; "
@@ -221,19 +227,21 @@ def load_model_and_processor(
     with translate_loading_errors(name_or_path):
         check_model_files(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path, revision=revision or "main", trust_remote_code=False)
-        check_number_of_weights(name_or_path, config, revision)
+        check_stored_config(name_or_path, config, revision)
         # The classes of this package, whatever code the configuration names: nobody is asked whether to run it.
-        model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
-            name_or_path,
-            revision=revision or "main",
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **kwargs,
-        )
+        with without_loading_report():
+            model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
+                name_or_path,
+                revision=revision or "main",
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **kwargs,
+            )
         processor = AutoImageProcessor.from_pretrained(
             name_or_path, revision=revision or "main", trust_remote_code=False
         )
+        processor.device = None  # where it computes is said by its user, not by a file
         for part, expected in ((model, "Segmenter or SETR model"), (processor, "SegmenterImageProcessor")):
             if not type(part).__module__.startswith("segmenter_hf."):
                 raise ValueError(f"{name_or_path}: expected a {expected}, got a {type(part).__name__}. {REMEDY}")
@@ -287,7 +295,12 @@ def translate_loading_errors(name_or_path: str | Path) -> Iterator[None]:
         if type(error) is not OSError or error.errno is not None or Path(name_or_path).is_dir():
             raise
         raise OSError(f"{name_or_path}: {_why_not_found(error)} {WHERE_FROM}") from error
-    except (ImportError, MemoryError, ValueError):
+    except (ImportError, MemoryError):
+        raise
+    except ValueError as error:
+        for said, got in UNFIT_CONFIGURATIONS.items():
+            if said in str(error):
+                raise ValueError(f"{name_or_path}: expected a model of this package, got {got}. {REMEDY}") from error
         raise
     except Exception as error:
         if is_out_of_memory(error):
@@ -297,6 +310,21 @@ def translate_loading_errors(name_or_path: str | Path) -> Iterator[None]:
             f"{name_or_path}: expected a model of this package, got one that is damaged or something else. {REMEDY} "
             f"{type(error).__name__}: {said:.300}"
         ) from error
+
+
+@contextmanager
+def without_loading_report() -> Iterator[None]:
+    """Leave out transformers' table of the weights that are not from the file; its other messages stay."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in str(record.msg)
+
+    source = logging.getLogger("transformers.modeling_utils")
+    source.addFilter(is_other)
+    try:
+        yield
+    finally:
+        source.removeFilter(is_other)
 
 
 def check_weights(

@@ -14,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 # What a configuration may ask for: a file of a few bytes must not keep a computer busy or fill its memory with layers and
 # names of classes.
-MAX_LAYERS, MAX_SIZE, MAX_LABELS, MAX_REGISTER_TOKENS = 1000, 2**24, 2**20, 4096
+MAX_LAYERS, MAX_SIZE, MAX_LABELS, MAX_REGISTER_TOKENS = 1000, 2**24, 2**16, 4096
 REMOTE_PIPELINES = {
     "image-segmentation": {"impl": "pipeline_segmenter.SegmenterPipeline", "pt": ["AutoModelForSemanticSegmentation"]}
 }
@@ -34,6 +34,8 @@ def check_labels(name: str, id2label: Any, num_labels: Any) -> None:
         raise ValueError(f"{name}: `num_labels` must be at least 1 and at most {MAX_LABELS}, got {num_labels!r:.200}.")
     if id2label is None:
         return
+    if isinstance(id2label, dict) and len(id2label) > MAX_LABELS:
+        raise ValueError(f"{name}: `id2label` must have at most {MAX_LABELS} classes, got {len(id2label)}.")
     if not (isinstance(id2label, dict) and id2label and {*map(str, id2label)} == {*map(str, range(len(id2label)))}):
         raise ValueError(f"{name}: `id2label` must name the classes 0, 1, 2 and so on, got {id2label!r:.200}.")
 
@@ -364,9 +366,10 @@ class VitEncoderConfig(PreTrainedConfig):
     def validate_token_merging(self) -> None:
         """The layers exist and rise, windows hold two patches or more, and the threshold is a cosine."""
         layers = self.token_merging_layers or ()
-        if list(layers) != sorted({*layers} & {*range(self.num_hidden_layers)}):
+        is_short = len(layers) <= self.num_hidden_layers
+        if not is_short or list(layers) != sorted({*layers} & {*range(self.num_hidden_layers)}):
             raise ValueError(
-                f"`token_merging_layers` must be rising numbers from 0 to {self.num_hidden_layers - 1}, got {layers}."
+                f"`token_merging_layers` must be rising numbers from 0 to {self.num_hidden_layers - 1}, got {str(layers[:99]):.200}."
             )
         size = self.token_merging_window_size
         sides = [size, size] if isinstance(size, int) else list(size)

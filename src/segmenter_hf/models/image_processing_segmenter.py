@@ -46,6 +46,7 @@ INTERPOLATION = {
     PILImageResampling.BILINEAR: "bilinear",
     PILImageResampling.BICUBIC: "bicubic",
 }
+MAX_SCALES = 64
 LARGEST_FACTOR = 1e12  # of pixel values, so that they stay finite in float32
 
 
@@ -123,8 +124,9 @@ def check_window_fields(
         raise ValueError(
             f"`window_stride` must be from 1 to `window_size` ({window_size}), or pixels are left out; got {window_stride}."
         )
-    if len(scales) == 0 or not all(0 < scale <= 16 for scale in scales):
-        raise ValueError(f"`scales` must be one or more factors above 0 and up to 16, got {scales}.")
+    if not 0 < len(scales) <= MAX_SCALES or not all(0 < scale <= 16 for scale in scales):
+        shown = f"{len(scales)} factors, {str(scales[:99]):.200}"
+        raise ValueError(f"`scales` must be 1 to {MAX_SCALES} factors above 0 and up to 16, got {shown}.")
 
 
 def check_pixel_fields(resample: PILImageResampling, factors: dict[str, Any]) -> None:

@@ -25,13 +25,20 @@ def find_checkpoint(training_args: SegmentationTrainingArguments, recipe: dict[s
         `str`, *optional*: The directory of the checkpoint.
 
     Raises:
+        FileNotFoundError: If there is no such checkpoint.
         FileExistsError: If the output directory holds files that are of no run, and they may not be replaced.
         ValueError: If it holds a run with other arguments, or the checkpoint to go on from would be deleted.
     """
     output_dir, checkpoint = Path(training_args.output_dir), training_args.resume_from_checkpoint
-    if training_args.overwrite_output_dir:
-        if checkpoint is not None and lies_within(checkpoint, output_dir):
-            raise ValueError(f"`overwrite_output_dir` would delete {checkpoint}, from which to resume: leave out one.")
+    is_replaced = training_args.overwrite_output_dir
+    if is_replaced and checkpoint is not None and lies_within(checkpoint, output_dir):
+        raise ValueError(f"`overwrite_output_dir` would delete {checkpoint}, from which to resume: leave out one.")
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise FileNotFoundError(
+            f"{checkpoint}: no such checkpoint. Give a directory such as {output_dir / PREFIX_CHECKPOINT_DIR}-100, or leave out "
+            f"`resume_from_checkpoint`: a run resumes from its last one."
+        )
+    if is_replaced:
         return checkpoint
     if not (output_dir / RECIPE_FILE).is_file():
         names = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []

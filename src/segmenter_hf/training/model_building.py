@@ -1,16 +1,19 @@
 """The model that is trained and its image processor, from the arguments of training."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, get_args
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from ..data.label_sets import LabelSet
-from ..inference.model_files import check_model_files, check_number_of_weights
-from ..inference.model_loading import check_weights, enable_token_merging, translate_loading_errors
+from ..inference.model_files import check_model_files, check_stored_config
+from ..inference.model_loading import (
+    check_weights,
+    enable_token_merging,
+    translate_loading_errors,
+    without_loading_report,
+)
 from ..models.configuration_vit_encoder import VitEncoderConfig
 from ..models.image_processing_segmenter import SegmenterImageProcessor
 from .arguments import CONFIGS, MODEL_SIZES, NORMALIZATIONS, DataArguments, ModelArguments
@@ -110,12 +113,12 @@ def _load_model(
     with translate_loading_errors(name):
         check_model_files(name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **labels)
-        check_number_of_weights(name, config)
+        check_stored_config(name, config)
         chosen = chosen | parse_overrides(model_args.config_overrides, config)
         config = override_config(config, chosen)
         if model_args.token_merging:
             enable_token_merging(config)
-        with _without_loading_report():
+        with without_loading_report():
             model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
                 name,
                 config=config,
@@ -129,21 +132,6 @@ def _load_model(
     if line := describe_new_weights(name, model, loading_info):
         logger.warning(line)
     return model
-
-
-@contextmanager
-def _without_loading_report() -> Iterator[None]:
-    """Leave out transformers' table of the weights that are not from the file; its other messages stay."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in str(record.msg)
-
-    source = logging.getLogger("transformers.modeling_utils")
-    source.addFilter(is_other)
-    try:
-        yield
-    finally:
-        source.removeFilter(is_other)
 
 
 def describe_new_weights(name: str, model: PreTrainedModel, loading_info: dict[str, Any]) -> str | None:
