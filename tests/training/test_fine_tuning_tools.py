@@ -187,6 +187,8 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(tmp_path) -> None:
     own = load_file(best / "model.safetensors")
     assert all(torch.equal(saved[name], average[name]) for name in average)
     assert not all(torch.equal(own[name], average[name]) for name in average)
+    first, last = (load_file(tmp_path / "run" / f"checkpoint-{step}" / AVERAGE_FILE) for step in (2, 12))
+    assert not torch.equal(first["decode_head.projection.weight"], last["decode_head.projection.weight"])
     again = tmp_path / "again"
     run(again, *more, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-6"))
     repeated = load_file(again / "checkpoint-12" / AVERAGE_FILE)
