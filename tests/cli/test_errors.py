@@ -119,6 +119,7 @@ def test_errors_of_the_system_name_the_file_first(tmp_path, monkeypatch) -> None
         ending(FileNotFoundError(2, "No such file or directory", "a.png")) == "error: a.png: no such file or directory"
     )
     assert ending(OSError("as it is")) == "error: as it is"
+    assert ending(BlockingIOError(11, "another run is writing to out")) == "error: another run is writing to out"
 
 
 @pytest.mark.parametrize(

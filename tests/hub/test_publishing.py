@@ -240,6 +240,16 @@ def test_a_directory_that_holds_something_is_kept(checkpoint, repository, tmp_pa
     assert (tmp_path / "letter.txt").read_text() == "dear"
 
 
+def test_a_directory_that_another_run_has_written_meanwhile_stays(repository, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        "segmenter_hf.hub.publishing.write_model_card", lambda *_, **__: (tmp_path / "out" / "x").mkdir(parents=True)
+    )
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        build_repository(repository, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

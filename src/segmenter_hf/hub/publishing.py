@@ -158,6 +158,7 @@ def build_repository(
             revision=revision,
             location=output_dir.as_posix(),
         )
+        check_replaceable(output_dir, overwrite, MODEL_FILES)  # another run may have written it meanwhile
     return output_dir
 
 

@@ -20,8 +20,10 @@ def one_line(text: BaseException | str) -> str:
 
 def describe_os_error(error: OSError) -> str:
     """Return what the system says of a file, as in `nope.json: no such file or directory`."""
-    if error.filename is None or error.strerror is None:
+    if error.strerror is None:
         return str(error)
+    if error.filename is None:  # the number of the system says nothing to a user
+        return str(error.strerror)
     return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
 
 
