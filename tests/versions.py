@@ -10,5 +10,5 @@ needs_export = pytest.mark.skipif(Version("2.10") > TORCH, reason="the export wi
 needs_compile = pytest.mark.skipif(Version("2.11") > TORCH, reason="compilation needs torch 2.11")
 needs_precision = pytest.mark.skipif(
     not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"),
-    reason="torch has a precision for each device from 2.9 on",
+    reason="this torch has no `torch.backends.mkldnn.matmul.fp32_precision`",
 )
