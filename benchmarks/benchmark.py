@@ -124,7 +124,7 @@ class Bench:
         reset = Path("/proc/self/clear_refs")
         if not reset.exists():
             return None
-        reset.write_text("5")  # the peak starts anew from what is resident now
+        reset.write_text("5")  # the peak starts again from what is resident now
         start = _status_kb("VmHWM")
         function()
         return (_status_kb("VmHWM") - start) / 1e3
@@ -258,7 +258,7 @@ def make_model(bench: Bench, size: str, image_size: int = 512, **fields: Any) ->
 
 
 def make_image() -> np.ndarray:
-    """A smooth picture with some noise, uint8."""
+    """A smooth image with some noise, uint8."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 12, 16))).float()
     smooth = interpolate(coarse, size=IMAGE_SIZE, mode="bicubic")[0].permute(1, 2, 0).numpy()
@@ -310,7 +310,7 @@ def predict_with(bench: Bench, size: str, model: SegmenterForSemanticSegmentatio
     pixel_values = inputs["pixel_values"].to(bench.device, bench.dtype)
     yield bench.compare(
         "predict",
-        f"{size}: picture in, class map out",
+        f"{size}: image in, class map out",
         "the same network with the plain merge",
         lambda: processor.post_process_semantic_segmentation(run_windows(bench, model, processor, image))[0],
         lambda: plain_scores(*run_windows(bench, model, processor, image).to_tuple(), IMAGE_SIZE).argmax(0),
@@ -333,7 +333,7 @@ def predict_with(bench: Bench, size: str, model: SegmenterForSemanticSegmentatio
 def run_windows(
     bench: Bench, model: SegmenterForSemanticSegmentation, processor: SegmenterImageProcessor, image: np.ndarray
 ) -> transformers.utils.ModelOutput:
-    """Logits and offsets of all windows of a picture, 8 windows at once."""
+    """Logits and offsets of all windows of an image, 8 windows at once."""
     inputs = processor(image)
     chunks = inputs["pixel_values"].split(8)
     logits = torch.cat([model(chunk.to(bench.device, bench.dtype)).logits for chunk in chunks])
@@ -403,7 +403,7 @@ def predict_ms_with(
     image = make_image()
     return bench.compare(
         "predict_ms",
-        f"{size}: picture in, class map out",
+        f"{size}: image in, class map out",
         "the same network with the plain merge",
         lambda: processor.post_process_semantic_segmentation(run_windows(bench, model, processor, image))[0],
         lambda: plain_scores(*run_windows(bench, model, processor, image).to_tuple(), IMAGE_SIZE).argmax(0),
@@ -476,7 +476,7 @@ def augment(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
 
 
 def encoded(pixels: np.ndarray, file_format: str) -> dict[str, bytes | None]:
-    """A picture as a row of a data set holds it."""
+    """An image as a row of a dataset holds it."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=file_format)
     return {"bytes": buffer.getvalue(), "path": None}
@@ -570,13 +570,13 @@ def large(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
     predictor = Predictor(model, SegmenterImageProcessor(), label_set, InferenceProtocol(full_resolution=True))
 
     def run() -> torch.Tensor:
-        picture = make_image()[:500, :625].repeat(30, 0).repeat(32, 1)
-        return predictor(picture, dtype=torch.uint8).class_map
+        image = make_image()[:500, :625].repeat(30, 0).repeat(32, 1)
+        return predictor(image, dtype=torch.uint8).class_map
 
     predictor.with_protocol(InferenceProtocol())(make_image())
     start = time.perf_counter()
     peak = bench.peak_mb(run)
-    case = "20000x15000 uint8 in, class map of 150 classes out, network of one layer, the picture included"
+    case = "20000x15000 uint8 in, class map of 150 classes out, network of one layer, the image included"
     row = Row("large", case, "-", time.perf_counter() - start, 0.0, ours_peak_mb=peak)
     print(as_line(row), flush=True)
     yield row

@@ -8,7 +8,7 @@
 Each variant is the model changed in one way: the mean number of tokens after the last layer that merges, seconds of an image (preprocessing,
 network and merge), the share of pixels of the same class as the unchanged model, and the mean IoU of all images. The variants segment
 each image in turns, twice, of which the second is timed, so that a machine that becomes slower does so for all. `--times_from` takes the
-times of another run, with fewer images on a quiet machine. `tradeoffs.json` holds the figures, `tradeoffs.md` a table and `tradeoffs.png` a picture.
+times of another run, with fewer images on a quiet machine. `tradeoffs.json` holds the figures, `tradeoffs.md` a table and `tradeoffs.png` an image.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A small Hub on this machine: enough of its HTTP interface for the real client, with commits kept in memory.
 
 It also fails on demand: `POST /_fail` with `{"commit": 500}` makes every commit answer 500, `{"upload": "drop"}` closes the
-connection in the middle of every upload, and `{}` mends everything.
+connection in the middle of every upload, and `{}` ends all of it.
 """
 
 import base64

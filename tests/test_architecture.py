@@ -1,10 +1,13 @@
 """Which folder may import which."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+from segmenter_hf.inference.datasets import predict_dataset
 
 
 ROOT = Path(__file__).parents[1]
@@ -77,3 +80,19 @@ def test_library_code_names_arguments_instead_of_options_and_scripts(path) -> No
         if isinstance(text, str) and re.search(r"(?<![\w-])--[a-z]|scripts/|\.py\b.* --", text)
     ]
     assert not named
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_functions_have_at_most_60_lines_and_classes_250(path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    limits = {
+        ast.FunctionDef: 60,
+        ast.AsyncFunctionDef: 60,
+        ast.ClassDef: 10**6 if path.name == "synthetic_scenes.py" else 250,
+    }
+    nodes = [node for node in ast.walk(tree) if type(node) in limits]
+    assert not [node.name for node in nodes if node.end_lineno - node.lineno >= limits[type(node)]]
+
+
+def test_predicting_a_dataset_takes_at_most_8_arguments() -> None:
+    assert len(inspect.signature(predict_dataset).parameters) <= 8

@@ -150,7 +150,7 @@ def test_a_server_that_cannot_resume_sends_all_again(server, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("honours_if_range", [True, False])
-def test_a_file_that_changed_in_between_is_begun_anew(honours_if_range, server, tmp_path, monkeypatch) -> None:
+def test_a_file_that_changed_in_between_is_downloaded_again(honours_if_range, server, tmp_path, monkeypatch) -> None:
     old = bytes(len(WEIGHTS))
     (name,) = server.files
     server.files[name], server.cuts, server.honours_if_range = old, [100_000], honours_if_range
@@ -161,7 +161,7 @@ def test_a_file_that_changed_in_between_is_begun_anew(honours_if_range, server, 
     assert fetch(server.model(), tmp_path).read_bytes() == WEIGHTS
 
 
-def test_a_part_that_is_longer_than_the_file_is_begun_anew(server, tmp_path) -> None:
+def test_a_part_that_is_longer_than_the_file_is_downloaded_again(server, tmp_path) -> None:
     model = server.model()
     part = cache_folder(model, tmp_path) / f"weights-{SHA256[:8]}.pth.part"
     part.parent.mkdir()

@@ -321,7 +321,7 @@ def test_mirrored_views_of_arrays_are_seen_as_they_are(processor) -> None:
             assert processor(view, view[..., 0], do_split_windows=True)["labels"].shape == expected[:, 0].shape
 
 
-def test_tensors_of_any_kind_are_seen_as_pictures(processor) -> None:
+def test_tensors_of_any_kind_are_seen_as_images(processor) -> None:
     expected = processor(COLOUR)["pixel_values"]
     floats = torch.from_numpy(COLOUR).permute(2, 0, 1).float()
     for image in (floats.bfloat16().float(), floats.requires_grad_()):
@@ -377,14 +377,14 @@ def test_files_are_upright_wherever_they_are_read(processor, model, orientation,
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])
-def test_an_orientation_that_is_none_leaves_the_picture_as_it_is(value, tmp_path) -> None:
+def test_an_orientation_that_is_none_leaves_the_image_as_it_is(value, tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
     Image.fromarray(COLOUR).save(tmp_path / "picture.png", exif=exif)
     assert np.array_equal(np.asarray(read_image(tmp_path / "picture.png")), COLOUR)
 
 
-def test_the_first_picture_of_several_is_read_whatever_the_file_is_called(tmp_path) -> None:
+def test_the_first_image_of_several_is_read_whatever_the_file_is_called(tmp_path) -> None:
     first, second = Image.fromarray(COLOUR), Image.fromarray(COLOUR[::-1].copy())
     for kind, name in (("PNG", "a.jpg"), ("TIFF", "b.png"), ("WEBP", "c")):
         options = {"lossless": True} if kind == "WEBP" else {}

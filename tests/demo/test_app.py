@@ -65,7 +65,7 @@ def loaded() -> Predictor:
 
 @pytest.fixture(scope="module")
 def picture_path(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    path = tmp_path_factory.mktemp("images") / "noise.png"
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((90, 60), Image.Resampling.BICUBIC).save(path)
     return path
@@ -84,11 +84,11 @@ def from_data_url(url: str) -> Image.Image:
 
 
 def test_the_browser_gets_classes_probabilities_and_areas(loaded, picture_path) -> None:
-    picture = open_upload(picture_path, MAX_IMAGE_PIXELS)
+    image = open_upload(picture_path, MAX_IMAGE_PIXELS)
     predictor = loaded.with_protocol(InferenceProtocol.multi_scale_flip())
-    expected = predictor(picture, return_scores=True)
+    expected = predictor(image, return_scores=True)
     segmentation = expected.class_map.numpy()
-    found = describe_segmentation(predictor, picture)
+    found = describe_segmentation(predictor, image)
     pixels = np.asarray(from_data_url(found["pixels"])).astype(int)
     np.testing.assert_array_equal(pixels[..., 0] + 256 * pixels[..., 1], segmentation)
     np.testing.assert_allclose(pixels[..., 2] / 255, expected.scores.amax(0).numpy(), atol=1 / 255)
@@ -102,7 +102,7 @@ def test_the_browser_gets_classes_probabilities_and_areas(loaded, picture_path) 
     json.dumps(found)
 
 
-def test_large_pictures_are_reduced_and_their_label_maps_are_not(loaded, tmp_path) -> None:
+def test_large_images_are_reduced_and_their_label_maps_are_not(loaded, tmp_path) -> None:
     Image.new("L", (2000, 3000), 90).save(tmp_path / "large.jpg")
     found = describe_segmentation(loaded, open_upload(tmp_path / "large.jpg", MAX_IMAGE_PIXELS))
     assert from_data_url(found["pixels"]).size == (found["width"], found["height"]) == (853, 1280)
@@ -110,18 +110,18 @@ def test_large_pictures_are_reduced_and_their_label_maps_are_not(loaded, tmp_pat
 
 
 def test_uploads_are_turned_upright(tmp_path) -> None:
-    picture = Image.new("RGB", (40, 20), "red")
-    picture.paste("blue", (20, 0, 40, 20))
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (20, 0, 40, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise
-    picture.save(tmp_path / "turned.png", exif=exif)
+    image.save(tmp_path / "turned.png", exif=exif)
     upright = open_upload(tmp_path / "turned.png", MAX_IMAGE_PIXELS)
     assert upright.size == (20, 40)
     assert upright.getpixel((10, 5)) == (255, 0, 0) and upright.getpixel((10, 35)) == (0, 0, 255)
 
 
 def test_bad_uploads_are_refused_in_words(tmp_path, picture_path) -> None:
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     damaged = picture_path.read_bytes()
     (tmp_path / "damaged.png").write_bytes(damaged[: len(damaged) // 2])
     Image.new("1", (901, 100)).save(tmp_path / "narrow.png")
@@ -139,12 +139,12 @@ def test_bad_uploads_are_refused_in_words(tmp_path, picture_path) -> None:
 
 
 def test_attention_is_the_average_and_each_head(loaded, picture_path) -> None:
-    picture = open_upload(picture_path, MAX_IMAGE_PIXELS)
+    image = open_upload(picture_path, MAX_IMAGE_PIXELS)
     for asked, expected in [
-        ({"x": 80, "y": 10}, patch_attention(loaded, picture, (80, 10), 0)),
-        ({"class_id": 3}, class_attention(loaded, picture, 3, 0)),
+        ({"x": 80, "y": 10}, patch_attention(loaded, image, (80, 10), 0)),
+        ({"class_id": 3}, class_attention(loaded, image, 3, 0)),
     ]:
-        found = describe_attention(loaded, picture, **asked, layer=0)
+        found = describe_attention(loaded, image, **asked, layer=0)
         maps = np.frombuffer(base64.b64decode(found["maps"]), np.uint8).reshape(-1, found["rows"], found["columns"])
         assert maps.shape == (1 + len(expected), *expected.shape[1:])
         for found_map, attention in zip(maps, [expected.mean(0), *expected]):
@@ -210,7 +210,7 @@ def test_the_page_works_in_a_browser(address, picture_path, tmp_path) -> None:
         page.on("pageerror", lambda error: failed.append(error))
         page.goto(address)
 
-        (tmp_path / "text.png").write_text("no picture")
+        (tmp_path / "text.png").write_text("no image")
         page.set_input_files("input[type=file]", tmp_path / "text.png")
         page.get_by_text("This file cannot be read as an image").wait_for()
         page.set_input_files("input[type=file]", picture_path)

@@ -164,7 +164,7 @@ def test_the_queue_reads_uploaded_files_only(api, root, functions, name) -> None
 
 @pytest.mark.parametrize(
     "asked",
-    [None, [], "x", {"loaded": 1}, {"picture": 1, "x": 1}, {"x": 1}, {"x": "a", "y": {}}, {"x": True, "y": True}]
+    [None, [], "x", {"loaded": 1}, {"image": 1, "x": 1}, {"x": 1}, {"x": "a", "y": {}}, {"x": True, "y": True}]
     + [{"class_id": 1.5}, {"class_id": [1]}, {"x": 0, "y": 0, "layer": None}, {"x": 0, "y": 0, "other": 1}]
     + [{"x": float("nan"), "y": 0}, {"x": 1e308, "y": 0}],
 )
@@ -216,9 +216,9 @@ def test_what_an_image_says_besides_its_pixels_stays_here(loaded, tmp_path) -> N
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "secret")
     Image.new("RGB", (60, 40), "red").save(tmp_path / "image.png", exif=exif, pnginfo=text, dpi=(72, 72))
-    picture = open_upload(tmp_path / "image.png", 10_000)
-    assert set(picture.info) == {"full_size"}
-    photograph = describe_segmentation(loaded, picture)["photograph"]
+    image = open_upload(tmp_path / "image.png", 10_000)
+    assert set(image.info) == {"full_size"}
+    photograph = describe_segmentation(loaded, image)["photograph"]
     with contextlib.closing(io.BytesIO()) as buffer:
-        picture.save(buffer, "JPEG", quality=90)
+        image.save(buffer, "JPEG", quality=90)
         assert len(photograph) < 2 * len(buffer.getvalue())

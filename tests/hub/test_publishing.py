@@ -38,6 +38,8 @@ from ..tiny_models import tiny_scenes_config
 
 ROOT = Path(__file__).parents[2]
 CODE = {
+    "batch_norm.py",
+    "configuration_checks.py",
     "configuration_segmenter.py",
     "configuration_vit_encoder.py",
     "image_processing_segmenter.py",

@@ -111,7 +111,7 @@ def test_without_class_embeddings_only_patches_attend(decoder_type, processor, p
         class_attention(make_predictor(model, processor), picture, 0)
 
 
-def test_the_picture_has_a_column_for_each_large_class(model, processor, picture) -> None:
+def test_the_image_has_a_column_for_each_large_class(model, processor, picture) -> None:
     segmentation = np.zeros((50, 90), dtype=np.uint8)
     segmentation[:, 60:] = 2
     label_set = label_set_from_names(["sky", "road", "tree"])

@@ -120,7 +120,7 @@ def test_parquet_files_need_no_masks(tmp_path, streaming) -> None:
         ("", "train", ["a", "deep/b"]),
     ],
 )
-def test_pictures_of_a_split_are_found_and_masks_beside_them_are_not(tmp_path, folder, split, ids) -> None:
+def test_images_of_a_split_are_found_and_masks_beside_them_are_not(tmp_path, folder, split, ids) -> None:
     for name in ("a.png", "deep/b.png"):
         path = tmp_path / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def test_pictures_of_a_split_are_found_and_masks_beside_them_are_not(tmp_path, f
     assert dataset[1]["image"] == {"bytes": None, "path": str(tmp_path / folder / "deep/b.png")}
 
 
-def test_a_picture_whose_name_is_no_text_is_named(tmp_path) -> None:
+def test_an_image_whose_name_is_no_text_is_named(tmp_path) -> None:
     (tmp_path / "\udcff.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"file names in UTF-8, got 1 others: .*udcff.png"):
         load_image_dataset(str(tmp_path))
@@ -293,7 +293,7 @@ def test_two_real_processes_write_what_one_does(model, processor, tmp_path, monk
     assert "Skipped 7 that were there" in capsys.readouterr().out
 
 
-def test_the_script_takes_pictures_or_a_data_set(monkeypatch, capsys) -> None:
+def test_the_script_takes_images_or_a_dataset(monkeypatch, capsys) -> None:
     required = ["--model_name_or_path", "model", "--output_dir", "out"]
     for arguments, message in (
         (["--images", "a.png", "--dataset_name", "scenes"], "--images or --dataset_name"),
@@ -516,7 +516,7 @@ def test_only_the_rows_that_lead_elsewhere_or_to_no_file_are_unreadable(predict,
     assert [row["index"] for row in result.unreadable] == list(range(1, len(paths)))
 
 
-def test_pictures_that_are_no_files_are_unreadable(predict, tmp_path) -> None:
+def test_images_that_are_no_files_are_unreadable(predict, tmp_path) -> None:
     (tmp_path / "data" / "b.png").mkdir(parents=True)
     os.mkfifo(tmp_path / "data" / "c.png")
     (tmp_path / "data" / "a.png").write_bytes(images(1)[0]["image"]["bytes"])

@@ -50,7 +50,7 @@ def test_windows_can_go_through_the_network_in_any_batches(model, processor, mul
         segment_images(model, processor, images, window_batch_size=0)
 
 
-def test_pictures_are_found_and_named_apart(tmp_path) -> None:
+def test_images_are_found_and_named_apart(tmp_path) -> None:
     for name in ("a.png", "deep/a.jpg", "deep/b.JPG", "deep/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -83,7 +83,7 @@ def test_attention_is_written_where_it_is_wanted(model, processor, tmp_path) -> 
     assert names == {"street.png", "street_overlay.png", "street_attention.png"}
 
 
-def test_unreadable_pictures_are_named_after_the_others_are_done(model, processor, tmp_path) -> None:
+def test_unreadable_images_are_named_after_the_others_are_done(model, processor, tmp_path) -> None:
     picture(48, 64).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:200])
     (tmp_path / "empty.jpg").touch()
@@ -151,7 +151,7 @@ def test_a_protocol_is_named_by_what_it_does(processor, multi_scale_flip, scales
     assert described["scales"] == (scales or (list(MULTI_SCALES) if multi_scale_flip else [1.0]))
 
 
-def test_pictures_beyond_the_limit_are_refused_until_it_is_raised(model, processor, tmp_path, monkeypatch) -> None:
+def test_images_beyond_the_limit_are_refused_until_it_is_raised(model, processor, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit would refuse the picture too
     picture(48, 64).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match="64 x 48 pixels are more than 3071.*max_image_pixels"):
@@ -164,7 +164,7 @@ def test_pictures_beyond_the_limit_are_refused_until_it_is_raised(model, process
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "L", "I;16"])
-def test_the_overlay_of_a_large_picture_is_reduced_and_its_label_map_is_not(
+def test_the_overlay_of_a_large_image_is_reduced_and_its_label_map_is_not(
     model, processor, tmp_path, monkeypatch, mode
 ) -> None:
     monkeypatch.setattr(prediction, "MAX_OVERLAY_SIDE", 50)

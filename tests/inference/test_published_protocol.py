@@ -73,7 +73,7 @@ def test_six_scales_and_flips_give_the_scores_of_the_original(converted, name) -
 
 @pytest.mark.parametrize("backend", ["torchvision", "pil"])
 @pytest.mark.parametrize(("multi_scale_flip", "golden"), [(False, "ss_scores"), (True, "ms_flip_scores")])
-def test_a_picture_goes_through_the_whole_protocol_of_the_original(
+def test_an_image_goes_through_the_whole_protocol_of_the_original(
     converted, backend, multi_scale_flip, golden
 ) -> None:
     folder = FIXTURES / "protocol" / "inference"

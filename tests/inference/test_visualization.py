@@ -6,9 +6,9 @@ import torch
 from PIL import Image, ImageFont
 
 from segmenter_hf.data.label_sets import default_palette, load_label_set
+from segmenter_hf.inference.legend import legend_entries, shorten
 from segmenter_hf.inference.visualization import (
-    _legend_entries,
-    _shorten,
+    _count_classes,
     colorize,
     image_table,
     label_map_image,
@@ -38,10 +38,10 @@ def halves(height, width):
 
 def test_colorize_paints_classes_in_their_colors_and_ignored_pixels_black():
     _, segmentation = random_scene()
-    picture = colorize(segmentation, PALETTE)
-    assert (picture.mode, picture.size) == ("RGB", (40, 30))
+    image = colorize(segmentation, PALETTE)
+    assert (image.mode, image.size) == ("RGB", (40, 30))
     expected = [[PALETTE[i].tolist() if i != 255 else [0, 0, 0] for i in row] for row in segmentation]
-    assert np.asarray(picture).tolist() == expected
+    assert np.asarray(image).tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
@@ -77,25 +77,25 @@ def test_wrong_segmentations_are_refused(segmentation, message):
         overlay(np.zeros((3, 4, 3), np.uint8), segmentation, PALETTE)
 
 
-def through_png(picture):
+def through_png(image):
     file = io.BytesIO()
-    picture.save(file, format="PNG")
+    image.save(file, format="PNG")
     return Image.open(file)
 
 
 def test_a_saved_label_map_holds_the_class_ids_and_shows_their_colors():
     _, segmentation = random_scene()
-    picture = through_png(label_map_image(segmentation, PALETTE))
-    assert picture.mode == "P"
-    assert np.array_equal(np.asarray(picture), segmentation)
-    assert picture.convert("RGB") == colorize(segmentation, PALETTE)
+    image = through_png(label_map_image(segmentation, PALETTE))
+    assert image.mode == "P"
+    assert np.array_equal(np.asarray(image), segmentation)
+    assert image.convert("RGB") == colorize(segmentation, PALETTE)
 
 
 def test_a_saved_label_map_of_more_than_256_classes_holds_the_class_ids():
     segmentation = np.random.default_rng(0).integers(0, 1000, (30, 40))
-    picture = through_png(label_map_image(segmentation, default_palette(1000)))
-    assert picture.mode == "I;16"
-    assert np.array_equal(np.asarray(picture), segmentation)
+    image = through_png(label_map_image(segmentation, default_palette(1000)))
+    assert image.mode == "I;16"
+    assert np.array_equal(np.asarray(image), segmentation)
 
 
 @pytest.mark.parametrize(("num_labels", "value"), [(8, 256), (8, -1), (300, 65536)])
@@ -173,7 +173,7 @@ def test_an_alpha_out_of_range_is_refused():
 def test_legend_entries_are_sorted_by_area_with_percentages():
     segmentation = np.full((10, 200), 255)
     segmentation.flat[:1000] = [2] * 250 + [5] * 700 + [0] * 49 + [7]
-    entries = _legend_entries([segmentation], NAMES, PALETTE, max_entries=20, ignore_index=255)
+    entries = legend_entries(_count_classes([segmentation], len(PALETTE), 255), NAMES, PALETTE, max_entries=20)
     assert [(name, share) for _, name, share in entries] == [
         ("car", "70.0 %"),
         ("road", "25.0 %"),
@@ -185,7 +185,7 @@ def test_legend_entries_are_sorted_by_area_with_percentages():
 
 def test_legend_entries_sum_up_what_is_beyond_the_limit():
     segmentation = np.repeat(np.arange(8), [40, 20, 10, 10, 8, 6, 4, 2])[None]
-    entries = _legend_entries([segmentation], NAMES, PALETTE, max_entries=3, ignore_index=255)
+    entries = legend_entries(_count_classes([segmentation], len(PALETTE), 255), NAMES, PALETTE, max_entries=3)
     assert [(name, share) for _, name, share in entries] == [
         ("sky", "40.0 %"),
         ("building", "20.0 %"),
@@ -202,7 +202,7 @@ def test_a_class_without_a_name_is_refused():
 
 
 def count_swatches(panel, palette):
-    """Classes whose colour fills a noticeable part of a picture."""
+    """Classes whose color fills a noticeable part of an image."""
     pixels = np.asarray(panel).reshape(-1, 3)
     return [i for i, color in enumerate(palette) if (pixels == color).all(axis=-1).sum() > 50]
 
@@ -210,28 +210,28 @@ def count_swatches(panel, palette):
 @pytest.mark.parametrize("size", [(400, 600), (1200, 900)])
 def test_the_legend_stands_to_the_right_and_shows_the_classes_that_are_present(size):
     segmentation = halves(*size)
-    picture = colorize(segmentation, PALETTE)
-    legended = with_legend(picture, segmentation, NAMES, PALETTE)
+    image = colorize(segmentation, PALETTE)
+    legended = with_legend(image, segmentation, NAMES, PALETTE)
     assert legended.mode == "RGB"
-    assert legended.height == picture.height and legended.width > picture.width
-    assert legended.crop((0, 0, *picture.size)) == picture
-    panel = legended.crop((picture.width, 0, *legended.size))
+    assert legended.height == image.height and legended.width > image.width
+    assert legended.crop((0, 0, *image.size)) == image
+    panel = legended.crop((image.width, 0, *legended.size))
     assert count_swatches(panel, PALETTE) == [0, 1]
 
 
-def test_small_pictures_are_enlarged_by_a_whole_factor():
+def test_small_images_are_enlarged_by_a_whole_factor():
     image, segmentation = random_scene(height=48, width=64)
     legended = with_legend(image, segmentation, NAMES, PALETTE)
     enlarged = np.asarray(legended)[: 48 * 8, : 64 * 8]
     assert np.array_equal(enlarged, image.repeat(8, axis=0).repeat(8, axis=1))
 
 
-def test_a_legend_longer_than_the_picture_extends_below_it():
+def test_a_legend_longer_than_the_image_extends_below_it():
     palette = default_palette(60)
     segmentation = np.arange(1200 * 200).reshape(200, 1200) % 60
     names = {i: f"class {i}" for i in range(60)}
-    picture = colorize(segmentation, palette)
-    legended = with_legend(picture, segmentation, names, palette, max_entries=20)
+    image = colorize(segmentation, palette)
+    legended = with_legend(image, segmentation, names, palette, max_entries=20)
     assert legended.height > 200
     panel = legended.crop((1200, 0, *legended.size))
     assert count_swatches(panel, palette) == list(range(20))
@@ -245,16 +245,16 @@ def test_a_map_that_is_ignored_everywhere_has_an_empty_legend():
 
 def test_long_names_end_in_an_ellipsis_and_fit():
     font = ImageFont.load_default(size=20)
-    assert _shorten("road", font, 200) == "road"
-    short = _shorten("an exceedingly long and winding class name", font, 200)
+    assert shorten("road", font, 200) == "road"
+    short = shorten("an exceedingly long and winding class name", font, 200)
     assert short.endswith("…") and short.startswith("an exceedingly")
     assert 150 < font.getlength(short) <= 200
 
 
 def test_a_long_name_does_not_widen_the_legend_without_bound():
     segmentation = np.zeros((400, 600), dtype=int)
-    picture = colorize(segmentation, PALETTE)
-    widths = [with_legend(picture, segmentation, {0: "x" * n}, PALETTE).width for n in (5, 100, 1000)]
+    image = colorize(segmentation, PALETTE)
+    widths = [with_legend(image, segmentation, {0: "x" * n}, PALETTE).width for n in (5, 100, 1000)]
     assert widths[0] < widths[1] == widths[2] < 2 * 600
 
 
@@ -298,6 +298,6 @@ def test_a_grid_without_rows_is_refused():
         prediction_grid([], PALETTE, NAMES)
 
 
-def test_a_table_of_very_long_pictures_stays_narrow() -> None:
+def test_a_table_of_very_long_images_stays_narrow() -> None:
     table = image_table({"row": [Image.new("RGB", (5000, 4))] * 2}, ["a", "b"], height=100)
     assert table.width < 2 * 4 * 100 + 200 and table.height < 200

@@ -13,10 +13,10 @@ from segmenter_hf import (
 from segmenter_hf.inference.attention import attention_rows
 from segmenter_hf.models.modeling_vit_encoder import (
     cosines_and_sines,
-    resize_position_embeddings,
     rotary_angles,
     rotate,
 )
+from segmenter_hf.models.resampling import resize_position_embeddings
 
 from ..tiny_models import spread_weights
 from ..versions import needs_compile

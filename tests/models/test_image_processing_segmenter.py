@@ -91,7 +91,7 @@ def test_resized_pixels_are_those_of_torch_rounded_to_the_nearest(monkeypatch, s
     "mode", ["RGB", "L", "1", "LA", "RGBA", "CMYK", "palette", "transparent palette", "I;16", "F"]
 )
 @pytest.mark.parametrize("do_convert_rgb", [True, False])
-def test_large_pictures_are_read_in_parts(monkeypatch, mode, do_convert_rgb) -> None:
+def test_large_images_are_read_in_parts(monkeypatch, mode, do_convert_rgb) -> None:
     image = as_rgb_and_as(mode)[1]
     whole = pil_to_array(image, do_convert_rgb)
     monkeypatch.setattr(image_io, "PIXELS_AT_ONCE", 300)
@@ -171,12 +171,12 @@ def as_rgb_and_as(mode: str) -> tuple[Image.Image, Image.Image]:
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "LA", "RGBA", "CMYK", "palette", "transparent palette", "I;16", "I"])
-def test_every_mode_of_picture_is_seen_as_its_rgb_form(processor, mode) -> None:
+def test_every_mode_of_image_is_seen_as_its_rgb_form(processor, mode) -> None:
     rgb, other = as_rgb_and_as(mode)
     assert torch.equal(processor(rgb)["pixel_values"], processor(other)["pixel_values"])
 
 
-def test_arrays_and_tensors_of_any_layout_are_seen_as_pictures(processor) -> None:
+def test_arrays_and_tensors_of_any_layout_are_seen_as_images(processor) -> None:
     image = picture(32, 40)
     expected = processor(Image.fromarray(image))["pixel_values"]
     for other in (

@@ -305,7 +305,7 @@ def test_curves_and_predictions_are_drawn_and_the_recipe_is_kept(undisturbed) ->
     assert "| batch | 2 = 1 devices x 2 crops x 1 accumulated |" in (undisturbed / "README.md").read_text()
 
 
-def test_tensorboard_gets_numbers_and_pictures(tmp_path) -> None:
+def test_tensorboard_gets_numbers_and_images(tmp_path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train_segmenter(*parse_training_arguments(words(str(tmp_path), "--report_to", "tensorboard", "--max_steps", "4")))

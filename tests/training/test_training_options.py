@@ -158,7 +158,7 @@ def test_classes_are_counted_where_no_label_set_is_named(leaves) -> None:
     assert label_set["reduce_labels"] and label_set["ignore_index"] == 254
 
 
-def test_another_run_starts_anew_where_it_may_overwrite(tmp_path) -> None:
+def test_another_run_starts_again_where_it_may_overwrite(tmp_path) -> None:
     saving = ["--save_strategy", "steps", "--save_steps", "1"]
     train(tmp_path, *saving)
     with pytest.raises(ValueError, match="`overwrite_output_dir`"):

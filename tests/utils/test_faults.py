@@ -237,7 +237,7 @@ def test_a_push_that_is_killed_makes_no_commit_and_succeeds_later(folder, monkey
     assert commit.message == "Publish the model" and commit.files["model.safetensors"] == weights
 
 
-def test_what_a_kill_leaves_is_no_picture_of_a_folder(tmp_path) -> None:
+def test_what_a_kill_leaves_is_no_image_of_a_folder(tmp_path) -> None:
     for name in ("a.png", ".a-partial-0.png", "deep/b.png", "deep/._b.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

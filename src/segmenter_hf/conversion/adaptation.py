@@ -5,7 +5,7 @@ from typing import Any
 
 from ..models.modeling_segmenter import SegmenterModel
 from ..models.modeling_setr import SetrModel
-from ..models.modeling_vit_encoder import resize_position_embeddings
+from ..models.resampling import resize_position_embeddings
 from .state_dicts import Conversion, Weight
 
 

@@ -43,6 +43,27 @@ SOURCE_FORMATS = {
 }
 
 
+class Converted(NamedTuple):
+    """A model in memory with what is saved beside it, and the keys of its source, used and knowingly unused."""
+
+    model: PreTrainedModel
+    processor: SegmenterImageProcessor
+    labels: LabelSet | None
+    source_keys: list[str]
+    unused: list[str]
+
+    def save(self, directory: Path) -> None:
+        """Write the model, its image processor and its label set."""
+        self.model.save_pretrained(directory)
+        self.processor.save_pretrained(directory)
+        if self.labels is not None:
+            self.labels.save(directory / LABEL_SET_FILE)
+
+    def verify(self, directory: Path) -> Verification:
+        """Compare what was written with the model: see [`verify_directory`]."""
+        return verify_directory(self.model, directory, self.source_keys, self.unused)
+
+
 def convert_checkpoint(
     checkpoint_path: str | os.PathLike,
     output_dir: str | os.PathLike,
@@ -65,24 +86,21 @@ def convert_checkpoint(
     Args:
         checkpoint_path (`str` or `os.PathLike`): The file of the weights, or a directory that holds one.
         output_dir (`str` or `os.PathLike`): The directory to write.
-        config_path (`str` or `os.PathLike`, *optional*): The configuration that belongs to the weights. By default
-            `variant.yml` beside the checkpoint for rstrudel/segmenter, `..._config.py` for a head of DINOv2.
+        config_path (`str` or `os.PathLike`, *optional*): The configuration of the weights. By default `variant.yml` beside
+            the checkpoint for rstrudel/segmenter, `..._config.py` for a head of DINOv2.
         encoder_path (`str` or `os.PathLike`, *optional*): The encoder of a checkpoint that is a head alone.
         source_format (`str`, defaults to `"auto"`): One of `SOURCE_FORMATS`, or `"auto"` to tell by the keys.
         label_set (`str`, *optional*): Name of a label set, or path of a JSON file with one. By default the checkpoint
             and the name of its dataset say what the classes are called.
         image_size (`int`, *optional*): Side in pixels of the grid to which the position embeddings are resized.
-        num_channels (`int`, *optional*): Channels of the images; other than those of the checkpoint, its patch embedding
-            is inflated.
+        num_channels (`int`, *optional*): Channels of the images, to which the patch embedding is adapted.
         model_type (`str`, *optional*): `"segmenter"` (the default) or `"setr"`, for a checkpoint that is an encoder.
         source_url (`str`, *optional*): Where the checkpoint is from, to be noted in the configuration.
-        verify (`bool`, defaults to `False`): Whether to load the result and compare it with the source: see
-            [`verify_conversion`].
+        verify (`bool`, defaults to `False`): Whether to compare the result with the source: see [`verify_conversion`].
         overwrite (`bool`, defaults to `False`): Whether to replace a model that is already in `output_dir`.
 
     Returns:
-        `Path`: `output_dir`, for `AutoModelForSemanticSegmentation.from_pretrained` and
-        `AutoImageProcessor.from_pretrained` (`AutoModel` for an encoder).
+        `Path`: `output_dir`, for `from_pretrained` of the Auto classes (`AutoModel` for an encoder).
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -90,13 +108,7 @@ def convert_checkpoint(
         ValueError: If a file is damaged, hostile, of an unknown format, or weights are missing, left over, of another
             shape or not finite, or the label set has another number of classes, or an option does not fit.
 
-    Example:
-
-    ```python
-    >>> from segmenter_hf import convert_checkpoint
-
-    >>> convert_checkpoint("seg_tiny_mask/checkpoint.pth", "segmenter-tiny-mask-ade20k")
-    ```
+    Example: `convert_checkpoint("seg_tiny_mask/checkpoint.pth", "segmenter-tiny-mask-ade20k")`.
     """
     checkpoint_path, output_dir = Path(checkpoint_path), Path(output_dir)
     check_output(output_dir, overwrite, checkpoint_path)
@@ -106,12 +118,9 @@ def convert_checkpoint(
     if source_url is not None:
         converted.model.config.provenance["url"] = source_url
     with atomic_directory(output_dir.absolute()) as temporary:
-        converted.model.save_pretrained(temporary)
-        converted.processor.save_pretrained(temporary)
-        if converted.labels is not None:
-            converted.labels.save(temporary / LABEL_SET_FILE)
+        converted.save(temporary)
         if verify:
-            logger.info("%s", verify_directory(converted.model, temporary, converted.source_keys, converted.unused))
+            logger.info("%s", converted.verify(temporary))
         check_output(output_dir, overwrite, checkpoint_path)
     return output_dir
 
@@ -143,7 +152,7 @@ def verify_conversion(
     converted = build(
         Path(checkpoint_path), config_path, encoder_path, source_format, None, image_size, num_channels, model_type
     )
-    return verify_directory(converted.model, Path(output_dir), converted.source_keys, converted.unused)
+    return converted.verify(Path(output_dir))
 
 
 @cache
@@ -161,16 +170,6 @@ def conversion_version(package: Path = PACKAGE) -> str:
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
-
-
-class Converted(NamedTuple):
-    """A model in memory with what is saved beside it, and the keys of its source, used and knowingly unused."""
-
-    model: PreTrainedModel
-    processor: SegmenterImageProcessor
-    labels: LabelSet | None
-    source_keys: list[str]
-    unused: list[str]
 
 
 def build(
@@ -259,7 +258,7 @@ def detect_format(checkpoint: Checkpoint, source_format: str = "auto") -> str:
 
 
 def resolve_labels(conversion: Conversion, label_set: LabelSet | None) -> LabelSet | None:
-    """What the classes are called, their colours, and whether stored label 0 is none of them.
+    """What the classes are called, their colors, and whether stored label 0 is none of them.
 
     The label set that was asked for comes first, then the names in the checkpoint, then the packaged set of its dataset
     with as many classes; else the names are not known.

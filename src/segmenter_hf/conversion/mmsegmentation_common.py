@@ -78,7 +78,7 @@ def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def palette(checkpoint: Checkpoint) -> tuple[tuple[int, int, int], ...]:
-    """Colours of the classes that mmsegmentation 0.x and 1.x note beside the weights; none if they are no colours."""
+    """Colors of the classes that mmsegmentation 0.x and 1.x note beside the weights; none if they are no colors."""
     colors = note(checkpoint, "palette")
     if not isinstance(colors, (tuple, list)) or not all(is_color(color) for color in colors):
         return ()

@@ -47,7 +47,7 @@ class Conversion:
         processor (`dict[str, Any]`): Arguments of the image processor.
         num_labels (`int`, *optional*): Number of classes; none for an encoder.
         class_names (`tuple[str, ...]`): Names of the classes, where the checkpoint has them.
-        palette (`tuple[tuple[int, int, int], ...]`): Their colours, where the checkpoint has them.
+        palette (`tuple[tuple[int, int, int], ...]`): Their colors, where the checkpoint has them.
         label_sets (`tuple[str, ...]`): Packaged label sets that the classes may be, by the name of the dataset.
     """
 

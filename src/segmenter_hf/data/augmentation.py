@@ -27,33 +27,28 @@ class SegmentationAugmentation:
     """Random resize, balanced random crop, flip, photometric distortion and padding of an image and its mask.
 
     Args:
-        crop_size (`int` or `tuple[int, int]`):
-            Height and width of the result, in pixels; one number for a square.
-        size (`int`):
-            Short side of the image at ratio 1, in pixels.
-        max_ratio (`float`):
-            The long side at ratio 1 is at most `max_ratio * size`; 4 for ADE20K, 8 for Pascal Context, 2 for Cityscapes.
-        ratio_range (`tuple[float, float]`, *optional*, defaults to `(0.5, 2.0)`):
-            The resize ratio is drawn uniformly from this range.
-        cat_max_ratio (`float`, *optional*, defaults to 0.75):
-            A crop is drawn again, up to 10 times, while one class has at least this share of its valid pixels.
-            1 accepts any crop.
-        flip_probability (`float`, *optional*, defaults to 0.5):
-            Probability of a horizontal flip.
-        photometric_distortion (`bool`, *optional*, defaults to `True`):
-            Whether to change brightness, contrast, saturation and hue at random.
-        ignore_index (`int`, *optional*, defaults to 255):
-            Label of pixels without a class, and of the padding.
-        pad_value (`int` or `tuple[int, ...]`, *optional*, defaults to 127):
-            Colour of the padding on the right and at the bottom. The original pads with 0 after the normalisation, which
-            is the mean colour before it: give `255 * image_mean`, rounded. The default fits a mean of 0.5 (127.5).
-        vertical_flip_probability (`float`, *optional*, defaults to 0.0):
-            Probability of a flip from top to bottom, for images without an up, such as those from above or of tissue.
-        right_angle_rotations (`bool`, *optional*, defaults to `False`):
-            Whether to turn by 0, 90, 180 or 270 degrees, each as likely; the crop must be square.
+        crop_size (`int` or `tuple[int, int]`): Height and width of the result, in pixels; one number for a square.
+        size (`int`): Short side of the image at ratio 1, in pixels.
+        max_ratio (`float`): The long side at ratio 1 is at most `max_ratio * size`; 4 for ADE20K, 8 for Pascal
+            Context, 2 for Cityscapes.
+        ratio_range (`tuple[float, float]`, defaults to `(0.5, 2.0)`): The resize ratio is drawn uniformly from this
+            range.
+        cat_max_ratio (`float`, defaults to 0.75): A crop is drawn again, up to 10 times, while one class has at least
+            this share of its valid pixels. 1 accepts any crop.
+        flip_probability (`float`, defaults to 0.5): Probability of a horizontal flip.
+        photometric_distortion (`bool`, defaults to `True`): Whether to change brightness, contrast, saturation and hue
+            at random.
+        ignore_index (`int`, defaults to 255): Label of pixels without a class, and of the padding.
+        pad_value (`int` or `tuple[int, ...]`, defaults to 127): Color of the padding on the right and at the bottom.
+            The original pads with 0 after the normalisation, which is the mean color before it: give
+            `255 * image_mean`, rounded. The default fits a mean of 0.5 (127.5).
+        vertical_flip_probability (`float`, defaults to 0.0): Probability of a flip from top to bottom, for images
+            without an up, such as those from above or of tissue.
+        right_angle_rotations (`bool`, defaults to `False`): Whether to turn by 0, 90, 180 or 270 degrees, each as
+            likely; the crop must be square.
 
     Raises:
-        `ValueError`: If a field is out of range.
+        ValueError: If a field is out of range.
     """
 
     crop_size: int | tuple[int, int]
@@ -90,22 +85,20 @@ class SegmentationAugmentation:
             raise ValueError(f"pad_value must be in [0, 255], got {self.pad_value}.")
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draws one augmented pair.
+        """Draw one augmented pair.
 
         Args:
-            image (`np.ndarray` of shape `(height, width, channels)`):
-                Image, `uint8` or `uint16`. Its first three channels are distorted as RGB.
-            mask (integer `np.ndarray` of shape `(height, width)`):
-                Class ids and `ignore_index`.
-            rng (`np.random.Generator`):
-                Source of all draws; the caller gives every sample its own.
+            image (`np.ndarray` of shape `(height, width, channels)`): Image, `uint8` or `uint16`. Its first three
+                channels are distorted as RGB.
+            mask (integer `np.ndarray` of shape `(height, width)`): Class ids and `ignore_index`.
+            rng (`np.random.Generator`): Source of all draws; the caller gives every sample its own.
 
         Returns:
             `tuple[np.ndarray, np.ndarray]`: the image, of shape `(crop height, crop width, channels)` and its dtype, and
             the mask, of shape `(crop height, crop width)` and the dtype of `mask`.
 
         Raises:
-            `ValueError`: If the image is of another dtype or shape, or the mask is of another size.
+            ValueError: If the image is of another dtype or shape, or the mask is of another size.
         """
         if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3:
             raise ValueError(
@@ -139,17 +132,13 @@ def _distort(image: np.ndarray, rng: Generator) -> np.ndarray:
 
 
 def rescaled_size(image_size: tuple[int, int], size: int, max_ratio: float, ratio: float = 1.0) -> tuple[int, int]:
-    """Returns the size of an image fitted into (max_ratio * size, size) times `ratio`, as mmcv's `imrescale`.
+    """Return the size of an image fitted into (max_ratio * size, size) times `ratio`, as mmcv's `imrescale`.
 
     Args:
-        image_size (`tuple[int, int]`):
-            Height and width of the image, in pixels.
-        size (`int`):
-            Short side of the box, in pixels.
-        max_ratio (`float`):
-            Long side of the box over its short side.
-        ratio (`float`, *optional*, defaults to 1.0):
-            Factor on both sides of the box.
+        image_size (`tuple[int, int]`): Height and width of the image, in pixels.
+        size (`int`): Short side of the box, in pixels.
+        max_ratio (`float`): Long side of the box over its short side.
+        ratio (`float`, defaults to 1.0): Factor on both sides of the box.
 
     Returns:
         `tuple[int, int]`: new height and width, the aspect ratio kept up to rounding (half up), each at least 1.
@@ -161,15 +150,13 @@ def rescaled_size(image_size: tuple[int, int], size: int, max_ratio: float, rati
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], window: CropBox | None = None) -> np.ndarray:
-    """Resizes an image, bilinear without antialiasing (`align_corners=False`), and returns a window of the result.
+    """Resize an image, bilinear without antialiasing (`align_corners=False`), and return a window of the result.
 
     Args:
-        image (`np.ndarray` of shape `(height, width, channels)` and dtype `uint8`):
-            The image.
-        size (`tuple[int, int]`):
-            Height and width to resize to.
-        window (`tuple[int, int, int, int]`, *optional*):
-            Top, left, height and width of the part of the result to compute. All of it by default.
+        image (`np.ndarray` of shape `(height, width, channels)` and dtype `uint8`): The image.
+        size (`tuple[int, int]`): Height and width to resize to.
+        window (`tuple[int, int, int, int]`, *optional*): Top, left, height and width of the part of the result to
+            compute. All of it by default.
 
     Returns:
         `np.ndarray` of shape `(window height, window width, channels)` and dtype `uint8`.
@@ -187,15 +174,13 @@ def resize_image(image: np.ndarray, size: tuple[int, int], window: CropBox | Non
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int], window: CropBox | None = None) -> np.ndarray:
-    """Resizes a mask to the nearest label (pixel centres aligned, as PIL), and returns a window of the result.
+    """Resize a mask to the nearest label (pixel centres aligned, as PIL), and return a window of the result.
 
     Args:
-        mask (`np.ndarray` of shape `(height, width)`):
-            Labels of any dtype.
-        size (`tuple[int, int]`):
-            Height and width to resize to.
-        window (`tuple[int, int, int, int]`, *optional*):
-            Top, left, height and width of the part of the result to compute. All of it by default.
+        mask (`np.ndarray` of shape `(height, width)`): Labels of any dtype.
+        size (`tuple[int, int]`): Height and width to resize to.
+        window (`tuple[int, int, int, int]`, *optional*): Top, left, height and width of the part of the result to
+            compute. All of it by default.
 
     Returns:
         `np.ndarray` of shape `(window height, window width)` and the dtype of `mask`.
@@ -219,21 +204,16 @@ def draw_crop_window(
     ignore_index: int,
     rng: Generator,
 ) -> CropBox:
-    """Draws where to crop, and again up to 10 times until the crop is balanced; the last draw stands.
+    """Draw where to crop, and again up to 10 times until the crop is balanced; the last draw stands.
 
     Args:
-        mask (integer `np.ndarray` of shape `(height, width)`):
-            Labels before the resize.
-        size (`tuple[int, int]`):
-            Height and width after the resize, which the crop is cut from.
-        crop_size (`tuple[int, int]`):
-            Height and width of the crop.
-        cat_max_ratio (`float`):
-            A balanced crop has at least two classes, each with less than this share of the valid pixels.
-        ignore_index (`int`):
-            Label of pixels that are not valid.
-        rng (`np.random.Generator`):
-            Source of the draws.
+        mask (integer `np.ndarray` of shape `(height, width)`): Labels before the resize.
+        size (`tuple[int, int]`): Height and width after the resize, which the crop is cut from.
+        crop_size (`tuple[int, int]`): Height and width of the crop.
+        cat_max_ratio (`float`): A balanced crop has at least two classes, each with less than this share of the valid
+            pixels.
+        ignore_index (`int`): Label of pixels that are not valid.
+        rng (`np.random.Generator`): Source of the draws.
 
     Returns:
         `tuple[int, int, int, int]`: top, left, height and width of the crop, in pixels after the resize.
@@ -249,28 +229,26 @@ def draw_crop_window(
 
 
 def is_balanced(mask: np.ndarray, cat_max_ratio: float, ignore_index: int) -> bool:
-    """Says whether a mask has two classes or more, each with less than `cat_max_ratio` of the valid pixels."""
+    """Say whether a mask has two classes or more, each with less than `cat_max_ratio` of the valid pixels."""
     counts = np.bincount(mask[mask != ignore_index])
     return bool(np.count_nonzero(counts) > 1 and counts.max() < cat_max_ratio * counts.sum())
 
 
 def horizontal_flip(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mirrors an image and its mask, left to right."""
+    """Mirror an image and its mask, left to right."""
     return image[:, ::-1], mask[:, ::-1]
 
 
 def photometric_distortion(image: np.ndarray, rng: Generator) -> np.ndarray:
-    """Changes brightness, contrast, saturation and hue, each with probability 0.5, as mmsegmentation's class of that name.
+    """Change brightness, contrast, saturation and hue, each with probability 0.5, as mmsegmentation's class of that name.
 
     Brightness gets up to 32 levels more or less, contrast and saturation a factor from 0.5 to 1.5, hue a turn of up to 36
     degrees either way. Contrast comes before saturation and hue or after them, by a coin. Saturation and hue are
     changed in HSV, computed in float32 rather than in 8 bits with a hue of 180 steps.
 
     Args:
-        image (`np.ndarray` of shape `(height, width, 3)` and dtype `uint8`):
-            RGB image.
-        rng (`np.random.Generator`):
-            Source of the draws.
+        image (`np.ndarray` of shape `(height, width, 3)` and dtype `uint8`): RGB image.
+        rng (`np.random.Generator`): Source of the draws.
 
     Returns:
         `np.ndarray` of the same shape and dtype.
@@ -291,7 +269,7 @@ def photometric_distortion(image: np.ndarray, rng: Generator) -> np.ndarray:
 
 
 def adjust_levels(image: np.ndarray, factor: float, delta: float) -> np.ndarray:
-    """Returns `factor * image + delta`, rounded and cut to uint8."""
+    """Return `factor * image + delta`, rounded and cut to uint8."""
     if factor == 1 and delta == 0:
         return image
     if image.dtype == np.float32:
@@ -301,15 +279,12 @@ def adjust_levels(image: np.ndarray, factor: float, delta: float) -> np.ndarray:
 
 
 def adjust_saturation_and_hue(image: np.ndarray, factor: float, degrees: float) -> np.ndarray:
-    """Multiplies the HSV saturation by `factor` (cut at 1) and turns the hue by `degrees`; the value stays.
+    """Multiply the HSV saturation by `factor` (cut at 1) and turns the hue by `degrees`; the value stays.
 
     Args:
-        image (`np.ndarray` of shape `(height, width, 3)` and dtype `uint8`):
-            RGB image.
-        factor (`float`):
-            At least 0.
-        degrees (`float`):
-            From -180 to 180.
+        image (`np.ndarray` of shape `(height, width, 3)` and dtype `uint8`): RGB image.
+        factor (`float`): At least 0.
+        degrees (`float`): From -180 to 180.
 
     Returns:
         `np.ndarray` of the same shape and dtype.
@@ -340,7 +315,7 @@ def pad_to_crop(
     pad_value: int | tuple[int, ...],
     ignore_index: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pads an image with a colour and its mask with `ignore_index`, on the right and at the bottom."""
+    """Pad an image with a color and its mask with `ignore_index`, on the right and at the bottom."""
     height, width = mask.shape
     if (height, width) == tuple(crop_size):
         return np.ascontiguousarray(image), np.ascontiguousarray(mask)

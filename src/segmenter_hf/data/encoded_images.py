@@ -23,7 +23,7 @@ DESCRIBED_MASK = (
 
 @dataclass
 class RowImage(datasets.Image):
-    """Column of encoded images of strangers: each comes as `{"bytes", "path", "folders"}`, for `encoded_bytes`.
+    """Column of untrusted encoded images: each comes as `{"bytes", "path", "folders"}`, for `encoded_bytes`.
 
     Args:
         folders (`tuple[str, ...]`): Where the files that rows name must lie; "hf://" stands for the Hub.
@@ -48,10 +48,10 @@ def encoded_bytes(value: dict[str, Any]) -> bytes:
     """The bytes of an encoded image, `{"bytes", "path"}`, and `folders` if its path may lead into these only.
 
     Raises:
-        `FileNotFoundError`: If its file is missing.
-        `ValueError`: If there is neither, or the file may not or cannot be read.
-        `ConnectionError`: If the Hub or the drive gives no answer now, after several attempts.
-        `PermissionError`: If the Hub does not give it to this user.
+        FileNotFoundError: If its file is missing.
+        ValueError: If there is neither, or the file may not or cannot be read.
+        ConnectionError: If the Hub or the drive gives no answer now, after several attempts.
+        PermissionError: If the Hub does not give it to this user.
     """
     if value["bytes"] is not None:
         return value["bytes"]
@@ -88,8 +88,8 @@ def openable(path: str, folders: Sequence[str] | None = None) -> str | Path:
         folders (`Sequence[str]`, *optional*): Where it must lie; "hf://" stands for the Hub.
 
     Raises:
-        `FileNotFoundError`: If there is no such file, or it is none to read, such as a pipe.
-        `ValueError`: If it is something else: a stranger's rows ask no servers and read no files of others.
+        FileNotFoundError: If there is no such file, or it is none to read, such as a pipe.
+        ValueError: If it is something else: untrusted rows ask no servers and read no other files.
     """
     if os.path.isfile(path):  # its name may look like an address
         _check_place(path, os.path.abspath(path), folders)

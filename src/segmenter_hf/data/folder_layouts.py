@@ -114,17 +114,13 @@ def load_folder(
     """Load every split of a local folder, which holds one of the layouts above.
 
     Args:
-        root (`Path`):
-            The folder.
-        splits (sequence of `str`):
-            Splits to look for beside train, validation and test, as `trainval` of Pascal VOC.
-        dataset_config (`str`, *optional*):
-            `SegmentationClass` or `SegmentationClassContext`, for a folder of Pascal VOC that holds both; `instances` or
-            `panoptic` for one of COCO.
-        image_column (`str`, *optional*), label_column (`str`, *optional*):
-            What metadata name images and masks by, and the columns of the result; "image" and "annotation" by default.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read parquet files as they are needed.
+        root (`Path`): The folder.
+        splits (sequence of `str`): Splits to look for beside train, validation and test, as `trainval` of Pascal VOC.
+        dataset_config (`str`, *optional*): `SegmentationClass` or `SegmentationClassContext`, for a folder of Pascal
+            VOC that holds both; `instances` or `panoptic` for one of COCO.
+        image_column (`str`, *optional*), label_column (`str`, *optional*): What metadata name images and masks by, and
+            the columns of the result; "image" and "annotation" by default.
+        streaming (`bool`, defaults to `False`): Whether to read parquet files as they are needed.
 
     Returns:
         `LoadedFolder`: The datasets by split, and the classes.
@@ -135,20 +131,7 @@ def load_folder(
     """
     columns = (image_column or "image", label_column or "annotation")
     names = {split: _SPLIT_ALIASES.get(split, (split,)) for split in (*_SPLIT_ALIASES, *splits)}
-    found = _find_splits(root, names, columns, dataset_config)
-    if not found:
-        inside = [name for name in _KNOWN_FOLDERS if (root / name).is_dir()]
-        if len(inside) > 1:
-            raise ValueError(f"{root} holds several datasets, {', '.join(inside)}: give the folder of one of them.")
-        root = root / inside[0] if inside else root
-        found = _find_splits(root, names, columns, dataset_config) if inside else {}
-    if not found:
-        raise ValueError(
-            f"{root}: expected train-*.parquet, metadata.jsonl, images/ beside masks/, annotations/ or labels/ (each of "
-            "them or a folder around them per split), X.jpg beside X_mask.png, train/ beside trainannot/, JSON files of COCO "
-            "or labelme, or the folders of ADE20K, Cityscapes or Pascal VOC, got "
-            f"{sorted(path.name for path in root.iterdir())[:20]}."
-        )
+    root, found = _find_layout(root, names, columns, dataset_config)
     loaded, notes = {}, {}
     for split, files in found.items():
         if isinstance(files, list):
@@ -164,6 +147,31 @@ def load_folder(
             "validation", f"{missing}, which alone is missing: all {len(loaded['train'])} pairs are train"
         )
     return LoadedFolder(loaded, notes, folder_label_set(root, found.values()))
+
+
+def _find_layout(
+    root: Path, names: Mapping[str, Sequence[str]], columns: tuple[str, str], dataset_config: str | None
+) -> tuple[Path, dict[str, list[Path] | FolderSplit]]:
+    """The splits of a folder, or of the one dataset that lies in it, and which folder that is.
+
+    Raises:
+        ValueError: If it holds none of the layouts, or several datasets.
+    """
+    found = _find_splits(root, names, columns, dataset_config)
+    if not found:
+        inside = [name for name in _KNOWN_FOLDERS if (root / name).is_dir()]
+        if len(inside) > 1:
+            raise ValueError(f"{root} holds several datasets, {', '.join(inside)}: give the folder of one of them.")
+        root = root / inside[0] if inside else root
+        found = _find_splits(root, names, columns, dataset_config) if inside else {}
+    if not found:
+        raise ValueError(
+            f"{root}: expected train-*.parquet, metadata.jsonl, images/ beside masks/, annotations/ or labels/ (each of "
+            "them or a folder around them per split), X.jpg beside X_mask.png, train/ beside trainannot/, JSON files of COCO "
+            "or labelme, or the folders of ADE20K, Cityscapes or Pascal VOC, got "
+            f"{sorted(path.name for path in root.iterdir())[:20]}."
+        )
+    return root, found
 
 
 def split_images(root: Path, split: str, dataset_config: str | None = None) -> dict[str, Path]:

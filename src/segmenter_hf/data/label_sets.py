@@ -25,25 +25,21 @@ class LabelSet:
     """The classes of a dataset, and how its masks store them.
 
     Args:
-        name (`str`):
-            Short name, as in `load_label_set(name)`.
-        title (`str`):
-            Name for people.
-        labels (`tuple[str, ...]`):
-            Class names, all different; the position is the class id.
-        colors (`tuple[tuple[int, int, int], ...]`):
-            One RGB color in `[0, 255]` per class. Published palettes may give two classes one color.
-        ignore_index (`int`, *optional*, defaults to 255):
-            Label of pixels that belong to no class.
-        reduce_labels (`bool`, *optional*, defaults to `False`):
-            Whether stored label 0 means "no class" and the classes are stored from 1 on.
-        label_id_to_train_id (`dict[int, int]`, *optional*):
-            Class id of each stored id, for `map_labels`; a stored id that is not in it becomes `ignore_index`. `None`:
-            masks store the class ids. Excludes `reduce_labels`, which is a map of its own.
-        color_masks (`bool`, *optional*, defaults to `False`):
-            Whether masks store the colors, which must then differ, in place of ids. Excludes both maps.
-        ignore_colors (`tuple[tuple[int, int, int], ...]`, *optional*):
-            Colors that masks store for pixels without a class.
+        name (`str`): Short name, as in `load_label_set(name)`.
+        title (`str`): Name for people.
+        labels (`tuple[str, ...]`): Class names, all different; the position is the class id.
+        colors (`tuple[tuple[int, int, int], ...]`): One RGB color in `[0, 255]` per class. Published palettes may give
+            two classes one color.
+        ignore_index (`int`, defaults to 255): Label of pixels that belong to no class.
+        reduce_labels (`bool`, defaults to `False`): Whether stored label 0 means "no class" and the classes are stored
+            from 1 on.
+        label_id_to_train_id (`dict[int, int]`, *optional*): Class id of each stored id, for `map_labels`; a stored id
+            that is not in it becomes `ignore_index`. `None`: masks store the class ids. Excludes `reduce_labels`,
+            which is a map of its own.
+        color_masks (`bool`, defaults to `False`): Whether masks store the colors, which must then differ, in place of
+            ids. Excludes both maps.
+        ignore_colors (`tuple[tuple[int, int, int], ...]`, *optional*): Colors that masks store for pixels without a
+            class.
 
     Raises:
         ValueError: If the fields do not fit together.
@@ -176,8 +172,7 @@ def load_label_set(name_or_path: str | Path) -> LabelSet:
     `num_labels` and a `note`. Colors may be left out anywhere: those of `default_palette` fill in.
 
     Args:
-        name_or_path (`str` or `Path`):
-            One of `list_label_sets()`, or the path of a file.
+        name_or_path (`str` or `Path`): One of `list_label_sets()`, or the path of a file.
 
     Returns:
         `LabelSet`: The label set.
@@ -212,12 +207,9 @@ def get_model_label_set(
     """Find the label set that a model was trained with.
 
     Args:
-        name_or_path (`str` or `Path`):
-            Directory or Hub name of the model.
-        id2label (`dict[int, str]`):
-            Names of its classes, as in its configuration.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub; the main branch by default.
+        name_or_path (`str` or `Path`): Directory or Hub name of the model.
+        id2label (`dict[int, str]`): Names of its classes, as in its configuration.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
 
     Returns:
         `LabelSet`: The one saved beside the model; else the packaged one with the same names; else one made of the
@@ -237,12 +229,9 @@ def label_set_from_names(names: Sequence[str], name: str = "custom", ignore_inde
     """Make a label set of class names, with the colors of `default_palette`.
 
     Args:
-        names (sequence of `str`):
-            Class names, all different, in the order of the class ids.
-        name (`str`, *optional*, defaults to `"custom"`):
-            Name and title of the label set.
-        ignore_index (`int`, *optional*, defaults to 255):
-            Label of pixels that belong to no class.
+        names (sequence of `str`): Class names, all different, in the order of the class ids.
+        name (`str`, defaults to `"custom"`): Name and title of the label set.
+        ignore_index (`int`, defaults to 255): Label of pixels that belong to no class.
 
     Returns:
         `LabelSet`: The label set.
@@ -264,8 +253,7 @@ def default_palette(num_labels: int) -> np.ndarray:
     one differs in those.
 
     Args:
-        num_labels (`int`):
-            Number of colors; all are different up to at least 4000.
+        num_labels (`int`): Number of colors; all are different up to at least 4000.
 
     Returns:
         `np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`: RGB colors.
@@ -284,12 +272,9 @@ def map_labels(mask: np.ndarray, label_map: dict[int, int], ignore_index: int = 
     """Map stored ids to class ids through a table.
 
     Args:
-        mask (integer `np.ndarray` of any shape, or a PIL image of mode "L", "P" or "I"):
-            Stored ids.
-        label_map (`dict[int, int]`):
-            New id of each stored id, as `LabelSet.label_id_to_train_id`.
-        ignore_index (`int`, *optional*, defaults to 255):
-            New id of every stored id that is not in `label_map`.
+        mask (integer `np.ndarray` of any shape, or a PIL image of mode "L", "P" or "I"): Stored ids.
+        label_map (`dict[int, int]`): New id of each stored id, as `LabelSet.label_id_to_train_id`.
+        ignore_index (`int`, defaults to 255): New id of every stored id that is not in `label_map`.
 
     Returns:
         `np.ndarray` of the shape of `mask`: new ids, `uint8` if all of `label_map` and `ignore_index` fit, otherwise a

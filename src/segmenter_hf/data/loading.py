@@ -66,28 +66,23 @@ def load_segmentation_datasets(
     """Load the splits of a semantic segmentation dataset, with columns `image`, `annotation` and, where given, `id`.
 
     Args:
-        dataset_name (`str`, *optional*):
-            "scenes" (the default): the embedded street scenes; or a local folder in a layout of `folder_layouts.py`, or one that
-            `save_to_disk` wrote; or a dataset of the Hub.
-        splits (sequence of `str`, *optional*, defaults to `("train", "validation")`):
-            Splits to load.
-        dataset_config (`str`, *optional*):
-            Configuration of a Hub dataset; or, of a folder with two kinds of masks, the kind: see `load_folder`.
-        revision (`str`, *optional*):
-            Branch, tag or commit of a Hub dataset.
-        image_column (`str`, *optional*), label_column (`str`, *optional*):
-            Columns of the images and of the masks, for parquet files, metadata and the Hub; found by `find_columns`.
-        validation_fraction (`float`, *optional*):
-            Where there is no validation split, this share of the train split becomes one, and train is the rest, also where
-            it is loaded alone. Without it, or with 0, a missing validation split is an error.
-        scenes_size (`tuple[int, int]`, *optional*, defaults to `(128, 160)`):
-            Height and width of the embedded scenes, in pixels.
-        scenes_train (`int`, *optional*, defaults to 500), scenes_validation (`int`, *optional*, defaults to 100):
-            Number of embedded scenes in each split. No scene is in both.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the embedded scenes and of the split by `validation_fraction`.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether to return iterable datasets, and read Hub and parquet files as they are needed.
+        dataset_name (`str`, *optional*): "scenes" (the default): the embedded street scenes; or a local folder in a layout
+            of `folder_layouts.py`, or one that `save_to_disk` wrote; or a dataset of the Hub.
+        splits (sequence of `str`, defaults to `("train", "validation")`): Splits to load.
+        dataset_config (`str`, *optional*): Configuration of a Hub dataset; or, of a folder with two kinds of masks, the
+            kind: see `load_folder`.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub dataset.
+        image_column (`str`, *optional*), label_column (`str`, *optional*): Columns of the images and of the masks, for
+            parquet files, metadata and the Hub; found by `find_columns`.
+        validation_fraction (`float`, *optional*): Where there is no validation split, this share of the train split becomes
+            one, and train is the rest, also where it is loaded alone. Without it, or with 0, a missing validation split is
+            an error.
+        scenes_size (`tuple[int, int]`, defaults to `(128, 160)`): Height and width of the embedded scenes, in pixels.
+        scenes_train (`int`, defaults to 500), scenes_validation (`int`, defaults to 100): Number of embedded scenes in each
+            split. No scene is in both.
+        seed (`int`, defaults to 0): Seed of the embedded scenes and of the split by `validation_fraction`.
+        streaming (`bool`, defaults to `False`): Whether to return iterable datasets, and read Hub and parquet files as they
+            are needed.
 
     Returns:
         `dict[str, datasets.Dataset]` (of `datasets.IterableDataset` if `streaming`): the splits by name. The columns hold
@@ -109,15 +104,16 @@ def load_segmentation_datasets(
         source = _load_source(dataset_name, splits, columns, dataset_config, revision, streaming)
     found = _with_validation_split(source.splits, splits, validation_fraction, seed)
     _check_splits(dataset_name or "scenes", splits, found, source.notes)
-    kept = {}
-    for split in splits:
-        names = find_columns(found[split], *columns)
-        kept[split] = keep_columns(
-            found[split], dict(zip(names, ("image", "annotation"))), source.folders, source.label_set
-        )
-        if streaming and isinstance(kept[split], datasets.Dataset):
-            kept[split] = kept[split].to_iterable_dataset()
-    return kept
+    return {split: _uniform_columns(found[split], columns, source, streaming) for split in splits}
+
+
+def _uniform_columns(
+    dataset: AnyDataset, columns: tuple[str | None, str | None], source: _Source, streaming: bool
+) -> AnyDataset:
+    """A split whose columns are called `image` and `annotation`, whatever their names were, as an iterable one if wanted."""
+    names = find_columns(dataset, *columns)
+    kept = keep_columns(dataset, dict(zip(names, ("image", "annotation"))), source.folders, source.label_set)
+    return kept.to_iterable_dataset() if streaming and isinstance(kept, datasets.Dataset) else kept
 
 
 def _load_scenes(sizes: Mapping[str, int], scenes_size: tuple[int, int], seed: int) -> dict[str, AnyDataset]:
@@ -195,8 +191,8 @@ def load_split(
     """Load one split, or its first images, as [`load_segmentation_datasets`] does.
 
     Args:
-        dataset_name (`str`), dataset_config (`str`), dataset_revision (`str`), image_column (`str`), label_column (`str`):
-            Where and how the images are found: see [`load_segmentation_datasets`].
+        dataset_name (`str`), dataset_config (`str`), dataset_revision (`str`), image_column (`str`), label_column
+            (`str`): Where and how the images are found: see [`load_segmentation_datasets`].
         validation_fraction (`float`, *optional*), data_seed (`int`, *optional*): How the split was made: its `seed` there.
         split (`str`): The split.
         max_samples (`int`, *optional*): Keep the first so many images only.
@@ -223,12 +219,9 @@ def split_train_validation(
     """Split a dataset at random into a train and a validation part, and log the sizes.
 
     Args:
-        dataset (`datasets.Dataset`):
-            Of two examples at least.
-        fraction (`float`, *optional*, defaults to 0.1):
-            Share of the validation part, which has one example at least.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the permutation.
+        dataset (`datasets.Dataset`): Of two examples at least.
+        fraction (`float`, defaults to 0.1): Share of the validation part, which has one example at least.
+        seed (`int`, defaults to 0): Seed of the permutation.
 
     Returns:
         `tuple[datasets.Dataset, datasets.Dataset]`: train and validation.
@@ -329,14 +322,11 @@ def keep_columns(
     Decoding is left to `decode_example`, as `datasets.Image` would turn a mask by an EXIF tag that its image lacks.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            The dataset.
-        columns (`Mapping[str, str]`):
-            New name of each column, `image` or `annotation`.
-        folders (`tuple[str, ...]`, *optional*):
-            Where the files that rows name must lie: see `RowImage`. By default anywhere.
-        label_set (`LabelSet`, *optional*):
-            The classes that came with the dataset.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The dataset.
+        columns (`Mapping[str, str]`): New name of each column, `image` or `annotation`.
+        folders (`tuple[str, ...]`, *optional*): Where the files that rows name must lie: see `RowImage`. By default
+            anywhere.
+        label_set (`LabelSet`, *optional*): The classes that came with the dataset.
 
     Raises:
         ValueError: If a column is missing.

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -133,6 +133,20 @@ class MaskReport:
             return f"{found} {_upper(void)}. Otherwise either {more}, {mapped}."
         return f"{found} Either {more}, {mapped}."
 
+    def count(self, pixels_per_id: Mapping[int, int]) -> dict[int, int]:
+        """Add the pixels of a mask; returns those of ids that are neither a class nor ignored."""
+        wrong = {}
+        for class_id, num_pixels in pixels_per_id.items():
+            if class_id == self.ignore_index:
+                self.num_ignored_pixels += num_pixels
+            elif 0 <= class_id < self.num_labels:
+                self.pixels_per_class[class_id] += num_pixels
+                self.images_per_class[class_id] += 1
+            else:
+                wrong[class_id] = num_pixels
+                self.wrong_ids[class_id] = self.wrong_ids.get(class_id, 0) + num_pixels
+        return wrong
+
 
 def _upper(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
@@ -183,16 +197,7 @@ def check_masks(
         report.num_images += 1
         report.first_mask = report.first_mask or name
         mapped_ids.update(mapped)
-        wrong = {}
-        for class_id, num_pixels in ids.items():
-            if class_id == ignore_index:
-                report.num_ignored_pixels += num_pixels
-            elif 0 <= class_id < num_labels:
-                counts[:, class_id] += num_pixels, 1
-            else:
-                wrong[class_id] = num_pixels
-                report.wrong_ids[class_id] = report.wrong_ids.get(class_id, 0) + num_pixels
-        if wrong:
+        if wrong := report.count(ids):
             problem = f"{name}: ids {sorted(wrong)[:20]} in {sum(wrong.values())} pixels"
         if is_binary and (others := sorted(set(mapped) - BINARY_MASK_IDS.keys())):
             problem = (
@@ -200,19 +205,26 @@ def check_masks(
             )
         if problem:
             report.problems.append(f"example {i}, {problem}")
-    label_map = (label_set.label_id_to_train_id or {}) if label_set is not None else {}
-    if ignore_index not in label_map:
-        mapped_ids.discard(ignore_index)
-    if label_set is not None and mapped_ids and max(mapped_ids) < num_labels <= max(label_map):
+    if label_set is not None and mapped_ids:
+        _warn_of_mapped_twice(label_set, mapped_ids, num_labels)
+    return report
+
+
+def _warn_of_mapped_twice(label_set: LabelSet, mapped_ids: set[int], num_labels: int) -> None:
+    """Warn where a label map is applied to ids that look like classes already."""
+    label_map = label_set.label_id_to_train_id or {}
+    largest = max(
+        mapped_ids if label_set.ignore_index in label_map else mapped_ids - {label_set.ignore_index}, default=-1
+    )
+    if 0 <= largest < num_labels <= max(label_map, default=-1):
         logger.warning(
             "The stored ids end at %d, but the label set %r maps ids up to %d to its %d classes. If the masks hold class ids "
             "already, use a label set without label_id_to_train_id.",
-            max(mapped_ids),
+            largest,
             label_set.name,
             max(label_map),
             num_labels,
         )
-    return report
 
 
 def infer_num_labels(

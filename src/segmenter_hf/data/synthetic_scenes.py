@@ -1,7 +1,7 @@
 """Street scenes drawn by a program, with exact masks: data for demos and tests that needs no download.
 
 Every scene is a small world in metres (x to the right, y up, z away from the camera) seen by a pinhole camera: a road
-with pavements between two rows of buildings, trees, parked and moving cars, people and signs, under a drawn sky. Colours
+with pavements between two rows of buildings, trees, parked and moving cars, people and signs, under a drawn sky. Colors
 overlap between the classes on purpose, so shape and context have to be learned.
 
 Example:
@@ -57,7 +57,7 @@ _PAVING = [(176, 168, 156), (192, 176, 150), (186, 184, 182), (172, 126, 108), (
 _SKIN = [(236, 196, 168), (205, 155, 120), (150, 105, 78), (95, 65, 50)]
 _PLATES = [(200, 40, 40), (40, 80, 180), (235, 200, 50), (40, 120, 80), (235, 235, 235), (225, 120, 40)]
 _METAL = [(130, 130, 135), (90, 90, 95), (200, 200, 200)]
-_PAINT = _WALLS + _FOLIAGE + _ASPHALT + _PLATES  # cars, shops and bags come in any colour
+_PAINT = _WALLS + _FOLIAGE + _ASPHALT + _PLATES  # cars, shops and bags come in any color
 _CLOTHES = [*_PLATES, (52, 58, 96), (140, 66, 112), (92, 60, 48), (222, 205, 172), (70, 110, 50), (78, 78, 82)]
 _WHITE = (240.0, 240.0, 236.0)
 _YELLOW = (225.0, 190.0, 80.0)
@@ -67,20 +67,18 @@ _LIT_WINDOW = (255.0, 222.0, 140.0)
 
 
 def draw_scene(seed: int, size: tuple[int, int] = (192, 256)) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one street scene.
+    """Draw one street scene.
 
     Args:
-        seed (`int`):
-            Names the scene: the same seed and size give the same scene.
-        size (`tuple[int, int]`, *optional*, defaults to `(192, 256)`):
-            Height and width in pixels, each at least 32.
+        seed (`int`): Names the scene: the same seed and size give the same scene.
+        size (`tuple[int, int]`, defaults to `(192, 256)`): Height and width in pixels, each at least 32.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: the image, uint8 of shape `(height, width, 3)`, and its mask, uint8 of shape
         `(height, width)`, which holds the 8 classes of the label set "scenes" and no ignored pixel.
 
     Raises:
-        `ValueError`: If a side is shorter than 32 pixels.
+        ValueError: If a side is shorter than 32 pixels.
     """
     if min(size) < _SMALLEST_SIDE:
         raise ValueError(f"A scene needs (height, width) of at least {_SMALLEST_SIDE} pixels each, got {tuple(size)}.")
@@ -100,21 +98,19 @@ def draw_scene(seed: int, size: tuple[int, int] = (192, 256)) -> tuple[np.ndarra
 
 
 def embedded_scenes(num_images: int, size: tuple[int, int] = (192, 256), seed: int = 0) -> datasets.Dataset:
-    """Draws a dataset of street scenes, held in memory as PNG files.
+    """Draw a dataset of street scenes, held in memory as PNG files.
 
     Args:
-        num_images (`int`):
-            Number of scenes, at most 1,000,000.
-        size (`tuple[int, int]`, *optional*, defaults to `(192, 256)`):
-            Height and width in pixels.
-        seed (`int`, *optional*, defaults to 0):
-            Datasets of different seeds share no scene; a longer one begins with the scenes of a shorter one.
+        num_images (`int`): Number of scenes, at most 1,000,000.
+        size (`tuple[int, int]`, defaults to `(192, 256)`): Height and width in pixels.
+        seed (`int`, defaults to 0): Datasets of different seeds share no scene; a longer one begins with the scenes of
+            a shorter one.
 
     Returns:
         `datasets.Dataset`: columns `image` (RGB), `annotation` (mode "L", values 0 to 7) and `id`.
 
     Raises:
-        `ValueError`: If `num_images` or `seed` is out of range.
+        ValueError: If `num_images` or `seed` is out of range.
     """
     if not 0 < num_images <= 1_000_000 or seed < 0:
         raise ValueError(f"Expected 1 to 1,000,000 images and a seed of at least 0, got {num_images} and {seed}.")
@@ -133,13 +129,11 @@ def embedded_scenes(num_images: int, size: tuple[int, int] = (192, 256), seed: i
 
 
 def save_scenes(output_dir: str | Path, num_images: int, size: tuple[int, int] = (192, 256), seed: int = 0) -> None:
-    """Writes scenes as PNG files into `images/` and `masks/` of a folder, which `load_segmentation_datasets` reads.
+    """Write scenes as PNG files into `images/` and `masks/` of a folder, which `load_segmentation_datasets` reads.
 
     Args:
-        output_dir (`str` or `Path`):
-            The folder.
-        num_images (`int`), size (`tuple[int, int]`), seed (`int`):
-            As for `embedded_scenes`.
+        output_dir (`str` or `Path`): The folder.
+        num_images (`int`), size (`tuple[int, int]`), seed (`int`): As for `embedded_scenes`.
     """
     for row in embedded_scenes(num_images, size, seed):
         for folder, column in (("images", "image"), ("masks", "annotation")):
@@ -153,7 +147,7 @@ def _png(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-# Colours, and the painter
+# Colors, and the painter
 
 
 def _mix(first: Values, second: Values, share: float) -> Values:
@@ -165,7 +159,7 @@ def _shade(color: Values, factor: float) -> Values:
 
 
 def _smooth_noise(rng: Generator, size: tuple[int, int], bumps: tuple[int, int]) -> np.ndarray:
-    """Draws float32 noise of shape `size`, about 0..1, with so many bumps along its height and width."""
+    """Draw float32 noise of shape `size`, about 0..1, with so many bumps along its height and width."""
     grid = Image.fromarray(rng.random(bumps, dtype=np.float32))
     return np.asarray(grid.resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
@@ -179,7 +173,7 @@ class _Painter:
     vanishing_point: Point
     camera_height: float
     haze_color: Color
-    haze_depth: float  # metres after which 63 % of a colour is haze
+    haze_depth: float  # metres after which 63 % of a color is haze
     night: bool
     image: Image.Image
     labels: Image.Image
@@ -189,7 +183,7 @@ class _Painter:
         self._labels_draw = ImageDraw.Draw(self.labels)
 
     def pick(self, palette: Sequence[Color], spread: float = 11) -> Color:
-        """Draws a colour near one of the palette: brighter or darker as a whole, and each channel shifted a little."""
+        """Draw a color near one of the palette: brighter or darker as a whole, and each channel shifted a little."""
         base = np.asarray(palette[int(self.rng.integers(len(palette)))])
         return tuple((base + self.rng.normal(0, spread) + self.rng.normal(0, spread / 3, 3)).tolist())
 
@@ -198,7 +192,7 @@ class _Painter:
         return self.vanishing_point[0] + x * scale, self.vanishing_point[1] + (self.camera_height - y) * scale
 
     def polygon(self, pixels: Sequence[Point], color: Color, z: float, label: int | None = None) -> None:
-        """Fills a polygon of pixel positions; without a label the one below stays."""
+        """Fill a polygon of pixel positions; without a label the one below stays."""
         self._image_draw.polygon(pixels, fill=self._ink(color, z))
         if label is not None:
             self._labels_draw.polygon(pixels, fill=label)
@@ -209,7 +203,7 @@ class _Painter:
         self._labels_draw.ellipse(box, fill=label)
 
     def ground(self, x: Range, z: Range, color: Color, label: int | None = None) -> None:
-        """Fills a rectangle on the ground."""
+        """Fill a rectangle on the ground."""
         self.polygon([self.project(u, 0, w) for u, w in _corners(x, z)], color, sum(z) / 2, label)
 
     def _ink(self, color: Color, z: float) -> tuple[int, ...]:
@@ -244,7 +238,7 @@ def _corners(u: Range, v: Range) -> list[Point]:
 
 
 def _new_painter(rng: Generator, size: tuple[int, int]) -> _Painter:
-    """Sets up the camera and the sky."""
+    """Set up the camera and the sky."""
     height, width = size[0] * _OVERSAMPLING, size[1] * _OVERSAMPLING
     night = rng.random() < 0.05
     skies = _NIGHT_SKIES if night else _DAY_SKIES
@@ -345,7 +339,7 @@ def _draw_lane_marks(painter: _Painter, street: _Street) -> None:
 
 
 def _draw_shadows(painter: _Painter, street: _Street, things: "Sequence[_Thing]") -> None:
-    """Darkens the ground under and beside the things, and beside the walls that are towards the sun."""
+    """Darken the ground under and beside the things, and beside the walls that are towards the sun."""
     rng = painter.rng
     angle, length = rng.uniform(0, 2 * math.pi), rng.uniform(0.3, 1.1)
     shift_x, shift_z = length * math.cos(angle), length * math.sin(angle)
@@ -403,7 +397,7 @@ def _new_house(painter: _Painter, heights: Range) -> _House:
 
 
 def _draw_houses(painter: _Painter, street: _Street, side: int) -> None:
-    """Draws the houses of one side, far to near: of each the gable that faces the camera, then the street front."""
+    """Draw the houses of one side, far to near: of each the gable that faces the camera, then the street front."""
     rng, far = painter.rng, street.end
     brightness, tallest = rng.uniform(0.7, 1.1), rng.uniform(6, 15)
     while far > 2:
@@ -416,7 +410,7 @@ def _draw_houses(painter: _Painter, street: _Street, side: int) -> None:
 
 
 def _draw_backdrop(painter: _Painter, street: _Street) -> None:
-    """Closes the street: a row of houses or of trees across its end."""
+    """Close the street: a row of houses or of trees across its end."""
     rng, half = painter.rng, 0.65 * street.end * painter.image.width / painter.focal
     if rng.random() < 0.3:
         foliage = painter.pick(_FOLIAGE)
@@ -433,7 +427,7 @@ def _draw_backdrop(painter: _Painter, street: _Street) -> None:
 def _draw_facade(
     painter: _Painter, house: _House, foot: Point, direction: Point, length: float, brightness: float
 ) -> None:
-    """Draws a wall that runs from `foot` (x, z) along `direction`, with its windows, its door and its roof."""
+    """Draw a wall that runs from `foot` (x, z) along `direction`, with its windows, its door and its roof."""
     rng, height, wall = painter.rng, house.height, _shade(house.wall, brightness)
     depth = foot[1] + direction[1] * length / 3
 
@@ -492,7 +486,7 @@ class _Thing:
 
 
 def _furnish(painter: _Painter, street: _Street) -> list[_Thing]:
-    """Chooses what is in the street and where: everything in the image, large enough, and mostly beside the rest."""
+    """Choose what is in the street and where: everything in the image, large enough, and mostly beside the rest."""
     rng = painter.rng
     things: list[_Thing] = []
     height, width = painter.image.height, painter.image.width
@@ -558,7 +552,7 @@ def _draw_tree(painter: _Painter, x: float, z: float) -> None:
 
 
 def _draw_crown(tree: _Figure, height: float, radius: float, foliage: Color) -> None:
-    """Draws a round crown around `height`: a few large blobs for the outline, many leaves inside them."""
+    """Draw a round crown around `height`: a few large blobs for the outline, many leaves inside them."""
     rng = tree.painter.rng
     blobs = [(0.0, height, radius)]
     for angle in (np.arange(0, 2 * math.pi, 0.9) + rng.uniform(0, 1)).tolist():
@@ -631,7 +625,7 @@ def _draw_sign(painter: _Painter, x: float, z: float) -> None:
 
 
 def _draw_car(painter: _Painter, x: float, z: float, across: bool = False) -> None:
-    """Draws a car, along the street or across it, as two boxes, body and cabin, of the sides that face the camera."""
+    """Draw a car, along the street or across it, as two boxes, body and cabin, of the sides that face the camera."""
     rng, width = painter.rng, 1.8
     length = rng.uniform(3.7, 4.6)
     left = x - (length if across else width) / 2
@@ -644,7 +638,7 @@ def _draw_car(painter: _Painter, x: float, z: float, across: bool = False) -> No
         hood, trunk = trunk, hood
 
     def box(start: float, end: float, slope: float, taper: float, y: Range) -> list[tuple[str, list[Point]]]:
-        """Returns the sides in view, from the shares of the length at which the box starts and ends."""
+        """Return the sides in view, from the shares of the length at which the box starts and ends."""
 
         def ring(inset: float, taper: float, height: float) -> list[Point]:
             along = (start + inset) * length, (end - inset) * length
@@ -658,7 +652,7 @@ def _draw_car(painter: _Painter, x: float, z: float, across: bool = False) -> No
         return [(kind, quad) for kind, quad in sides if (_signed_area(quad) > 0) == across]
 
     def fill(quad: Sequence[Point], u: Range, v: Range, color: Color) -> None:
-        """Fills the part of a side between shares of its width and height."""
+        """Fill the part of a side between shares of its width and height."""
         bottom_left, bottom_right, top_right, top_left = quad
         points = [_mix(_mix(bottom_left, bottom_right, s), _mix(top_left, top_right, s), t) for s, t in _corners(u, v)]
         painter.polygon(points, color, z, CAR)
@@ -698,7 +692,7 @@ def _signed_area(quad: Sequence[Point]) -> float:
 
 
 def _photograph(painter: _Painter, mask: np.ndarray) -> np.ndarray:
-    """Adds what light and a camera add: texture, uneven light, colour cast, exposure, blur and noise."""
+    """Add what light and a camera add: texture, uneven light, color cast, exposure, blur and noise."""
     rng, size = painter.rng, mask.shape
     grain = _smooth_noise(rng, size, (size[0] // 4, size[1] // 4)) - 0.5
     grain += rng.standard_normal(size, dtype=np.float32) * 0.6

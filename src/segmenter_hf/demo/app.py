@@ -85,41 +85,17 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
     def nothing() -> dict[str, Any]:
         return gr.update(value=None, attention=None)
 
-    names = list(models)
     scenes = load_label_set("scenes").labels
     fits_drawings = {name: predictor.label_set.labels == scenes for name, predictor in models.items()}
     with GuardedBlocks(title="What is where?", analytics_enabled=False, delete_cache=(600, KEEP_UPLOADS)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Your image", height=260)
-                # The file is opened by `open_upload` only: bounded, upright, and with errors in words.
-                upload.preprocess = _uploaded_path  # type: ignore[method-assign]  # a hook of this component alone
-                model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
-                thoroughness = gr.Radio(
-                    [("Quick: one look", False), ("Thorough: six sizes, each also mirrored", True)],
-                    value=False,
-                    label="How thoroughly?",
-                )
-                with gr.Group(visible=fits_drawings[names[0]]) as drawings:
-                    gr.Examples([[draw_scene(seed)[0]] for seed in range(4)], upload, label="Or one of these drawings")
+                upload, model, thoroughness, drawings = _show_inputs(fits_drawings)
             with gr.Column(scale=3, min_width=280):
-                viewer = gr.HTML(
-                    value=None,
-                    attention=None,
-                    html_template=(TEMPLATES / "app.html").read_text(encoding="utf-8"),
-                    css_template=(TEMPLATES / "app.css").read_text(encoding="utf-8"),
-                    js_on_load=(TEMPLATES / "app.js").read_text(encoding="utf-8"),
-                    apply_default_css=False,
-                )
-        model.change(
-            lambda name: gr.update(visible=fits_drawings[name]),
-            model,
-            drawings,
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+                viewer = _show_viewer()
+        hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        model.change(lambda name: gr.update(visible=fits_drawings[name]), model, drawings, queue=False, **hidden)
         network: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "network", "trigger_mode": "always_last"}
         segmenting = gr.on(
             [upload.change, model.change, thoroughness.change],
@@ -128,9 +104,38 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
             viewer,
             **network,
         )
-        segmenting.failure(nothing, None, viewer, show_progress="hidden", api_visibility="private")
+        segmenting.failure(nothing, None, viewer, **hidden)
         viewer.select(attend, [upload, model], viewer, show_progress="minimal", api_visibility="private", **network)
     return page.queue(max_size=MAX_WAITING)
+
+
+def _show_inputs(fits_drawings: Mapping[str, bool]) -> tuple[gr.Image, gr.Dropdown, gr.Radio, gr.Group]:
+    """Show what a visitor chooses: an image, the model, how thoroughly, and drawings for the models that know their classes."""
+    names = list(fits_drawings)
+    upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Your image", height=260)
+    # The file is opened by `open_upload` only: bounded, upright, and with errors in words.
+    upload.preprocess = _uploaded_path  # type: ignore[method-assign]  # a hook of this component alone
+    model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+    thoroughness = gr.Radio(
+        [("Quick: one look", False), ("Thorough: six sizes, each also mirrored", True)],
+        value=False,
+        label="How thoroughly?",
+    )
+    with gr.Group(visible=fits_drawings[names[0]]) as drawings:
+        gr.Examples([[draw_scene(seed)[0]] for seed in range(4)], upload, label="Or one of these drawings")
+    return upload, model, thoroughness, drawings
+
+
+def _show_viewer() -> gr.HTML:
+    """Show where the results go, which the browser draws."""
+    return gr.HTML(
+        value=None,
+        attention=None,
+        html_template=(TEMPLATES / "app.html").read_text(encoding="utf-8"),
+        css_template=(TEMPLATES / "app.css").read_text(encoding="utf-8"),
+        js_on_load=(TEMPLATES / "app.js").read_text(encoding="utf-8"),
+        apply_default_css=False,
+    )
 
 
 def _uploaded_path(payload: Any) -> str | None:

@@ -41,12 +41,11 @@ def confusion_matrix(
     Args:
         predictions (`np.ndarray` or `torch.Tensor` of any integer dtype and shape, usually `(height, width)`):
             Predicted classes in `[0, num_labels)`, also where the reference is ignored.
-        references (`np.ndarray` or `torch.Tensor` of any integer dtype, of the shape of `predictions`):
-            True classes in `[0, num_labels)`, or `ignore_index`.
-        num_labels (`int`):
-            Number of classes.
-        ignore_index (`int`, *optional*, defaults to 255):
-            Pixels with this reference are not counted. A value in `[0, num_labels)` leaves that class out.
+        references (`np.ndarray` or `torch.Tensor` of any integer dtype, of the shape of `predictions`): True classes
+            in `[0, num_labels)`, or `ignore_index`.
+        num_labels (`int`): Number of classes.
+        ignore_index (`int`, defaults to 255): Pixels with this reference are not counted. A value in `[0, num_labels)`
+            leaves that class out.
 
     Returns:
         `np.ndarray` of shape `(num_labels, num_labels)` and dtype `int64`: rows are references, columns predictions.
@@ -102,8 +101,8 @@ def scores_from_confusion_matrix(matrix: np.ndarray) -> dict[str, Any]:
     come out to the last bit.
 
     Args:
-        matrix (`np.ndarray` of shape `(num_labels, num_labels)`):
-            Pixel counts, rows are references, columns predictions.
+        matrix (`np.ndarray` of shape `(num_labels, num_labels)`): Pixel counts, rows are references, columns
+            predictions.
 
     Returns:
         `dict` with the floats `mean_iou`, `mean_accuracy` and `overall_accuracy`, and the lists of `num_labels` floats

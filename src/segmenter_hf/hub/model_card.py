@@ -80,7 +80,7 @@ class CardFacts:
         published_model (`str`, *optional*): The model of `published_models.json` whose weights these are.
         license (`str`, *optional*): Licence of the weights, as the Hub names it; it is not stated by default.
         speed (`dict[str, Any]`): What a recorded run measured, name by name.
-        picture (`str`, *optional*): File name of an image of predictions beside the model.
+        picture (`str`, *optional*): File name of the image of predictions beside the model.
 
     Raises:
         ValueError: If a field is of another type, or a result lacks something.

@@ -56,28 +56,7 @@ def attention_rows(
     """
     encoder = cast(VitEncoderModel, model.base_model)
     attention = _layer(model, layer, decoder).attention
-    thread = threading.get_ident()
-    captured: list[tuple[torch.Tensor, Any]] = []
-    merges: list[MergedTokens] = []
-
-    def capture(module: nn.Module, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
-        if threading.get_ident() == thread:  # other threads may be using the model
-            captured.append((inputs[0], options.get("rotary")))
-
-    def capture_merging(module: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: Any) -> None:
-        if threading.get_ident() == thread:
-            merges.extend(outputs.merged_tokens or ())
-
-    hooks = [
-        attention.register_forward_pre_hook(capture, with_kwargs=True),
-        model.base_model.register_forward_hook(capture_merging),
-    ]
-    try:
-        model(pixel_values=pixel_values.to(model.device, model.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    ((tokens, rotary),) = captured
+    (tokens, rotary), merges = _captured_inputs(model, attention, pixel_values)
     merged = _merged_before(model, merges, layer, decoder)
     sides = (
         (0, cast(VitEncoderConfig, model.config).num_labels) if decoder else (encoder.embeddings.num_prefix_tokens, 0)
@@ -94,6 +73,35 @@ def attention_rows(
     padding = nn.functional.pad(merged.sizes == 0, sides, value=False)
     scores = (query @ key.transpose(2, 3) * attention.scaling).masked_fill(padding[:, None, None], -torch.inf)
     return merged.expand_attention(scores.softmax(dim=-1), sides[0], sides[1], queries=queries)
+
+
+def _captured_inputs(
+    model: PreTrainedModel, attention: nn.Module, pixel_values: torch.Tensor
+) -> tuple[tuple[torch.Tensor, Any], list[MergedTokens]]:
+    """The tokens and rotations that an attention module gets in a forward pass of this thread, and the merges of tokens."""
+    thread = threading.get_ident()  # other threads may be using the model
+    captured: list[tuple[torch.Tensor, Any]] = []
+    merges: list[MergedTokens] = []
+
+    def capture(module: nn.Module, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            captured.append((inputs[0], options.get("rotary")))
+
+    def capture_merging(module: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: Any) -> None:
+        if threading.get_ident() == thread:
+            merges.extend(outputs.merged_tokens or ())
+
+    hooks = [
+        attention.register_forward_pre_hook(capture, with_kwargs=True),
+        model.base_model.register_forward_hook(capture_merging),
+    ]
+    try:
+        model(pixel_values=pixel_values.to(model.device, model.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    (inputs_of_attention,) = captured
+    return inputs_of_attention, merges
 
 
 def _merged_before(

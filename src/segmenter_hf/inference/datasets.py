@@ -83,7 +83,7 @@ class DatasetPrediction:
         return f"{line} Skipped {self.num_skipped} that were there." if self.num_skipped else line
 
     def raise_if_unreadable(self) -> None:
-        """Raises a `ValueError` that names the images which could not be read."""
+        """Raise a `ValueError` that names the images which could not be read."""
         if not self.unreadable:
             return
         lines = [

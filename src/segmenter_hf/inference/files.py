@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,6 +16,7 @@ from ..utils.atomic_files import atomic_write
 from ..utils.folders import visible_files
 from .attention import attention_image
 from .predictor import Predictor, Segmentation
+from .protocol import InferenceProtocol
 from .pseudo_labels import ConfidenceRule, confident_classes, pseudo_label_set
 from .scenes import is_scene, predict_scene
 from .visualization import as_rgb, label_map_image, overlay, preview, with_legend
@@ -167,14 +169,41 @@ def predict_files(
         ValueError: If a result would replace an image or another result, before anything is written. If images cannot be
             read or segmented, after all others are done; names each.
     """
-    images = find_images(paths)
-    endings = [".png", "_overlay.png", *(["_attention.png"] if attention else [])]
-    limit = predictor.protocol.max_image_pixels
-    scenes = {
-        name: images.pop(name)
-        for name, path in list(images.items())
-        if predictor.protocol.full_resolution and is_scene(path, limit)
+    images, scenes = _split_scenes(find_images(paths), predictor.protocol)
+    _check_options(images, scenes, vectorize, min_confidence)
+    outputs = {
+        **plan_results(scenes, Path(output_dir), [".tif", *([".geojson"] if vectorize else [])]),
+        **plan_results(images, Path(output_dir), [".png", "_overlay.png", *(["_attention.png"] if attention else [])]),
     }
+    rule = None if min_confidence is None else ConfidenceRule(min_confidence)
+    with tqdm(total=len(images), desc="Segmenting", unit="image", disable=not show_progress) as progress:
+        errors = _predict_scenes(predictor, scenes, outputs)
+        errors |= _predict_images(predictor, images, outputs, rule, progress)
+    if errors:
+        listed = "\n  ".join(errors.values())
+        raise ValueError(f"{len(errors)} of {len(outputs)} images cannot be read, the others are done:\n  {listed}")
+    return {name: paths[0] for name, paths in outputs.items()}
+
+
+def _split_scenes(images: Mapping[str, Path], protocol: InferenceProtocol) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The images that are read as a whole, and the scenes, which are streamed."""
+    is_streamed = {
+        name: protocol.full_resolution and is_scene(path, protocol.max_image_pixels) for name, path in images.items()
+    }
+    whole, streamed = (
+        {name: path for name, path in images.items() if is_streamed[name] == wanted} for wanted in (False, True)
+    )
+    return whole, streamed
+
+
+def _check_options(
+    images: Mapping[str, Path], scenes: Mapping[str, Path], vectorize: bool, min_confidence: float | None
+) -> None:
+    """Refuse options that some of the images or scenes have no results of.
+
+    Raises:
+        ValueError: If there are such.
+    """
     if vectorize and images:
         raise ValueError(
             f"{next(iter(images.values()))}: polygons are for a GeoTIFF with a coordinate reference system, segmented with "
@@ -185,34 +214,41 @@ def predict_files(
             f"{next(iter(scenes.values()))}: `min_confidence` is for images, not for a scene that is streamed by "
             "`full_resolution`. Leave one of both out."
         )
-    rule = None if min_confidence is None else ConfidenceRule(min_confidence)
-    planned = plan_results(scenes, Path(output_dir), [".tif", *([".geojson"] if vectorize else [])])
-    results = plan_results(images, Path(output_dir), endings)
-    channels = predictor.processor.num_channels
-    items = ((name, partial(open_image, path, limit, channels)) for name, path in images.items())
-    written: dict[str, Path] = {}
-    unreadable: list[str] = []
+
+
+def _predict_scenes(
+    predictor: Predictor, scenes: Mapping[str, Path], outputs: Mapping[str, Sequence[Path]]
+) -> dict[str, str]:
+    """Segment and write scenes; what is wrong with those that cannot be read, by name."""
+    errors = {}
     for name, path in scenes.items():
         try:
-            written[name] = predict_scene(predictor, path, *planned[name])
+            predict_scene(predictor, path, *outputs[name])
         except (OSError, ValueError) as error:
-            unreadable.append(_naming(path, error))
-    with tqdm(total=len(images), desc="Segmenting", unit="image", disable=not show_progress) as progress:
-        for result in predictor.stream(items, return_scores=rule is not None, dtype=predictor.class_map_dtype):
-            name, path = result.key, images[result.key]
-            if result.error is not None:
-                unreadable.append(_naming(path, result.error))
-            else:
-                save_results(predictor, result, path, results[name], rule)
-                written[name] = results[name][0]
-            del result  # a large map is not held while the next image is read
-            progress.update()
-    if unreadable:
-        listed = "\n  ".join(unreadable)
-        raise ValueError(
-            f"{len(unreadable)} of {len(images) + len(scenes)} images cannot be read, the others are done:\n  {listed}"
-        )
-    return written
+            errors[name] = _naming(path, error)
+    return errors
+
+
+def _predict_images(
+    predictor: Predictor,
+    images: Mapping[str, Path],
+    outputs: Mapping[str, Sequence[Path]],
+    rule: ConfidenceRule | None,
+    progress: "tqdm[Any]",
+) -> dict[str, str]:
+    """Segment and write images; what is wrong with those that cannot be read, by name."""
+    limit, channels = predictor.protocol.max_image_pixels, predictor.processor.num_channels
+    items = ((name, partial(open_image, path, limit, channels)) for name, path in images.items())
+    errors = {}
+    for result in predictor.stream(items, return_scores=rule is not None, dtype=predictor.class_map_dtype):
+        name, path = result.key, images[result.key]
+        if result.error is not None:
+            errors[name] = _naming(path, result.error)
+        else:
+            save_results(predictor, result, path, outputs[name], rule)
+        del result  # a large map is not held while the next image is read
+        progress.update()
+    return errors
 
 
 def _naming(path: Path, error: Exception) -> str:

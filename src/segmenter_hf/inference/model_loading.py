@@ -89,12 +89,7 @@ def load_model(
     target_device = find_device(device)
     arguments: dict[str, Any] = {"dtype": dtype}
     if int8:
-        try:
-            from torchao.quantization import Int8WeightOnlyConfig
-            from transformers import TorchAoConfig
-        except ImportError as error:
-            raise ImportError("8-bit weights need torchao: `pip install segmenter-hf[int8]`.") from error
-        arguments["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
+        arguments["quantization_config"] = int8_quantization()
     if patch_size is not None:
         arguments["patch_size"] = patch_size
     model, processor = load_model_and_processor(name_or_path, revision, **arguments)
@@ -107,13 +102,23 @@ def load_model(
     model = model.to(target_device).eval()  # type: ignore[arg-type]  # transformers wraps `to` without its `self`
     if token_merging:
         enable_token_merging(model.config)
-    if compile and model.config.token_merging_layers:
-        raise ValueError(
-            "`compile` and `token_merging` exclude each other: the number of tokens depends on the image."
-        )
     if compile:
         compile_network(model)
     return model, processor, found
+
+
+def int8_quantization() -> Any:
+    """The configuration by which transformers keeps the weights of linear layers in 8 bits.
+
+    Raises:
+        ImportError: If torchao is missing.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+    except ImportError as error:
+        raise ImportError("8-bit weights need torchao: `pip install segmenter-hf[int8]`.") from error
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def enable_token_merging(config: VitEncoderConfig) -> None:
@@ -136,7 +141,12 @@ def compile_network(model: PreTrainedModel) -> None:
 
     Raises:
         ImportError: If torch is earlier than 2.11, the first one whose compiler was seen to take the models.
+        ValueError: If the model merges tokens.
     """
+    if model.config.token_merging_layers:
+        raise ValueError(
+            "`compile` and `token_merging` exclude each other: the number of tokens depends on the image."
+        )
     require_version("torch", "2.11", "Compilation")
     network = model.forward
 
@@ -284,7 +294,7 @@ def _why_not_found(error: OSError) -> str:
 def translate_loading_errors(name_or_path: str | Path) -> Iterator[None]:
     """Whatever a model that is damaged or something else raises, as a `ValueError` that names it.
 
-    Here, and only here, files of strangers go through transformers, safetensors, torch and their readers of JSON and pickles.
+    Here, and only here, untrusted files go through transformers, safetensors, torch and their readers of JSON and pickles.
     Each of them fails in ways of its own, which are documented nowhere, so that any `Exception` may come of a bad file.
     """
     try:
@@ -343,7 +353,7 @@ def check_weights(
         loading_info (`dict`): What `from_pretrained` returned beside it with `output_loading_info=True`.
         revision (`str`, *optional*): Branch, tag or commit on the Hub that it was loaded from; the main branch by default.
         new_heads (`bool`, defaults to `False`): Whether only the encoder must be from the file, and weights may be left over,
-            for training goes on with other heads.
+            for training continues with other heads.
 
     Raises:
         ValueError: If weights are missing, left over, of another shape or no finite floating-point numbers.

@@ -1,25 +1,31 @@
-"""Images of segmentations: colours, overlays on the photograph, legends and grids of predictions."""
+"""Images of segmentations: colors, overlays on the photograph, legends and grids of predictions."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..models.image_io import pil_to_array
+from .legend import (
+    BACKGROUND,
+    FAINT_TEXT,
+    TEXT,
+    em,
+    legend_column,
+    legend_entries,
+    legend_rows,
+    load_font,
+    shorten,
+)
 
 
 ImageOrArray = Image.Image | np.ndarray
 Segmentation = np.ndarray | torch.Tensor
-Entry = tuple[tuple[int, int, int] | None, str, str]  # colour of the swatch, name, share
 
-_TEXT, _FAINT_TEXT, _BACKGROUND = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 # Black over red and orange to white, 256 steps: readable in grey too, as its brightness only rises.
 _HEAT = np.stack([np.clip(np.arange(256) * 3 - 255 * channel, 0, 255) for channel in range(3)], 1).astype(np.uint8)
-_SMALLEST_FONT = 14  # pixels; smaller ones of the built-in font are hard to read
-_LONGEST_NAME = 200  # characters; more of a class name are not shown, and Pillow measures a million only
 _SMALLEST_SIDE = 400  # pixels, geometric mean of width and height of an image beside a legend
 
 
@@ -27,8 +33,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """An image in RGB as the models see it: 16 bits are scaled to 8, where Pillow and `pipeline` clip them.
 
     Args:
-        image (`PIL.Image.Image`):
-            Image of any mode.
+        image (`PIL.Image.Image`): Image of any mode.
 
     Returns:
         `PIL.Image.Image`: RGB image.
@@ -58,21 +63,19 @@ def preview(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def colorize(segmentation: Segmentation, palette: np.ndarray, ignore_index: int = 255) -> Image.Image:
-    """Paints every pixel in the colour of its class.
+    """Paint every pixel in the color of its class.
 
     Args:
-        segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`):
-            Class ids in `[0, num_labels)`, or `ignore_index`.
-        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`):
-            RGB colours, as `LabelSet.palette`.
-        ignore_index (`int`, *optional*, defaults to 255):
-            Pixels with this id are black.
+        segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`): Class ids in `[0,
+            num_labels)`, or `ignore_index`.
+        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`): RGB colors, as `LabelSet.palette`.
+        ignore_index (`int`, defaults to 255): Pixels with this id are black.
 
     Returns:
         `PIL.Image.Image`: RGB image of size `(width, height)`.
 
     Raises:
-        `ValueError`: If the segmentation has another shape, dtype or class ids than above.
+        ValueError: If the segmentation has another shape, dtype or class ids than above.
     """
     ids, ignored = _class_ids(segmentation, len(palette), ignore_index)
     colors = np.asarray(palette, dtype=np.uint8)[ids]
@@ -81,19 +84,19 @@ def colorize(segmentation: Segmentation, palette: np.ndarray, ignore_index: int 
 
 
 def label_map_image(segmentation: Segmentation, palette: np.ndarray) -> Image.Image:
-    """Makes an image that stores the class ids themselves, for saving as PNG.
+    """Make an image that stores the class ids themselves, for saving as PNG.
 
     Args:
-        segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`):
-            Class ids in `[0, 255]`, among them any ignore index; in `[0, 65535]` if the palette has more than 256 colours.
-        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`):
-            RGB colours in which viewers show the ids; ids beyond are black.
+        segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`): Class ids in `[0, 255]`,
+            among them any ignore index; in `[0, 65535]` if the palette has more than 256 colors.
+        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`): RGB colors in which viewers show the ids;
+            ids beyond are black.
 
     Returns:
-        `PIL.Image.Image`: Image of mode "P", or of mode "I;16" and without colours for more than 256 of them.
+        `PIL.Image.Image`: Image of mode "P", or of mode "I;16" and without colors for more than 256 of them.
 
     Raises:
-        `ValueError`: If the segmentation has another shape, dtype or class ids than above.
+        ValueError: If the segmentation has another shape, dtype or class ids than above.
     """
     dtype = np.uint16 if len(palette) > 256 else np.uint8
     array = _map_array(segmentation)
@@ -118,28 +121,24 @@ def overlay(
     boundaries: bool = True,
     ignore_index: int = 255,
 ) -> Image.Image:
-    """Lays the colours of the classes over the photograph.
+    """Lay the colors of the classes over the photograph.
 
     Args:
-        image (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype `uint8`):
-            Photograph.
-        segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`):
-            Class ids in `[0, num_labels)`, or `ignore_index`.
-        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`):
-            RGB colours, as `LabelSet.palette`.
-        alpha (`float`, *optional*, defaults to 0.5):
-            Opacity of the colours in `[0, 1]`.
-        boundaries (`bool`, *optional*, defaults to `True`):
-            Whether to line each class with a brighter tone of its colour. Images below about 225 x 225 pixels have no
-            lines: they would hide the small things.
-        ignore_index (`int`, *optional*, defaults to 255):
-            Pixels with this id stay as in the photograph.
+        image (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype
+            `uint8`): Photograph.
+        segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`): Class ids in `[0,
+            num_labels)`, or `ignore_index`.
+        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`): RGB colors, as `LabelSet.palette`.
+        alpha (`float`, defaults to 0.5): Opacity of the colors in `[0, 1]`.
+        boundaries (`bool`, defaults to `True`): Whether to line each class with a brighter tone of its color. Images
+            below about 225 x 225 pixels have no lines: they would hide the small things.
+        ignore_index (`int`, defaults to 255): Pixels with this id stay as in the photograph.
 
     Returns:
         `PIL.Image.Image`: RGB image of the size of `image`.
 
     Raises:
-        `ValueError`: If the sizes differ, `alpha` is out of range, or an argument has another form than above.
+        ValueError: If the sizes differ, `alpha` is out of range, or an argument has another form than above.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
@@ -165,29 +164,26 @@ def with_legend(
     max_entries: int = 20,
     ignore_index: int = 255,
 ) -> Image.Image:
-    """Puts a legend to the right of an image: the classes that are present, by area.
+    """Put a legend to the right of an image: the classes that are present, by area.
 
     Small images are enlarged by a whole factor, so that the legend is readable.
 
     Args:
-        image (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype `uint8`):
-            Image of the size of `segmentation`, usually from `overlay` or `colorize`.
-        segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`):
-            Class ids in `[0, num_labels)`, or `ignore_index`.
-        id2label (`Mapping[int, str]`):
-            Class names, as `LabelSet.id2label`.
-        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`):
-            RGB colours, as `LabelSet.palette`.
-        max_entries (`int`, *optional*, defaults to 20):
-            Number of classes listed; the smaller ones are summed up in one line.
-        ignore_index (`int`, *optional*, defaults to 255):
-            Pixels with this id are left out; the percentages are of the other pixels.
+        image (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype
+            `uint8`): Image of the size of `segmentation`, usually from `overlay` or `colorize`.
+        segmentation (integer `np.ndarray` or `torch.Tensor` of shape `(height, width)`): Class ids in `[0,
+            num_labels)`, or `ignore_index`.
+        id2label (`Mapping[int, str]`): Class names, as `LabelSet.id2label`.
+        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`): RGB colors, as `LabelSet.palette`.
+        max_entries (`int`, defaults to 20): Number of classes listed; the smaller ones are summed up in one line.
+        ignore_index (`int`, defaults to 255): Pixels with this id are left out; the percentages are of the other
+            pixels.
 
     Returns:
         `PIL.Image.Image`: RGB image, wider than `image`.
 
     Raises:
-        `ValueError`: If the sizes differ, a class that is present has no name, or an argument has another form than
+        ValueError: If the sizes differ, a class that is present has no name, or an argument has another form than
             above.
     """
     image = _rgb(image)
@@ -195,9 +191,11 @@ def with_legend(
     factor = math.ceil(_SMALLEST_SIDE / math.sqrt(image.width * image.height))
     if factor > 1:
         image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
-    entries = _legend_entries([segmentation], id2label, palette, max_entries, ignore_index)
-    panel = _legend_column(entries, _font(0.03 * math.sqrt(image.width * image.height)))
-    canvas = Image.new("RGB", (image.width + panel.width, max(image.height, panel.height)), _BACKGROUND)
+    entries = legend_entries(
+        _count_classes([segmentation], len(palette), ignore_index), id2label, palette, max_entries
+    )
+    panel = legend_column(entries, load_font(0.03 * math.sqrt(image.width * image.height)))
+    canvas = Image.new("RGB", (image.width + panel.width, max(image.height, panel.height)), BACKGROUND)
     canvas.paste(image, (0, 0))
     canvas.paste(panel, (image.width, 0))
     return canvas
@@ -212,30 +210,23 @@ def prediction_grid(
     max_entries: int = 30,
     ignore_index: int = 255,
 ) -> Image.Image:
-    """Shows images beside their ground truth and prediction, with one legend below.
+    """Show images beside their ground truth and prediction, with one legend below.
 
     Args:
-        rows (sequence of `(image, truth, prediction)`):
-            Photograph, true classes or `None`, and predicted classes, as `overlay` takes them. Without any truth, its
-            column is left out.
-        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`):
-            RGB colours, as `LabelSet.palette`.
-        id2label (`Mapping[int, str]`):
-            Class names, as `LabelSet.id2label`.
-        column_titles (`tuple[str, str, str]`, *optional*):
-            Titles of the columns.
-        row_height (`int`, *optional*, defaults to 240):
-            Height of every image, in pixels.
-        max_entries (`int`, *optional*, defaults to 30):
-            Number of classes in the legend, the largest first.
-        ignore_index (`int`, *optional*, defaults to 255):
-            Pixels with this id show the photograph.
+        rows (sequence of `(image, truth, prediction)`): Photograph, true classes or `None`, and predicted classes, as
+            `overlay` takes them. Without any truth, its column is left out.
+        palette (`np.ndarray` of shape `(num_labels, 3)` and dtype `uint8`): RGB colors, as `LabelSet.palette`.
+        id2label (`Mapping[int, str]`): Class names, as `LabelSet.id2label`.
+        column_titles (`tuple[str, str, str]`, *optional*): Titles of the columns.
+        row_height (`int`, defaults to 240): Height of every image, in pixels.
+        max_entries (`int`, defaults to 30): Number of classes in the legend, the largest first.
+        ignore_index (`int`, defaults to 255): Pixels with this id show the photograph.
 
     Returns:
         `PIL.Image.Image`: RGB image.
 
     Raises:
-        `ValueError`: If there are no rows, the sizes within a row differ, or as `overlay` and `with_legend`.
+        ValueError: If there are no rows, the sizes within a row differ, or as `overlay` and `with_legend`.
     """
     if not rows:
         raise ValueError("rows must hold at least one (image, truth, prediction), got none.")
@@ -270,26 +261,27 @@ def _draw_grid(
     ignore_index: int,
 ) -> Image.Image:
     """Images of one height in rows and columns, with titles above and the legend of the segmentations below."""
-    font = _font(row_height / 14)
-    gap, title_height = _em(font) // 2, 2 * _em(font)
+    font = load_font(row_height / 14)
+    gap, title_height = em(font) // 2, 2 * em(font)
     column_width = max(image.width for image in images)
     width = gap + len(titles) * (column_width + gap)
-    entries = _legend_entries(segmentations, id2label, palette, max_entries, ignore_index)
-    legend = _legend_rows(entries, font, width)
+    counts = _count_classes(segmentations, len(palette), ignore_index)
+    entries = legend_entries(counts, id2label, palette, max_entries)
+    legend = legend_rows(entries, font, width)
     height = title_height + len(images) * (row_height + gap) + legend.height
-    canvas = Image.new("RGB", (width, height), _BACKGROUND)
+    canvas = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     centers = [gap + column * (column_width + gap) + column_width // 2 for column in range(len(titles))]
     for center, title in zip(centers, titles):
-        title = _shorten(title, font, column_width)
-        draw.text((center, title_height // 2), title, fill=_TEXT, font=font, anchor="mm")
-    for row, (photograph, of_image) in enumerate(zip(images, overlays)):
+        title = shorten(title, font, column_width)
+        draw.text((center, title_height // 2), title, fill=TEXT, font=font, anchor="mm")
+    for row, cells in enumerate([image, *of_image] for image, of_image in zip(images, overlays)):
         top = title_height + row * (row_height + gap)
-        for center, image in zip(centers, [photograph, *of_image]):
-            if image is None:
-                draw.text((center, top + row_height // 2), "none", fill=_FAINT_TEXT, font=font, anchor="mm")
+        for center, cell in zip(centers, cells):
+            if cell is None:
+                draw.text((center, top + row_height // 2), "none", fill=FAINT_TEXT, font=font, anchor="mm")
             else:
-                canvas.paste(image, (center - image.width // 2, top))
+                canvas.paste(cell, (center - cell.width // 2, top))
     canvas.paste(legend, (0, height - legend.height))
     return canvas
 
@@ -297,23 +289,21 @@ def _draw_grid(
 def attention_overlay(
     image: ImageOrArray, attention: np.ndarray, point: tuple[int, int] | None = None, alpha: float = 0.7
 ) -> Image.Image:
-    """Lays attention over a darkened photograph, from nothing over red and orange to white.
+    """Lay attention over a darkened photograph, from nothing over red and orange to white.
 
     Args:
-        image (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype `uint8`):
-            Photograph.
-        attention (`np.ndarray` of shape `(rows, columns)`):
-            Non-negative numbers for a grid that covers the photograph. The colours run up to the largest of them.
-        point (`tuple[int, int]`, *optional*):
-            `(x, y)` in pixels of the photograph, where a cross is drawn.
-        alpha (`float`, *optional*, defaults to 0.7):
-            How much the attention hides of the photograph, in `[0, 1]`.
+        image (`PIL.Image.Image`, or `np.ndarray` of shape `(height, width, 3)` or `(height, width)` and dtype
+            `uint8`): Photograph.
+        attention (`np.ndarray` of shape `(rows, columns)`): Non-negative numbers for a grid that covers the
+            photograph. The colors run up to the largest of them.
+        point (`tuple[int, int]`, *optional*): `(x, y)` in pixels of the photograph, where a cross is drawn.
+        alpha (`float`, defaults to 0.7): How much the attention hides of the photograph, in `[0, 1]`.
 
     Returns:
         `PIL.Image.Image`: RGB image of the size of `image`.
 
     Raises:
-        `ValueError`: If `attention` has another form, or `alpha` is out of range.
+        ValueError: If `attention` has another form, or `alpha` is out of range.
     """
     attention = np.asarray(attention, dtype=np.float32)
     if attention.ndim != 2 or not np.isfinite(attention).all() or attention.min(initial=0) < 0:
@@ -334,47 +324,44 @@ def attention_overlay(
 def image_table(
     rows: Mapping[str, Sequence[Image.Image]], column_titles: Sequence[str], height: int = 200
 ) -> Image.Image:
-    """Puts images of one size into a table with titles.
+    """Put images of one size into a table with titles.
 
     Args:
-        rows (`Mapping[str, Sequence[PIL.Image.Image]]`):
-            Title and images of each row, as many as there are columns.
-        column_titles (`Sequence[str]`):
-            Titles of the columns.
-        height (`int`, *optional*, defaults to 200):
-            Height of every image, in pixels.
+        rows (`Mapping[str, Sequence[PIL.Image.Image]]`): Title and images of each row, as many as there are columns.
+        column_titles (`Sequence[str]`): Titles of the columns.
+        height (`int`, defaults to 200): Height of every image, in pixels.
 
     Returns:
         `PIL.Image.Image`: RGB image.
     """
-    font = _font(height / 14)
-    gap, line = _em(font) // 2, 2 * _em(font)
+    font = load_font(height / 14)
+    gap, line = em(font) // 2, 2 * em(font)
     cells = {title: [_thumbnail(image, height) for image in images] for title, images in rows.items()}
     column_width = max(image.width for images in cells.values() for image in images)
     row_titles = max(math.ceil(font.getlength(title)) for title in cells) + 2 * gap
     canvas = Image.new(
         "RGB",
         (row_titles + len(column_titles) * (column_width + gap), line + len(cells) * (height + gap)),
-        _BACKGROUND,
+        BACKGROUND,
     )
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(column_titles):
         center = row_titles + column * (column_width + gap) + column_width // 2
-        draw.text((center, line // 2), _shorten(title, font, column_width), fill=_TEXT, font=font, anchor="mm")
+        draw.text((center, line // 2), shorten(title, font, column_width), fill=TEXT, font=font, anchor="mm")
     for row, (title, images) in enumerate(cells.items()):
         top = line + row * (height + gap)
-        draw.text((gap, top + height // 2), title, fill=_FAINT_TEXT, font=font, anchor="lm")
+        draw.text((gap, top + height // 2), title, fill=FAINT_TEXT, font=font, anchor="lm")
         for column, image in enumerate(images):
             canvas.paste(image, (row_titles + column * (column_width + gap), top))
     return canvas
 
 
 def training_curves(log_history: Sequence[Mapping[str, float]]) -> Image.Image | None:
-    """Draws loss, learning rate and mean IoU over the steps of a training.
+    """Draw loss, learning rate and mean IoU over the steps of a training.
 
     Args:
-        log_history (sequence of `Mapping[str, float]`):
-            What Trainer logged: entries with `step` and `loss`, `learning_rate` or `eval_mean_iou`.
+        log_history (sequence of `Mapping[str, float]`): What Trainer logged: entries with `step` and `loss`,
+            `learning_rate` or `eval_mean_iou`.
 
     Returns:
         `PIL.Image.Image`: RGB image, one plot beside the other; `None` if nothing was logged yet.
@@ -406,7 +393,7 @@ def training_curves(log_history: Sequence[Mapping[str, float]]) -> Image.Image |
 
 
 def _draw_cross(image: Image.Image, point: tuple[int, int]) -> None:
-    """Draws a cross that is seen on light and on dark."""
+    """Draw a cross that is seen on light and on dark."""
     arm = max(3, round(math.sqrt(image.width * image.height) / 50))
     draw, (x, y) = ImageDraw.Draw(image), point
     for color, width in (((0, 0, 0), max(3, arm // 2)), ((255, 255, 255), max(1, arm // 4))):
@@ -427,7 +414,7 @@ def _map_array(segmentation: Segmentation) -> np.ndarray:
 
 
 def _class_ids(segmentation: Segmentation, num_labels: int, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the class ids, 0 at ignored pixels, and where those are."""
+    """Return the class ids, 0 at ignored pixels, and where those are."""
     array = _map_array(segmentation)
     ignored = array == ignore_index
     ids = np.where(ignored, 0, array.astype(np.intp))
@@ -468,7 +455,7 @@ def _thumbnail(image: Image.Image, height: int) -> Image.Image:
 
 
 def _boundaries(ids: np.ndarray, thickness: int) -> np.ndarray:
-    """Marks the pixels within `thickness` pixels, along rows and columns, of another class."""
+    """Mark the pixels within `thickness` pixels, along rows and columns, of another class."""
     marked = np.zeros(ids.shape, dtype=bool)
     for array, lines in ((ids, marked), (ids.T, marked.T)):
         different = array[thickness:] != array[:-thickness]
@@ -477,92 +464,10 @@ def _boundaries(ids: np.ndarray, thickness: int) -> np.ndarray:
     return marked
 
 
-def _legend_entries(
-    segmentations: Sequence[Segmentation],
-    id2label: Mapping[int, str],
-    palette: np.ndarray,
-    max_entries: int,
-    ignore_index: int,
-) -> list[Entry]:
-    counts = np.zeros(len(palette), dtype=np.int64)
+def _count_classes(segmentations: Sequence[Segmentation], num_labels: int, ignore_index: int) -> np.ndarray:
+    """Pixels of each class (num_labels,) in all segmentations together."""
+    counts = np.zeros(num_labels, dtype=np.int64)
     for segmentation in segmentations:
-        ids, ignored = _class_ids(segmentation, len(palette), ignore_index)
-        counts += np.bincount(ids[~ignored], minlength=len(palette))
-    present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
-    unnamed = [i for i in present if i not in id2label]
-    if unnamed:
-        raise ValueError(f"id2label must name every class that is present, got none for {unnamed[:10]}.")
-    shares = counts / max(1, counts.sum())
-    entries: list[Entry] = []
-    for i in present[:max_entries]:
-        red, green, blue = palette[i].tolist()
-        entries.append(((red, green, blue), id2label[i], _percent(shares[i])))
-    rest = present[max_entries:]
-    if rest:
-        entries.append((None, f"+ {len(rest)} more", _percent(shares[rest].sum())))
-    return entries
-
-
-def _legend_column(entries: Sequence[Entry], font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Draws swatch, name and share of one class per line."""
-    line, swatch, padding = round(1.5 * _em(font)), _em(font), _em(font)
-    names = [_shorten(name, font, 12 * _em(font)) for _, name, _ in entries]
-    name_width = max((math.ceil(font.getlength(name)) for name in names), default=0)
-    share_width = max((math.ceil(font.getlength(share)) for _, _, share in entries), default=0)
-    name_left = padding + swatch + swatch // 2
-    right = name_left + name_width + _em(font) + share_width
-    panel = Image.new("RGB", (right + padding, 2 * padding + len(entries) * line), _BACKGROUND)
-    draw = ImageDraw.Draw(panel)
-    for i, (name, (color, _, share)) in enumerate(zip(names, entries)):
-        middle = padding + i * line + line // 2
-        _draw_swatch(draw, color, padding, middle, swatch)
-        draw.text((name_left, middle), name, fill=_TEXT, font=font, anchor="lm")
-        draw.text((right, middle), share, fill=_FAINT_TEXT, font=font, anchor="rm")
-    return panel
-
-
-def _legend_rows(entries: Sequence[Entry], font: ImageFont.FreeTypeFont, width: int) -> Image.Image:
-    """Draws swatch and name of the classes side by side, in columns, on as many lines as needed."""
-    line, swatch, padding = round(1.5 * _em(font)), _em(font), _em(font) // 2
-    space = swatch + swatch // 2 + _em(font)
-    names = [_shorten(name, font, min(12 * _em(font), width - 2 * padding - space)) for _, name, _ in entries]
-    cell = space + max((math.ceil(font.getlength(name)) for name in names), default=0)
-    columns = max(1, (width - 2 * padding) // cell)
-    panel = Image.new("RGB", (width, 2 * padding + math.ceil(len(entries) / columns) * line), _BACKGROUND)
-    draw = ImageDraw.Draw(panel)
-    for i, (name, (color, _, _)) in enumerate(zip(names, entries)):
-        left, middle = padding + i % columns * cell, padding + i // columns * line + line // 2
-        _draw_swatch(draw, color, left, middle, swatch)
-        draw.text((left + swatch + swatch // 2, middle), name, fill=_TEXT, font=font, anchor="lm")
-    return panel
-
-
-def _draw_swatch(
-    draw: ImageDraw.ImageDraw, color: tuple[int, int, int] | None, left: int, middle: int, size: int
-) -> None:
-    if color is not None:
-        top = middle - size // 2
-        draw.rounded_rectangle((left, top, left + size, top + size), radius=size // 5, fill=color, outline=_FAINT_TEXT)
-
-
-def _em(font: ImageFont.FreeTypeFont) -> int:
-    """The size of a font in pixels, which `_font` makes whole."""
-    return int(font.size)
-
-
-def _font(size: float) -> ImageFont.FreeTypeFont:
-    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=max(_SMALLEST_FONT, round(size))))
-
-
-def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """Cuts a text to a width in pixels, with an ellipsis at the end if something is missing."""
-    text = " ".join(text[: _LONGEST_NAME + 1].split())  # in one line
-    if len(text) <= _LONGEST_NAME and font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1].rstrip()
-    return text + "…"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if share >= 0.0005 else "< 0.1 %"
+        ids, ignored = _class_ids(segmentation, num_labels, ignore_index)
+        counts += np.bincount(ids[~ignored], minlength=num_labels)
+    return counts

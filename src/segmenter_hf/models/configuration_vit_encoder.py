@@ -1,20 +1,26 @@
 """The fields of the plain ViT / DeiT encoder that Segmenter and SETR share, and their validation."""
 
 import copy
-import math
 from collections.abc import Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .configuration_checks import (
+    check_labels,
+    validate_activation,
+    validate_attention_heads,
+    validate_loss,
+    validate_numbers,
+    validate_positions,
+    validate_sizes,
+    validate_token_merging,
+)
 
-# What a configuration may ask for: a file of a few bytes must not keep a computer busy or fill its memory with layers and
-# names of classes.
-MAX_LAYERS, MAX_SIZE, MAX_LABELS, MAX_REGISTER_TOKENS = 1000, 2**24, 2**16, 4096
+
 REMOTE_PIPELINES = {
     "image-segmentation": {"impl": "pipeline_segmenter.SegmenterPipeline", "pt": ["AutoModelForSemanticSegmentation"]}
 }
@@ -25,19 +31,6 @@ if TYPE_CHECKING:
 else:
     Derived = Optional
 DERIVED: Any = None
-LIMITED = ("_size", "_layers", "_heads", "_channels", "_convs", "_factor")
-
-
-def check_labels(name: str, id2label: Any, num_labels: Any) -> None:
-    """The classes are numbered from 0 without gaps, and there is at least one. `PreTrainedConfig` takes anything."""
-    if num_labels is not None and not (type(num_labels) is int and 1 <= num_labels <= MAX_LABELS):
-        raise ValueError(f"{name}: `num_labels` must be at least 1 and at most {MAX_LABELS}, got {num_labels!r:.200}.")
-    if id2label is None:
-        return
-    if isinstance(id2label, dict) and len(id2label) > MAX_LABELS:
-        raise ValueError(f"{name}: `id2label` must have at most {MAX_LABELS} classes, got {len(id2label)}.")
-    if not (isinstance(id2label, dict) and id2label and {*map(str, id2label)} == {*map(str, range(len(id2label)))}):
-        raise ValueError(f"{name}: `id2label` must name the classes 0, 1, 2 and so on, got {id2label!r:.200}.")
 
 
 def with_background_name(id2label: Mapping[int, str] | Mapping[str, str]) -> dict[int, str]:
@@ -313,117 +306,14 @@ class VitEncoderConfig(PreTrainedConfig):
         height, width = self.token_merging_window_size
         return height, width
 
-    def validate_sizes(self) -> None:
-        """Every size is positive, and the patches tile the image."""
-        for name, value in self.to_dict().items():
-            is_size = name.endswith(("_size", "_layers", "_heads", "num_channels")) and isinstance(value, int)
-            if is_size and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-            largest = MAX_LAYERS if name.endswith(("_layers", "_convs")) else MAX_SIZE
-            if name.endswith(LIMITED) and isinstance(value, int) and value > largest:
-                raise ValueError(f"`{name}` must be at most {largest}, got {value}.")
-        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
-            raise ValueError(f"`image_size` must be an int or [height, width], got {self.image_size}.")
-        if any(side < 1 or side % self.patch_size for side in self.image_height_and_width):
-            raise ValueError(
-                f"`image_size` must be a positive multiple of `patch_size`, got {self.image_size} and "
-                f"{self.patch_size}. Inputs of other sizes are padded by the model and need no change here."
-            )
-
-    def validate_attention_heads(self) -> None:
-        """The heads share the width equally, in the encoder and, where there is one, in the decoder."""
-        for prefix in ("", "decoder_"):
-            width = getattr(self, f"{prefix}hidden_size", None)
-            heads = getattr(self, f"{prefix}num_attention_heads", None)
-            if width and heads and width % heads:
-                raise ValueError(
-                    f"`{prefix}hidden_size` must be a multiple of `{prefix}num_attention_heads`, got {width} and {heads}."
-                )
-
-    def validate_positions(self) -> None:
-        """Rotary positions have four angles of each frequency, and the options of the resize go together."""
-        if not 0 <= self.num_register_tokens <= MAX_REGISTER_TOKENS:
-            raise ValueError(
-                f"`num_register_tokens` must be from 0 to {MAX_REGISTER_TOKENS}, got {self.num_register_tokens}."
-            )
-        if self.position_embedding_type == "rotary" and self.hidden_size % (4 * self.num_attention_heads):
-            raise ValueError(
-                "Rotary positions need a multiple of 4 channels in each head, got `hidden_size` "
-                f"{self.hidden_size} and `num_attention_heads` {self.num_attention_heads}."
-            )
-        if not 0 < self.rope_theta < math.inf:
-            raise ValueError(f"`rope_theta` must be positive, got {self.rope_theta}.")
-        if not 0 <= self.position_embedding_offset < 1:
-            raise ValueError(
-                f"`position_embedding_offset` must be at least 0 and below 1, got {self.position_embedding_offset}."
-            )
-        if self.position_embedding_offset and self.position_embedding_antialias:
-            raise ValueError(
-                "`position_embedding_offset` and `position_embedding_antialias` exclude each other, got "
-                f"{self.position_embedding_offset} and {self.position_embedding_antialias}."
-            )
-
-    def validate_token_merging(self) -> None:
-        """The layers exist and rise, windows hold two patches or more, and the threshold is a cosine."""
-        layers = self.token_merging_layers or ()
-        is_short = len(layers) <= self.num_hidden_layers
-        if not is_short or list(layers) != sorted({*layers} & {*range(self.num_hidden_layers)}):
-            raise ValueError(
-                f"`token_merging_layers` must be rising numbers from 0 to {self.num_hidden_layers - 1}, got {str(layers[:99]):.200}."
-            )
-        size = self.token_merging_window_size
-        sides = [size, size] if isinstance(size, int) else list(size)
-        if len(sides) != 2 or min(sides) < 1 or max(sides) > MAX_SIZE or sides == [1, 1]:
-            raise ValueError(f"`token_merging_window_size` must be 2 patches or more, or [height, width], got {size}.")
-        if not -1 <= self.token_merging_threshold <= 1:
-            raise ValueError(f"`token_merging_threshold` must be from -1 to 1, got {self.token_merging_threshold}.")
-
-    def validate_numbers(self) -> None:
-        """Dropout and drop path are probabilities below 1, the epsilons of the norms positive."""
-        for name, value in self.to_dict().items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"`{name}` must be finite, got {value}.")
-            if name.endswith(("dropout_prob", "drop_path_rate")) and not 0 <= value < 1:
-                raise ValueError(f"`{name}` must be at least 0 and below 1, got {value}.")
-            if name.endswith("norm_eps") and not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be positive, got {value}.")
-        if self.layerscale_value is not None and not math.isfinite(self.layerscale_value):
-            raise ValueError(f"`layerscale_value` must be finite, got {self.layerscale_value}.")
-        if not 0 <= self.initializer_range < math.inf:
-            raise ValueError(f"`initializer_range` must be at least 0, got {self.initializer_range}.")
-
-    def validate_loss(self) -> None:
-        """The options of the loss are in range, with one weight for each class."""
-        weights, expected = self.semantic_loss_class_weights, max(self.num_labels, 2)
-        usable = (
-            weights is None or all(0 <= weight < float("inf") for weight in weights) and max(weights, default=0) > 0
-        )
-        if not usable or weights is not None and len(weights) != expected:
-            raise ValueError(
-                f"`semantic_loss_class_weights` must be {expected} finite numbers, none below 0 and one above, got {weights}. "
-                "To load a model with another `num_labels`, give `semantic_loss_class_weights=None` or new weights with it."
-            )
-        if not 0 <= self.semantic_loss_focal_gamma < math.inf:
-            raise ValueError(
-                f"`semantic_loss_focal_gamma` must be at least 0 and finite, got {self.semantic_loss_focal_gamma}."
-            )
-        if not 0 < self.semantic_loss_ohem_fraction <= 1:
-            raise ValueError(
-                f"`semantic_loss_ohem_fraction` must be above 0 and at most 1, got {self.semantic_loss_ohem_fraction}."
-            )
-        if not 0 <= self.semantic_loss_label_smoothing <= 1:
-            raise ValueError(
-                f"`semantic_loss_label_smoothing` must be from 0 to 1, got {self.semantic_loss_label_smoothing}."
-            )
-        if not 0 <= self.semantic_loss_dice_weight < math.inf:
-            raise ValueError(
-                f"`semantic_loss_dice_weight` must be at least 0 and finite, got {self.semantic_loss_dice_weight}."
-            )
-
-    def validate_activation(self) -> None:
-        """The activation is one that transformers knows."""
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+    # `strict` calls what has a name of this kind on every new configuration.
+    validate_sizes = validate_sizes
+    validate_attention_heads = validate_attention_heads
+    validate_positions = validate_positions
+    validate_token_merging = validate_token_merging
+    validate_numbers = validate_numbers
+    validate_loss = validate_loss
+    validate_activation = validate_activation
 
 
 __all__ = ["VitEncoderConfig"]

@@ -1,4 +1,4 @@
-"""Image files of any kind to images, and images of any kind to arrays of 8 bits."""
+"""Image files of any kind to PIL images, and images of any kind to arrays of 8 bits."""
 
 import concurrent.futures
 import http.client
@@ -139,7 +139,7 @@ def label_map_to_array(label_map: Any, do_reduce_labels: bool) -> np.ndarray:
         labels = labels.squeeze(0 if labels.shape[0] == 1 else -1)
     if labels.ndim != 2:
         raise ValueError(
-            f"A segmentation map must have the shape (height, width), got {labels.shape}. Convert colour-coded masks to "
+            f"A segmentation map must have the shape (height, width), got {labels.shape}. Convert color-coded masks to "
             "class ids first."
         )
     return np.where((labels == 0) | (labels == 255), 255, labels - 1) if do_reduce_labels else labels

@@ -170,7 +170,7 @@ def check_label_maps(image_sizes: Sequence[Sequence[int]], map_sizes: Sequence[S
     if len(map_sizes) != len(image_sizes):
         raise ValueError(
             f"{len(image_sizes)} image(s) need as many segmentation maps of the shape (height, width), got "
-            f"{len(map_sizes)}. Convert a colour-coded mask to class ids first."
+            f"{len(map_sizes)}. Convert a color-coded mask to class ids first."
         )
     if list(map(tuple, image_sizes)) != list(map(tuple, map_sizes)):
         raise ValueError(
@@ -184,6 +184,31 @@ def _read_maps(maps: Any) -> Any:
     if isinstance(maps, (list, tuple)):
         return [_read_maps(labels) for labels in maps]
     return read_image(maps) if isinstance(maps, (str, os.PathLike)) else maps
+
+
+def scale_image(image: torch.Tensor, labels: torch.Tensor | None, fields: dict[str, Any]) -> list[ScaledImage]:
+    """An image (channels, height, width) and its labels (height, width) at each scale."""
+    if fields["do_rescale"] and fields["value_range"] is None and image.is_floating_point() and 0 < image.max() <= 1:
+        raise ValueError(
+            "The image holds floats up to 1, but `do_rescale=True` expects 0 to 255: pass `do_rescale=False`."
+        )
+    normalize = Normalization(
+        fields["rescale_factor"] if fields["do_rescale"] else None,
+        *((fields["image_mean"], fields["image_std"]) if fields["do_normalize"] else (None, None)),
+    )
+    image_size = (image.shape[-2], image.shape[-1])
+    edges, fixed_side = fields["size"] if fields["do_resize"] else None, None
+    if edges is not None:
+        fixed_side = fields["window_size"] if fields["do_resize_to_window"] else None
+        edges = (edges.shortest_edge, edges.longest_edge)
+    scaled_images = []
+    for scale in fields["scales"]:
+        size = scaled_size(image_size, scale, edges, fixed_side)
+        pixels = resize_image(image, size, INTERPOLATION[fields["resample"]])
+        scaled = ScaledImage(pixels, normalize, None if labels is None else resize_labels(labels, size))
+        smallest_side = fields["window_size"] if fields["do_split_windows"] else 1
+        scaled_images.append(scaled.enlarged(smallest_side, image_size))
+    return scaled_images
 
 
 class _SegmenterImageProcessing(BaseImageProcessor):
@@ -370,7 +395,7 @@ class _SegmenterImageProcessing(BaseImageProcessor):
             maps = [labels.to(array.device) for labels, array in zip(label_maps, arrays)]
         return [
             ImageWindows.split(
-                self._scale(array, labels, fields),
+                scale_image(array, labels, fields),
                 index,
                 (array.shape[-2], array.shape[-1]),
                 fields["do_flip"],
@@ -379,35 +404,6 @@ class _SegmenterImageProcessing(BaseImageProcessor):
             )
             for index, (array, labels) in enumerate(zip(arrays, maps))
         ]
-
-    def _scale(self, image: torch.Tensor, labels: torch.Tensor | None, fields: dict[str, Any]) -> list[ScaledImage]:
-        """An image (channels, height, width) and its labels (height, width) at each scale."""
-        if (
-            fields["do_rescale"]
-            and fields["value_range"] is None
-            and image.is_floating_point()
-            and 0 < image.max() <= 1
-        ):
-            raise ValueError(
-                "The image holds floats up to 1, but `do_rescale=True` expects 0 to 255: pass `do_rescale=False`."
-            )
-        normalize = Normalization(
-            fields["rescale_factor"] if fields["do_rescale"] else None,
-            *((fields["image_mean"], fields["image_std"]) if fields["do_normalize"] else (None, None)),
-        )
-        image_size = (image.shape[-2], image.shape[-1])
-        edges, fixed_side = fields["size"] if fields["do_resize"] else None, None
-        if edges is not None:
-            fixed_side = fields["window_size"] if fields["do_resize_to_window"] else None
-            edges = (edges.shortest_edge, edges.longest_edge)
-        scaled_images = []
-        for scale in fields["scales"]:
-            size = scaled_size(image_size, scale, edges, fixed_side)
-            pixels = resize_image(image, size, INTERPOLATION[fields["resample"]])
-            scaled = ScaledImage(pixels, normalize, None if labels is None else resize_labels(labels, size))
-            smallest_side = fields["window_size"] if fields["do_split_windows"] else 1
-            scaled_images.append(scaled.enlarged(smallest_side, image_size))
-        return scaled_images
 
     def post_process_semantic_segmentation(
         self,

@@ -11,16 +11,15 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .batch_norm import VitEncoderBatchNorm
 from .configuration_segmenter import SegmenterConfig
 from .modeling_vit_encoder import (
-    VitEncoderBatchNorm,
     VitEncoderLayer,
     VitEncoderModel,
     VitEncoderPreTrainedModel,
     patch_grid,
-    token_attention_mask,
 )
-from .token_merging import MergedTokens
+from .token_merging import MergedTokens, token_attention_mask
 
 
 @dataclass

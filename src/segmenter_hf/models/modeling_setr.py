@@ -10,8 +10,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .batch_norm import VitEncoderBatchNorm as SetrBatchNorm
 from .configuration_setr import SetrConfig
-from .modeling_vit_encoder import VitEncoderBatchNorm as SetrBatchNorm
 from .modeling_vit_encoder import VitEncoderModel, VitEncoderPreTrainedModel, patch_grid
 
 

@@ -5,18 +5,15 @@ What DINOv2, DINOv3, CLIP and others add to them are options of the configuratio
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -27,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit_encoder import VitEncoderConfig
 from .patch_resizing import resize_patch_kernel
+from .resampling import resize_position_embeddings
 from .segmentation_loss import (
     plain_upsampled_cross_entropy,
     total_label_weight,
@@ -35,7 +33,7 @@ from .segmentation_loss import (
     upsampled_hard_pixel_loss,
 )
 from .sliding_window import with_background
-from .token_merging import MergedTokens, merge_tokens
+from .token_merging import MergedTokens, expand_merged_tokens, merge_tokens, token_attention_mask
 
 
 if TYPE_CHECKING:  # never imported here: transformers copies the files that these lines name with a saved model
@@ -83,45 +81,6 @@ def pad_to_patches(values: torch.Tensor, patch_size: int, padding: str, value: f
     return nn.functional.pad(values, (left, columns - left, top, rows - top), value=value)
 
 
-def resize_position_embeddings(
-    positions: torch.Tensor,
-    old: tuple[int, int],
-    new: tuple[int, int],
-    mode: str = "bilinear",
-    antialias: bool = False,
-    offset: float = 0.0,
-) -> torch.Tensor:
-    """Resize the learned positions of a grid of patches to another, in float32 with `align_corners=False`.
-
-    Args:
-        positions (`torch.FloatTensor` of shape `(1, special tokens + old rows * old columns, hidden_size)`): The learned
-            ones; those of the class and distillation tokens stay.
-        old (`tuple[int, int]`), new (`tuple[int, int]`): Rows and columns.
-        mode (`str`, defaults to `"bilinear"`), antialias (`bool`, defaults to `False`), offset (`float`, defaults to 0.0):
-            As `position_embedding_interpolation`, `_antialias` and `_offset` of [`VitEncoderConfig`].
-
-    Returns:
-        `torch.FloatTensor` of shape `(1, special tokens + new rows * new columns, hidden_size)`.
-    """
-    number = positions.shape[1] - old[0] * old[1]
-    special, patches = positions.split([number, old[0] * old[1]], dim=1)
-    patches = patches.unflatten(1, old).permute(0, 3, 1, 2).float()  # (1, hidden, rows, columns)
-    if offset:
-        # `interpolate` with the scale (n + offset) / old, which an export would fix to the size that it has seen. Nothing is
-        # resized where nothing changes: in tensors, since an export does not know it.
-        counts = [torch.full((), n, device=patches.device) for n in new]
-        is_same = (counts[0] == old[0]) & (counts[1] == old[1])
-        lengths = [count + torch.where(is_same, 0.0, offset) for count in counts]
-        rows, columns = (
-            2 * (torch.arange(n, device=patches.device) + 0.5) / length - 1 for n, length in zip(new, lengths)
-        )
-        where = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)[None]  # (1, rows, columns, 2)
-        patches = nn.functional.grid_sample(patches, where, mode, padding_mode="border", align_corners=False)
-    else:
-        patches = nn.functional.interpolate(patches, new, mode=mode, align_corners=False, antialias=antialias)
-    return torch.cat([special, patches.flatten(2).transpose(1, 2).to(special.dtype)], dim=1)
-
-
 def rotary_angles(grid: tuple[int, int], head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
     """Angles by which queries and keys are rotated (DINOv3, `rope_position_encoding.py`).
 
@@ -155,55 +114,6 @@ def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> 
     """(..., tokens, head_dim) rotated: channel i and i + head_dim / 2 are a point in a plane."""
     first, second = states.chunk(2, dim=-1)
     return states * cosines.to(states.dtype) + torch.cat([-second, first], dim=-1) * sines.to(states.dtype)
-
-
-def token_attention_mask(
-    config: VitEncoderConfig,
-    hidden_states: torch.Tensor,
-    merged: MergedTokens | None,
-    num_prefix_tokens: int = 0,
-    num_suffix_tokens: int = 0,
-) -> torch.Tensor | None:
-    """What keeps attention from the padding of merged tokens (batch, prefix + tokens + suffix, hidden), if there is any."""
-    if merged is None or merged.mask is None:
-        return None
-    mask = nn.functional.pad(merged.mask, (num_prefix_tokens, num_suffix_tokens), value=True)
-    return create_bidirectional_mask(config, hidden_states, mask)
-
-
-def expand_merged_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate `forward` of the encoder: with token merging, the states and attentions that it returns are of patches."""
-
-    @wraps(forward)
-    def expanded(self: "VitEncoderModel", *args: Any, **kwargs: Any) -> Any:
-        if not self.config.token_merging_layers:
-            return forward(self, *args, **kwargs)
-        return_dict = kwargs.pop("return_dict", None)
-        outputs = forward(self, *args, **kwargs, return_dict=True)
-        prefix, layers = self.embeddings.num_prefix_tokens, list(self.config.token_merging_layers)
-
-        def states_after(states: torch.Tensor | None, num_merges: int) -> torch.Tensor | None:
-            if states is None or not num_merges:
-                return states
-            return outputs.merged_tokens[num_merges - 1].expand(states, prefix)
-
-        outputs.merged_hidden_state = outputs.last_hidden_state
-        outputs.last_hidden_state = states_after(outputs.last_hidden_state, len(layers))
-        if outputs.hidden_states is not None:  # the embeddings, then the output of each layer
-            outputs.hidden_states = tuple(
-                states_after(states, bisect_left(layers, index)) for index, states in enumerate(outputs.hidden_states)
-            )
-        if outputs.attentions is not None:  # a layer attends before it merges
-            merged = [None, *outputs.merged_tokens]
-            before = [merged[bisect_left(layers, index)] for index in range(len(outputs.attentions))]
-            outputs.attentions = tuple(
-                attention if state is None else state.expand_attention(attention, prefix)
-                for attention, state in zip(outputs.attentions, before)
-            )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return outputs if return_dict else outputs.to_tuple()
-
-    return expanded
 
 
 class VitEncoderPatchEmbeddings(nn.Module):
@@ -438,52 +348,6 @@ class VitEncoderGatedMlp(nn.Module):
         """(batch, tokens, hidden) to the same shape."""
         gated = self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         return self.dropout(self.down_proj(self.dropout(gated)))
-
-
-class VitEncoderAllReduce(torch.autograd.Function):
-    """Sum over all processes; its gradient is the sum of the gradients of all processes."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return VitEncoderAllReduce.apply(gradient)
-
-
-class VitEncoderBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation whose statistics in training are those of the batches of all processes together.
-
-    torch's `SyncBatchNorm` does the same on GPUs alone, and only after a conversion of the model.
-    """
-
-    # Not optional as in the base class: it always has a momentum and keeps statistics.
-    momentum: float
-    num_batches_tracked: torch.Tensor
-    running_mean: torch.Tensor
-    running_var: torch.Tensor
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(batch, channels, height, width) to the same shape."""
-        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not (self.training and distributed):
-            return super().forward(features)
-        values = features.float()
-        count = values.new_tensor(values.numel() / values.shape[1])
-        sums = VitEncoderAllReduce.apply(torch.cat([values.sum((0, 2, 3)), count[None]]))
-        count = sums[-1].detach()
-        mean = sums[:-1] / count
-        centred = values - mean[:, None, None]
-        variance = VitEncoderAllReduce.apply(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(features.dtype)
 
 
 class VitEncoderDropPath(nn.Module):
@@ -791,9 +655,7 @@ class VitEncoderModel(VitEncoderPreTrainedModel):
 
 
 __all__ = [
-    "VitEncoderBatchNorm",
     "VitEncoderModel",
     "VitEncoderOutput",
     "VitEncoderPreTrainedModel",
-    "resize_position_embeddings",
 ]

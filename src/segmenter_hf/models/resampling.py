@@ -1,13 +1,13 @@
-"""Bilinear resampling, in one place: where a new sample looks, as taps and as a matrix, and the resize of images and labels.
+"""Resampling, in one place: where a new sample looks, as taps and as a matrix; the resize of images, labels and positions.
 
-Everything follows `torch.nn.functional.interpolate` with `align_corners=False` and without antialiasing.
+Taps and images follow `torch.nn.functional.interpolate` with `align_corners=False` and without antialiasing.
 """
 
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
+from torch.nn.functional import grid_sample, interpolate
 
 from .worker_threads import run_in_threads
 
@@ -88,4 +88,50 @@ def resize_labels(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return labels
 
 
-__all__ = ["linear_matrix", "linear_taps", "resize_image", "resize_labels", "resized_size"]
+def resize_position_embeddings(
+    positions: torch.Tensor,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    mode: str = "bilinear",
+    antialias: bool = False,
+    offset: float = 0.0,
+) -> torch.Tensor:
+    """Resize the learned positions of a grid of patches to another, in float32 with `align_corners=False`.
+
+    Args:
+        positions (`torch.FloatTensor` of shape `(1, special tokens + old rows * old columns, hidden_size)`): The learned
+            ones; those of the class and distillation tokens stay.
+        old (`tuple[int, int]`), new (`tuple[int, int]`): Rows and columns.
+        mode (`str`, defaults to `"bilinear"`), antialias (`bool`, defaults to `False`), offset (`float`, defaults to
+            0.0): As `position_embedding_interpolation`, `_antialias` and `_offset` of [`VitEncoderConfig`].
+
+    Returns:
+        `torch.FloatTensor` of shape `(1, special tokens + new rows * new columns, hidden_size)`.
+    """
+    number = positions.shape[1] - old[0] * old[1]
+    special, patches = positions.split([number, old[0] * old[1]], dim=1)
+    patches = patches.unflatten(1, old).permute(0, 3, 1, 2).float()  # (1, hidden, rows, columns)
+    if offset:
+        # `interpolate` with the scale (n + offset) / old, which an export would fix to the size that it has seen. Nothing is
+        # resized where nothing changes: in tensors, since an export does not know it.
+        counts = [torch.full((), n, device=patches.device) for n in new]
+        is_same = (counts[0] == old[0]) & (counts[1] == old[1])
+        lengths = [count + torch.where(is_same, 0.0, offset) for count in counts]
+        rows, columns = (
+            2 * (torch.arange(n, device=patches.device) + 0.5) / length - 1 for n, length in zip(new, lengths)
+        )
+        where = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)[None]  # (1, rows, columns, 2)
+        patches = grid_sample(patches, where, mode, padding_mode="border", align_corners=False)
+    else:
+        patches = interpolate(patches, new, mode=mode, align_corners=False, antialias=antialias)
+    return torch.cat([special, patches.flatten(2).transpose(1, 2).to(special.dtype)], dim=1)
+
+
+__all__ = [
+    "linear_matrix",
+    "linear_taps",
+    "resize_image",
+    "resize_labels",
+    "resize_position_embeddings",
+    "resized_size",
+]

@@ -7,11 +7,17 @@ its patches. Each step is an assignment, the new index of each old token; the to
 of its batch are followed by padding, which attention has to leave out.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
 
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
+from transformers.masking_utils import create_bidirectional_mask
+
+from .configuration_vit_encoder import VitEncoderConfig
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class MergedTokens:
         rows = rows[:, None, :, None].expand(-1, probabilities.shape[1], -1, probabilities.shape[-1])
         columns = index[:, None, None].expand(-1, probabilities.shape[1], rows.shape[2], -1)
         shares = self.sizes.gather(1, self.source)
-        shares = torch.nn.functional.pad(shares, (num_prefix_tokens, num_suffix_tokens), value=1.0)
+        shares = pad(shares, (num_prefix_tokens, num_suffix_tokens), value=1.0)
         return probabilities.gather(2, rows).gather(3, columns) / shares[:, None, None]
 
     def average(self, values: torch.Tensor) -> torch.Tensor:
@@ -216,3 +222,52 @@ def _choose(similarity: torch.Tensor, threshold: torch.Tensor, batchwise: bool) 
 def _ranks(similarity: torch.Tensor) -> torch.Tensor:
     """The place of each entry (batch, entries) when they are sorted from the most similar on."""
     return similarity.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
+def token_attention_mask(
+    config: VitEncoderConfig,
+    hidden_states: torch.Tensor,
+    merged: MergedTokens | None,
+    num_prefix_tokens: int = 0,
+    num_suffix_tokens: int = 0,
+) -> torch.Tensor | None:
+    """What keeps attention from the padding of merged tokens (batch, prefix + tokens + suffix, hidden), if there is any."""
+    if merged is None or merged.mask is None:
+        return None
+    mask = pad(merged.mask, (num_prefix_tokens, num_suffix_tokens), value=True)
+    return create_bidirectional_mask(config, hidden_states, mask)
+
+
+def expand_merged_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate `forward` of the encoder: with token merging, the states and attentions that it returns are of patches."""
+
+    @wraps(forward)
+    def expanded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.config.token_merging_layers:
+            return forward(self, *args, **kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        outputs = forward(self, *args, **kwargs, return_dict=True)
+        prefix, layers = self.embeddings.num_prefix_tokens, list(self.config.token_merging_layers)
+
+        def states_after(states: torch.Tensor | None, num_merges: int) -> torch.Tensor | None:
+            if states is None or not num_merges:
+                return states
+            return outputs.merged_tokens[num_merges - 1].expand(states, prefix)
+
+        outputs.merged_hidden_state = outputs.last_hidden_state
+        outputs.last_hidden_state = states_after(outputs.last_hidden_state, len(layers))
+        if outputs.hidden_states is not None:  # the embeddings, then the output of each layer
+            outputs.hidden_states = tuple(
+                states_after(states, bisect_left(layers, index)) for index, states in enumerate(outputs.hidden_states)
+            )
+        if outputs.attentions is not None:  # a layer attends before it merges
+            merged = [None, *outputs.merged_tokens]
+            before = [merged[bisect_left(layers, index)] for index in range(len(outputs.attentions))]
+            outputs.attentions = tuple(
+                attention if state is None else state.expand_attention(attention, prefix)
+                for attention, state in zip(outputs.attentions, before)
+            )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if return_dict else outputs.to_tuple()
+
+    return expanded

@@ -205,7 +205,7 @@ class DataArguments:
             "help": "Pixel values that become black and white, as in 0 4095; by default what TIFF files declare, or those of 8 or 16 bits."
         },
     )
-    photometric_distortion: bool = field(default=True, metadata={"help": "Change colours at random in training."})
+    photometric_distortion: bool = field(default=True, metadata={"help": "Change colors at random in training."})
     window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network in evaluation."})
 
     def __post_init__(self) -> None:

@@ -4,22 +4,28 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..utils.atomic_files import move_directory
 from ..utils.folders import lies_within
 from .arguments import SegmentationTrainingArguments
 from .recipes import RECIPE_FILE, check_same_run
+
+
+if TYPE_CHECKING:
+    from .trainer import SegmentationTrainer
 
 
 TRACKER_FOLDERS = ("runs", "wandb", "mlruns")  # what may be in an output directory before the run is noted there
 
 
 def find_checkpoint(training_args: SegmentationTrainingArguments, recipe: dict[str, Any]) -> str | None:
-    """Find the checkpoint to go on from, if there is one; nothing is changed yet.
+    """Find the checkpoint to resume from, if there is one; nothing is changed yet.
 
     Returns:
         `str`, *optional*: The directory of the checkpoint.
@@ -27,7 +33,7 @@ def find_checkpoint(training_args: SegmentationTrainingArguments, recipe: dict[s
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         FileExistsError: If the output directory holds files that are of no run, and they may not be replaced.
-        ValueError: If it holds a run with other arguments, or the checkpoint to go on from would be deleted.
+        ValueError: If it holds a run with other arguments, or the checkpoint to resume from would be deleted.
     """
     output_dir, checkpoint = Path(training_args.output_dir), training_args.resume_from_checkpoint
     is_replaced = training_args.overwrite_output_dir
@@ -70,6 +76,43 @@ def remove_partial_checkpoints(run_dir: Path) -> None:
 
 
 @contextmanager
+def writing_checkpoint(trainer: "SegmentationTrainer", checkpoint: Path) -> Iterator[Path]:
+    """The folder for a checkpoint, which gets its own name after the block, when all processes have written their part.
+
+    Args:
+        trainer ([`SegmentationTrainer`]): The trainer.
+        checkpoint (`Path`): What the checkpoint is called in the end, in the output directory of the run.
+
+    Raises:
+        OSError: If it cannot be written; says what is left and what to do.
+    """
+    run_dir, name, state = checkpoint.parent, checkpoint.name, trainer.state
+    should_save, wait = trainer.args.should_save, trainer.accelerator.wait_for_everyone
+    partial = run_dir / f".{name}-partial"
+    with explain_writing_errors(run_dir, state.global_step):
+        if should_save:
+            shutil.rmtree(partial, ignore_errors=True)  # of a killed run at this step
+        wait()
+        try:
+            yield partial
+            wait()
+            if state.best_model_checkpoint == str(partial / name):
+                state.best_model_checkpoint = str(checkpoint)
+            if should_save:
+                state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
+                if trainer.average is not None:
+                    trainer.average.save(partial / name)
+                move_directory(partial / name, checkpoint, partial / "old")
+        finally:
+            if should_save:
+                shutil.rmtree(partial, ignore_errors=True)
+        if should_save:
+            best = state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), trainer.args.save_total_limit, best_model_checkpoint=best)
+        wait()
+
+
+@contextmanager
 def explain_writing_errors(run_dir: Path, step: int) -> Iterator[None]:
     """Errors of writing a checkpoint, with what is left and what to do."""
     try:
@@ -80,7 +123,7 @@ def explain_writing_errors(run_dir: Path, step: int) -> Iterator[None]:
         raise OSError(
             f"The checkpoint of step {step} could not be written to {run_dir}, where {free:.0f} MB are free: {error}. "
             + (
-                f"The last complete one is {last}. Make room and run the same command to go on from it."
+                f"The last complete one is {last}. Make room and run the same command to resume from it."
                 if last
                 else "There is no complete one yet. Make room and run the same command."
             )

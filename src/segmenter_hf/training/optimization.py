@@ -140,3 +140,8 @@ def loss_weight(labels: torch.Tensor, config: VitEncoderConfig) -> torch.Tensor:
     class_weights = config.semantic_loss_class_weights
     weights = None if class_weights is None else torch.tensor(class_weights, device=labels.device)
     return total_label_weight(labels, config.semantic_loss_ignore_index, weights)
+
+
+def loss_share(labels: torch.Tensor, config: VitEncoderConfig, total: torch.Tensor) -> torch.Tensor:
+    """Share of a batch in `total`, what all batches of a step weigh: see [`loss_weight`]. 0 where no pixel counts."""
+    return torch.where(total > 0, loss_weight(labels, config) / total, 0.0)

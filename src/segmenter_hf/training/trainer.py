@@ -1,7 +1,6 @@
 """Trainer for segmentation: augmented crops in, counts of pixels out, checkpoints that are whole."""
 
 import itertools
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -19,8 +18,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..data.label_sets import LabelSet
 from ..evaluation.evaluate import EvaluationDataset, collate_examples, confusion_matrices, save_prediction_grid
@@ -30,14 +28,13 @@ from ..inference.predictor import Predictor
 from ..inference.protocol import InferenceProtocol
 from ..models.image_processing_segmenter import SegmenterImageProcessor
 from ..models.modeling_vit_encoder import VitEncoderPreTrainedModel
-from ..utils.atomic_files import move_directory
 from .arguments import SegmentationTrainingArguments
 from .averaging import WeightAverage
 from .callbacks import AverageWeights, SetEpoch, ShowProgress, StopAtNan, nan_message
-from .checkpoints import explain_writing_errors
+from .checkpoints import writing_checkpoint
 from .features import encoder_replaced_by
 from .freezing import FreezeEncoder, get_encoder
-from .optimization import decays, has_own_rates, loss_weight, parameter_groups, polynomial_scheduler
+from .optimization import decays, has_own_rates, loss_share, loss_weight, parameter_groups, polynomial_scheduler
 from .termination import EvaluationTerminated, SaveAtTermination, end_training, note_due_evaluation, shield_workers
 
 
@@ -72,26 +69,10 @@ class SegmentationTrainer(Trainer):
         self.average: WeightAverage | None = None
         self._freezing: FreezeEncoder | None = None
         self._termination = SaveAtTermination(self)
-        for callback in (
-            SetEpoch(),
-            StopAtNan(),
-            ShowProgress(self),
-            *self._callbacks_of_arguments(),
-            self._termination,  # last: it evaluates as training begins, with the averaged weights
-        ):
-            self.add_callback(callback)
-
-    def _callbacks_of_arguments(self) -> Iterator[TrainerCallback]:
-        """What the arguments want done at some steps."""
         if getattr(self.args, "freeze_encoder", False):
             self._freezing = FreezeEncoder(get_encoder(self.model), self.args.unfreeze_at_step)
-            yield self._freezing
-        if (decay := getattr(self.args, "ema_decay", None)) is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("`ema_decay` averages whole weights, which sharded models do not have: leave it out.")
-            yield AverageWeights(self, decay)
-        if (patience := getattr(self.args, "early_stopping_patience", None)) is not None:
-            yield EarlyStoppingCallback(patience)
+        for callback in segmentation_callbacks(self, self._freezing, self._termination):
+            self.add_callback(callback)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Parameters that weight decay is for: see [`decays`]."""
@@ -116,14 +97,8 @@ class SegmentationTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Trainer's loader. Workers that live for all epochs draw from a generator of its own.
-
-        A run that goes on starts them once more, and must not draw from the one of the model for that.
-        """
-        loader = super().get_train_dataloader()
-        if self.args.dataloader_persistent_workers:
-            getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
-        return shield_workers(loader)
+        """Trainer's loader, whose workers do not end with the process that is told to."""
+        return shield_workers(with_own_generator(super().get_train_dataloader(), self.args))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
@@ -153,16 +128,15 @@ class SegmentationTrainer(Trainer):
         """
         if self._freezing is not None:
             self._freezing.keep_in_eval_mode()
-        if "features" in inputs:
-            with encoder_replaced_by(self.accelerator.unwrap_model(model), inputs) as of_features:
-                loss, outputs = super().compute_loss(model, of_features, return_outputs=True)
-        else:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        has_features = "features" in inputs
+        encoder = (
+            encoder_replaced_by(self.accelerator.unwrap_model(model), inputs) if has_features else nullcontext(inputs)
+        )
+        with encoder as model_inputs:
+            loss, outputs = super().compute_loss(model, model_inputs, return_outputs=True)
         if num_items_in_batch is not None:
             parts = self.current_gradient_accumulation_steps * self.args.world_size
-            weight = loss_weight(inputs["labels"], self.model.config)
-            total = torch.as_tensor(num_items_in_batch)
-            share = torch.where(total > 0, weight / total, 0.0)
+            share = loss_share(inputs["labels"], self.model.config, torch.as_tensor(num_items_in_batch))
             loss = loss * (share * parts).to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
 
@@ -270,9 +244,7 @@ class SegmentationTrainer(Trainer):
         Raises:
             FloatingPointError: If a weight is NaN or infinite.
         """
-        for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
-            if not torch.isfinite(getattr(tensor, "to_local", tensor.detach)()).all():  # a part, with FSDP
-                raise FloatingPointError(nan_message(f"`{name}` is not finite at step {self.state.global_step}."))
+        check_finite(self.model, self.state.global_step)
         super().save_model(output_dir, _internal_call)
 
     # Checkpoints
@@ -310,30 +282,53 @@ class SegmentationTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save a checkpoint under another name, and give it its own when all processes have written their part."""
-        run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with explain_writing_errors(run_dir, self.state.global_step):
-            if self.args.should_save:
-                shutil.rmtree(run_dir / f".{name}-partial", ignore_errors=True)  # of a killed run at this step
-            self.accelerator.wait_for_everyone()
-            self._partial = run_dir / f".{name}-partial"
+        checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with writing_checkpoint(self, checkpoint) as self._partial:
             try:
                 super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.state.best_model_checkpoint == str(self._partial / name):
-                    self.state.best_model_checkpoint = str(run_dir / name)
-                if self.args.should_save:
-                    self.state.save_to_json(str(self._partial / name / TRAINER_STATE_NAME))
-                    if self.average is not None:
-                        self.average.save(self._partial / name)
-                    move_directory(self._partial / name, run_dir / name, self._partial / "old")
             finally:
-                if self.args.should_save:
-                    shutil.rmtree(self._partial, ignore_errors=True)
                 self._partial = None
-            if self.args.should_save:
-                best = self.state.best_model_checkpoint
-                rotate_checkpoints(str(run_dir), self.args.save_total_limit, best_model_checkpoint=best)
-            self.accelerator.wait_for_everyone()
+
+
+def segmentation_callbacks(
+    trainer: SegmentationTrainer, freezing: FreezeEncoder | None, termination: SaveAtTermination
+) -> Iterator[TrainerCallback]:
+    """What happens at some steps of every run, and what the arguments want done.
+
+    Raises:
+        ValueError: If the weights of a sharded model are to be averaged.
+    """
+    yield from (SetEpoch(), StopAtNan(), ShowProgress(trainer))
+    if freezing is not None:
+        yield freezing
+    if (decay := getattr(trainer.args, "ema_decay", None)) is not None:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError("`ema_decay` averages whole weights, which sharded models do not have: leave it out.")
+        yield AverageWeights(trainer, decay)
+    if (patience := getattr(trainer.args, "early_stopping_patience", None)) is not None:
+        yield EarlyStoppingCallback(patience)
+    yield termination  # last: it evaluates as training begins, with the averaged weights
+
+
+def with_own_generator(loader: DataLoader, args: SegmentationTrainingArguments) -> DataLoader:
+    """A loader whose workers, where they live for all epochs, draw from a generator of its own.
+
+    A run that is resumed starts them once more, and must not draw from the one of the model for that.
+    """
+    if args.dataloader_persistent_workers:
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(args.seed)
+    return loader
+
+
+def check_finite(model: torch.nn.Module, step: int) -> None:
+    """Refuse a model that no training can continue with.
+
+    Raises:
+        FloatingPointError: If a weight is NaN or infinite.
+    """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if not torch.isfinite(getattr(tensor, "to_local", tensor.detach)()).all():  # a part, with FSDP
+            raise FloatingPointError(nan_message(f"`{name}` is not finite at step {step}."))
 
 
 def gathered_copy(model: PreTrainedModel) -> PreTrainedModel:

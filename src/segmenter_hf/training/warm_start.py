@@ -3,7 +3,7 @@
 A linear classifier of the tokens has one optimum and reaches it fast. The mask transformer, started at random, first has to
 find what the classifier knows: its logits are cosines of learned directions that begin at random, normalised over the
 classes. Here its classes start as the rows of the classifier, its projections as the identity, and its layers close to the
-identity, so that its first masks are those of the probe and training goes on from there. Only the start of the training
+identity, so that its first masks are those of the probe and training continues from there. Only the start of the training
 differs; what a model computes does not.
 """
 
