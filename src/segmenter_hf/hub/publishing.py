@@ -111,8 +111,8 @@ def build_repository(
     """Write the directory that would be pushed, and nothing else than what belongs there.
 
     It holds the weights as safetensors, the configuration, the image processor, the label set, the model files,
-    `handler.py` for Inference Endpoints, the card, and images: `sample.png` for its examples, and `predictions.png` if the model was trained here or on the
-    embedded scenes.
+    `handler.py` for Inference Endpoints, the card, and images: `sample.png` for its examples, and `predictions.png` if the
+    model was trained here or on the embedded scenes.
 
     Args:
         checkpoint_dir (`str` or `Path`): Directory of a trained or converted model with its image processor.
@@ -141,12 +141,11 @@ def build_repository(
         processor.save_pretrained(temporary)
         label_set.save(temporary / LABEL_SET_FILE)
         shutil.copyfile(Path(__file__).parent / HANDLER_FILE, temporary / HANDLER_FILE)
-        if (checkpoint_dir / SAMPLE_IMAGE).exists():
-            shutil.copyfile(checkpoint_dir / SAMPLE_IMAGE, temporary / SAMPLE_IMAGE)
+        for name in (SAMPLE_IMAGE, PREDICTIONS_IMAGE):
+            if (checkpoint_dir / name).exists():
+                shutil.copyfile(checkpoint_dir / name, temporary / name)
         image = temporary / PREDICTIONS_IMAGE
-        if (checkpoint_dir / PREDICTIONS_IMAGE).exists():
-            shutil.copyfile(checkpoint_dir / PREDICTIONS_IMAGE, image)
-        elif label_set.name == "scenes" and model.config.num_channels == 3:
+        if not image.exists() and label_set.name == "scenes" and model.config.num_channels == 3:
             scenes = load_segmentation_datasets("scenes", splits=["validation"], scenes_validation=4)["validation"]
             predictor = Predictor(model, processor, label_set.with_background())
             save_prediction_grid(predictor, EvaluationDataset(scenes, label_set), image)
