@@ -1,5 +1,7 @@
 """A checkpoint when the process is told to end (SIGTERM), as Slurm and Kubernetes do some time before they kill it."""
 
+import atexit
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
@@ -116,11 +118,23 @@ def end_training(trainer: "SegmentationTrainer") -> NoReturn:
 def shield_workers(loader: DataLoader) -> DataLoader:
     """Let the workers of a loader ignore SIGTERM, which a batch system sends to all processes of a job.
 
-    They end when the loader does, or when its process is gone.
+    They end when the loader does, or when its process is gone. Where something still holds the loader as the process ends, such as
+    the traceback of an error, Python would send them the signal that they ignore, and wait for ever.
     """
+    atexit.unregister(_kill_workers)
+    atexit.register(_kill_workers)  # after the import of multiprocessing, and so before its own function
     base = getattr(loader, "base_dataloader", loader)
     base.worker_init_fn = _IgnoreSigterm(base.worker_init_fn)
     return loader
+
+
+def _kill_workers() -> None:
+    """Kill the processes that Python would terminate now, without torch taking that for a failure."""
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class _IgnoreSigterm:
