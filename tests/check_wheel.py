@@ -8,6 +8,7 @@ imported here, so any Python can run it.
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,7 @@ TRAIN = (
     "--image_size 64 --crop_size 48 --use_cpu --eval_strategy no --save_strategy no --load_best_model_at_end false "
     "--config_overrides num_hidden_layers=2"
 )
-# Each command, and what it prints; None: it fails with one line that says what to do.
+# Each command, and a pattern of what it prints; one that begins with `^error: `: it fails with a line that says what to do.
 COMMANDS = [
     ("--help", "usage:"),
     ("--version", "segmenter-hf"),
@@ -30,18 +31,21 @@ COMMANDS = [
     ("evaluate --model_name_or_path model --dataset_name scenes --max_samples 2 --output_dir evaluation", "Mean IoU"),
     ("predict --model_name_or_path model --images drawn/images --output_dir predictions", "predictions"),
     ("predict --model_name_or_path model --output_dir sample", "sample"),
-    ("predict --model_name_or_path not-there --images drawn/images --output_dir x", None),
-    ("predict --model_name_or_path seg-b-mask-16-ade20k --images drawn/images --output_dir x", None),
-    ("predict --model_name_or_path model --images not-there.png --output_dir x", None),
-    ("evaluate --model_name_or_path model --dataset_name not-there --output_dir x", None),
-    ("train --dataset_name not-there --output_dir x", None),
-    ("publish --checkpoint_dir not-there --output_dir x --dry_run", None),
-    ("draw-scenes --num_images 0 --output_dir x", None),
+    ("predict --model_name_or_path not-there --images drawn/images --output_dir x", "^error: .*segmenter-hf models"),
+    (
+        "predict --model_name_or_path seg-b-mask-16-ade20k --images drawn/images --output_dir x",
+        "^error: .*segmenter-hf convert",
+    ),
+    ("predict --model_name_or_path model --images not-there.png --output_dir x", "^error: "),
+    ("evaluate --model_name_or_path model --dataset_name not-there --output_dir x", "^error: "),
+    ("train --dataset_name not-there --output_dir x", "^error: "),
+    ("publish --checkpoint_dir not-there --output_dir x --dry_run", "^error: "),
+    ("draw-scenes --num_images 0 --output_dir x", "^error: "),
     ("publish --checkpoint_dir model --output_dir repository --dry_run", "repository"),
     ("estimate --recipe scenes", ""),
-    ("convert --checkpoint_path nothing.pth --output_dir x", None),
-    ("export --model_name_or_path model --output_dir onnx", None),  # needs an extra, and says which
-    ("demo --model_name_or_path model", None),
+    ("convert --checkpoint_path nothing.pth --output_dir x", "^error: "),
+    ("export --model_name_or_path model --output_dir onnx", "^error: "),  # needs an extra, and says which
+    ("demo --model_name_or_path model", "^error: "),
 ]
 
 
@@ -54,10 +58,9 @@ def main() -> None:
             command = [program, *shlex.split(line)]
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
             printed = done.stdout + done.stderr
-            if expected is None:
-                good = done.returncode == 1 and any(line.startswith("error: ") for line in done.stderr.splitlines())
-            else:
-                good = done.returncode == 0 and expected in printed
+            good = done.returncode == int(expected.startswith("^error: ")) and re.search(
+                expected, printed, re.MULTILINE
+            )
             good = good and "Traceback" not in printed
             print(f"{'ok  ' if good else 'FAIL'} segmenter-hf {line}")
             if not good:

@@ -54,7 +54,7 @@ def processor() -> SegmenterImageProcessor:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (Image.fromarray(COLOUR), r"\(40, 56, 3\). Convert colour-coded masks to class ids"),
+        (Image.fromarray(COLOUR), r"\(40, 56, 3\). Convert color-coded masks to class ids"),
         (Image.fromarray(COLOUR).convert("RGBA"), r"\(40, 56, 4\)"),
         (Image.fromarray(COLOUR).convert("LA"), r"\(40, 56, 2\)"),
         (Image.fromarray(COLOUR).convert("F"), "must hold integers, got float32"),
@@ -144,7 +144,7 @@ def test_what_is_no_mask_is_refused_when_decoded_and_counted(mask, message) -> N
             "If 77 marks .* `ignore_index=77`. Otherwise either there are more classes, 78 or more.*need a label map",
         ),
         (300, "Map the stored ids to class ids with a label map"),
-        (255, "No pixel of 1 masks belongs to a class"),
+        (255, "No pixel of 1 masks, of which the first is .*, belongs to a class"),
     ],
 )
 def test_masks_of_wrong_ids_end_in_a_remedy(value, message) -> None:

@@ -333,13 +333,18 @@ def test_a_model_that_names_code_of_its_own_is_loaded_with_ours(hostile) -> None
     assert not marker.exists()
 
 
-def test_a_model_of_another_type_with_code_of_its_own_is_refused_without_asking(hostile, monkeypatch) -> None:
-    folder, marker = hostile
+def _make_unknown(folder, monkeypatch) -> None:
+    """Name a model type that only code of the folder knows, and fail where somebody is asked whether to run it."""
     for name in ("config.json", "preprocessor_config.json"):
         content = json.loads((folder / name).read_text())
         content.pop("image_processor_type", None)
         (folder / name).write_text(json.dumps({**content, "model_type": "stranger"}))
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("somebody was asked"))
+
+
+def test_a_model_of_another_type_with_code_of_its_own_is_refused_without_asking(hostile, monkeypatch) -> None:
+    folder, marker = hostile
+    _make_unknown(folder, monkeypatch)
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_model(folder, device="cpu")
     with pytest.raises(ValueError, match="expected the keys of"):
@@ -449,11 +454,7 @@ def test_pipes_and_endless_files_of_a_model_are_refused(name, tmp_path) -> None:
 
 def test_training_asks_nobody_whether_to_run_code_either(hostile, monkeypatch) -> None:
     folder, marker = hostile
-    for name in ("config.json", "preprocessor_config.json"):
-        content = json.loads((folder / name).read_text())
-        content.pop("image_processor_type", None)
-        (folder / name).write_text(json.dumps({**content, "model_type": "stranger"}))
-    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("somebody was asked"))
+    _make_unknown(folder, monkeypatch)
     with pytest.raises(ValueError, match="trust_remote_code"):
         build_model_and_processor(
             ModelArguments(model_name_or_path=str(folder)), DataArguments(), load_label_set("scenes")

@@ -409,7 +409,7 @@ def test_the_script_says_what_it_wrote_and_what_comes_next(main, tmp_path, capsy
     checkpoint, output_dir = FIXTURES / "seg_vit_linear" / "checkpoint.pth", tmp_path / "model"
     main(["--checkpoint_path", str(checkpoint), "--output_dir", str(output_dir)])
     printed = capsys.readouterr().out
-    assert f"Wrote {output_dir}: config.json" in printed
+    assert f"Wrote {output_dir}: batch_norm.py, config.json" in printed
     assert "SegmenterForSemanticSegmentation from rstrudel/segmenter" in printed
     assert "Next: python -c" in printed
     with pytest.raises(SystemExit, match="error: .*exists and is not empty"):
