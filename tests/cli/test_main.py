@@ -68,7 +68,11 @@ def test_the_module_is_the_console_command() -> None:
         (["scripts"], "choose from train, evaluate"),
         (["--no_such_option"], "unrecognized arguments: --no_such_option"),
         (["train"], "give at least --output_dir DIR"),
-        (["train", "--use_cpu"], "required: --output_dir"),
+        (["train", "--use_cpu"], "required: --output_dir\n"),
+        (
+            ["predict"],
+            "required: --model_name_or_path, --output_dir. A model is a directory or a name on the Hub: `segmenter-hf models`",
+        ),
         (["models", "seg"], "unexpected 'seg'"),
         (["estimate", "--recip"], "expected one argument"),
     ],

@@ -2,9 +2,10 @@
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -28,6 +29,19 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             return f"{text} (required)"
         shows_default = action.default not in (None, "", [], argparse.SUPPRESS) and action.nargs != 0
         return f"{text} (default: {_as_typed(action.default)})" if shows_default else text
+
+
+class SubcommandParser(HfArgumentParser):
+    """Spells each missing option once, and says where models come from."""
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"/--[\w-]+", "", message)  # other spellings of an option
+        if "required: --model_name_or_path" in message:
+            message += (
+                ". A model is a directory or a name on the Hub: `segmenter-hf models` lists the published ones and how to get "
+                "them, `segmenter-hf train` makes your own"
+            )
+        super().error(message)
 
 
 def _value(action: argparse.Action) -> str:
@@ -64,7 +78,7 @@ def build_parser(subcommand: str, doc: str | None, dataclass_types: Sequence[typ
         `HfArgumentParser`: The parser.
     """
     summary, _, more = (doc or "").partition("\n\n")
-    parser = HfArgumentParser(
+    parser = SubcommandParser(
         dataclass_types,  # type: ignore[arg-type]
         prog=f"segmenter-hf {subcommand}",
         description=" ".join(summary.split()),
