@@ -120,6 +120,13 @@ def test_commands_have_the_options_that_pages_and_help_show() -> None:
             assert re.search(rf"{re.escape(option)}\b", help_of(subcommand)), f"{subcommand} has no {option}"
 
 
+def test_files_of_the_clone_that_pages_name_are_there() -> None:
+    pattern = re.compile(r"`((?:tests|scripts|benchmarks|notebooks)/[\w./-]+\.\w+)`")
+    named = {name: page.name for page in PAGES for name in pattern.findall(page.read_text(encoding="utf-8"))}
+    assert len(named) > 10
+    assert {name: page for name, page in named.items() if not (ROOT / name).is_file()} == {}
+
+
 def test_configurations_of_the_papers_can_be_made() -> None:
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     shown = re.findall(r"`((?:Segmenter|Setr)Config\(.*?\))`", text)

@@ -124,7 +124,7 @@ def parse_training_arguments(
     only_recipe.add_argument("--recipe", default=from_file.get("recipe"))
     name = only_recipe.parse_known_args(argv)[0].recipe
     parser = training_parser(show_all="--help_all" in argv)
-    defaults = ({} if name is None else recipe_arguments(name)) | from_file
+    defaults = ({} if name is None else recipe_arguments(name, bool(from_file.get("use_cpu")))) | from_file
     parser.set_defaults(**defaults)
     for action in parser._actions:
         action.required = action.dest == "output_dir" and "output_dir" not in defaults

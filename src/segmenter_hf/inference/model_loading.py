@@ -27,6 +27,7 @@ from transformers.utils import CONFIG_NAME, ModelOutput, cached_file
 from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
 from ..models.configuration_vit_encoder import VitEncoderConfig
 from ..models.image_processing_segmenter import AnyImageProcessor
+from ..utils.hardware import accelerator_type, warn_of_slow_bfloat16
 from ..utils.http import translate_http_errors
 from ..utils.messages import one_line
 from ..utils.processes import process_state
@@ -68,7 +69,7 @@ def load_model(
         device (`str`, *optional*): Where the model goes; by default a GPU where there is one.
         revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
         dtype (`torch.dtype`, defaults to `torch.float32`): Type of the weights. `torch.bfloat16` is approximate, and
-            fast where the hardware has it; results are merged in float32 anyway.
+            fast where the hardware has it, which a line says where it does not; results are merged in float32 anyway.
         int8 (`bool`, defaults to `False`): Whether to keep the weights of linear layers in 8 bits: approximate, and for
             memory. Needs torchao (`pip install segmenter-hf[int8]`).
         compile (`bool`, defaults to `False`): Whether to compile the network on its first use. Each number of windows at
@@ -99,6 +100,8 @@ def load_model(
         found = load_label_set(label_set)
     found = found.with_background()
     check_label_set(model, found)
+    if dtype == torch.bfloat16:
+        warn_of_slow_bfloat16(target_device.type)
     model = model.to(target_device).eval()  # type: ignore[arg-type]  # transformers wraps `to` without its `self`
     if token_merging:
         enable_token_merging(model.config)
@@ -205,9 +208,7 @@ def find_device(name: str | None) -> torch.device:
     if name is None:
         return process_state().device
     names = ["cpu"]
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None:
-        kind = accelerator.type
+    if kind := accelerator_type():
         names += [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))]
     if name not in names:
         raise ValueError(f"`device` must be {' or '.join(names)} on this machine, got {name!r}.")

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from ..models.configuration_segmenter import SegmenterConfig
 from ..models.configuration_setr import SetrConfig
+from ..utils.hardware import warn_of_slow_bfloat16
 from ..utils.versions import require_version
 
 
@@ -334,6 +335,8 @@ class SegmentationTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bf16 on a machine without a GPU that was not told so
         super().__post_init__()
+        if self.bf16:
+            warn_of_slow_bfloat16(self.device.type)
         if self.torch_compile:
             require_version("torch", "2.11", "Compilation (`torch_compile`)")
         check_finite(self)  # what was JSON is read now

@@ -1,6 +1,7 @@
 """Recipes: named values of the arguments of training, those of the papers among them."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from functools import cache
@@ -8,9 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from ..utils.atomic_files import write_json
+from ..utils.hardware import accelerator_type, has_fast_bfloat16
 from ..utils.json_files import check_types, read_json_object
 from .arguments import DataArguments, ModelArguments, SegmentationTrainingArguments
 
+
+logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes.json"
 RECIPE_FILE = "recipe.json"  # beside a model: the arguments that it was trained with
@@ -63,8 +67,14 @@ def load_recipes() -> dict[str, dict[str, Any]]:
     return read_json_object(RECIPES)["recipes"]
 
 
-def recipe_arguments(name: str) -> dict[str, Any]:
+def recipe_arguments(name: str, use_cpu: bool = False) -> dict[str, Any]:
     """The values of a recipe, by the name of the argument.
+
+    A recipe in bfloat16 is one in float32 on a device that only emulates bfloat16; a line says so.
+
+    Args:
+        name (`str`): Name of the recipe.
+        use_cpu (`bool`, defaults to `False`): Whether the training stays on the CPU where there is a GPU.
 
     Raises:
         ValueError: If there is no such recipe.
@@ -72,7 +82,11 @@ def recipe_arguments(name: str) -> dict[str, Any]:
     recipes = load_recipes()
     if name not in recipes:
         raise ValueError(f"There is no recipe {name!r}, only {', '.join(recipes)}.")
-    return recipes[name]["arguments"]
+    arguments = recipes[name]["arguments"]
+    if arguments.get("bf16") and not has_fast_bfloat16((None if use_cpu else accelerator_type()) or "cpu"):
+        logger.warning("Recipe %s: float32 in place of bfloat16, which this machine only emulates.", name)
+        return {**arguments, "bf16": False}
+    return arguments
 
 
 def resolve_training_arguments(
@@ -90,7 +104,7 @@ def resolve_training_arguments(
         ValueError: If there is no such recipe, or a name is no argument of training.
     """
     name = values.get("recipe")
-    values = {**({} if name is None else recipe_arguments(name)), **values}
+    values = {**({} if name is None else recipe_arguments(name, bool(values.get("use_cpu")))), **values}
     known = {field.name: each for each in ARGUMENTS for field in fields(each)}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"Training has no arguments {', '.join(unknown)}.")
