@@ -1,5 +1,6 @@
 """Every format gives the same scenes, whatever its files look like."""
 
+import json
 import shutil
 
 import numpy as np
@@ -50,6 +51,29 @@ def test_every_format_gives_the_same_scenes(tmp_path, write):
     assert sorted(seeds) == list(range(5))
 
 
+@pytest.mark.parametrize("write", WITH_SPLITS + WITHOUT_SPLITS, ids=lambda write: write.__name__)
+def test_a_folder_may_be_given_by_a_relative_path(tmp_path, write, monkeypatch):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    found = load_segmentation_datasets("data", splits=["train"])["train"]
+    label_set = resolve_label_set(found)
+    for row in found:
+        seed = int(row["id"].removesuffix("_sat")[-1])
+        assert np.array_equal(decode_example(row, label_set)[1], formats.scene_ids(seed))
+
+
+def test_coco_may_name_images_beside_the_folder_of_its_file(tmp_path):
+    formats.coco_polygons(tmp_path)
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        image["file_name"] = f"../train2017/{image['file_name']}"
+    file.write_text(json.dumps(content))
+    found = load_segmentation_datasets(str(tmp_path), splits=["train"])["train"]
+    assert found["id"][:] == ["plant0", "plant1", "plant2"]
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -67,3 +91,25 @@ def test_hidden_files_and_folders_are_left_out(tmp_path, write):
     fraction = 0.4 if write in WITHOUT_SPLITS else None
     found = load_segmentation_datasets(str(tmp_path), validation_fraction=fraction)
     assert {split: len(rows) for split, rows in found.items()} == {"train": 3, "validation": 2}
+
+
+CSV = "\n".join(
+    ["name,r,g,b", *(f"{name},{','.join(map(str, color))}" for name, color in zip(formats.NAMES, formats.COLORS))]
+)
+CLASS_FILES = {
+    "colors.json": json.dumps(dict(zip(formats.NAMES, formats.COLORS))),
+    "class_dict.csv": CSV,
+    "label_class_dict.csv": CSV,
+    "labelmap.txt": "\n".join(f"{n}:{r},{g},{b}::" for n, (r, g, b) in zip(formats.NAMES, formats.COLORS)),
+}
+
+
+@pytest.mark.parametrize("name", CLASS_FILES)
+def test_a_file_of_colors_beside_the_data_is_found_by_its_name(tmp_path, name):
+    formats.save_all(tmp_path, "images/{stem}.png", "masks/{stem}.png", formats.color_mask)
+    (tmp_path / name).write_text(CLASS_FILES[name])
+    found = load_segmentation_datasets(str(tmp_path), splits=["train"])["train"]
+    label_set = resolve_label_set(found)
+    assert (label_set.labels, label_set.colors) == (formats.NAMES, formats.COLORS)
+    for seed, row in enumerate(found):
+        assert np.array_equal(decode_example(row, label_set)[1], formats.scene_ids(seed))

@@ -29,9 +29,11 @@ from segmenter_hf import (
 )
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.export import onnx as onnx_export
+from segmenter_hf.export import run_onnx
 from segmenter_hf.export.dtypes import DTYPE_SUFFIXES
 from segmenter_hf.export.onnx import OnnxExport, compare_with_model, export_onnx, write_onnx
 from segmenter_hf.inference.model_loading import load_model
+from segmenter_hf.models.image_io import image_to_array, read_channels
 
 from ..models.test_encoder_families import FAMILIES, make_model
 from ..versions import needs_export
@@ -240,6 +242,18 @@ def test_the_example_gives_the_map_of_the_image_processor_without_torch(name, si
     assert (found == expected.numpy()).mean() > 0.999
     most = labels.labels[expected.flatten().bincount().argmax()]
     assert f"labels.png: {most} " in printed.stdout
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_example_reads_palette_images_as_the_image_processor(channels, tmp_path) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 5, (9, 12), dtype=np.uint8))
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 90, 90, 90, 255, 255, 255])
+    image.save(tmp_path / "palette.png")
+    assert Image.open(tmp_path / "palette.png").mode == "P"
+    found = run_onnx.read_image(tmp_path / "palette.png", {"image_mean": [0.5] * channels})
+    opened = read_channels(tmp_path / "palette.png", channels)
+    expected = image_to_array(opened, channels == 3, None, channels)
+    assert np.array_equal(np.moveaxis(found, -1, 0), expected)
 
 
 def test_the_example_runs_the_model_it_is_given(exported, tmp_path) -> None:

@@ -67,6 +67,13 @@ def test_a_gpu_has_options_of_its_own_and_results_outlive_the_next_run() -> None
     assert first.logits.tolist() == [1, 1] and second.logits.tolist() == [2, 2]
 
 
+def test_a_model_without_its_image_processor_is_told_by_the_file(tmp_path) -> None:
+    save_tiny_scenes_model(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"preprocessor_config.json: no such file, .* with `save_pretrained`"):
+        load_model(tmp_path, device="cpu")
+
+
 @pytest.mark.parametrize("name", ["nope", "org/nope"])
 def test_a_model_that_is_nowhere_is_named_in_one_line_with_how_to_get_one(name, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)

@@ -18,17 +18,19 @@ rasterio = pytest.importorskip("rasterio")
 HEIGHT, WIDTH = 90, 130
 
 
-def write_scene(path, channels=4, dtype="uint16", high=4096, nodata=None, tiled=True, crs=True) -> np.ndarray:
+def write_scene(
+    path, channels=4, dtype="uint16", high=4096, nodata=None, tiled=True, crs=True, size=(HEIGHT, WIDTH)
+) -> np.ndarray:
     path.parent.mkdir(exist_ok=True)
-    pixels = np.random.default_rng(0).integers(1, high, size=(channels, HEIGHT, WIDTH)).astype(dtype)
+    pixels = np.random.default_rng(0).integers(1, high, size=(channels, *size)).astype(dtype)
     if nodata is not None:
         pixels[:, :10] = nodata
     profile = {
         "driver": "GTiff",
         "count": channels,
         "dtype": dtype,
-        "height": HEIGHT,
-        "width": WIDTH,
+        "height": size[0],
+        "width": size[1],
         "nodata": nodata,
     }
     if crs:
@@ -107,6 +109,25 @@ def test_the_scene_is_never_read_whole(folder) -> None:
         assert windows.pixel_values(windows.windows[5]).dtype == torch.float32
         (result,) = predictor.stream([("scene", windows)])
     assert result.class_map.shape == (HEIGHT, WIDTH) and watched.sizes == {(32, 32)}
+
+
+@pytest.mark.parametrize("size", [(20, 25), (20, 100), (100, 20)])
+def test_a_scene_smaller_than_a_window_is_enlarged_as_other_images(size, folder) -> None:
+    pixels = write_scene(folder / "scene.tif", nodata=0, size=size)
+    predict(folder, "--full_resolution", "--vectorize")
+    predictor = Predictor.from_pretrained(folder / "model", InferenceProtocol(full_resolution=True), device="cpu")
+    expected = predictor(pixels).class_map.numpy()
+    with rasterio.open(folder / "out" / "scene.tif") as output, rasterio.open(folder / "scene.tif") as scene:
+        found = output.read(1)
+        assert output.crs == scene.crs and output.transform == scene.transform
+    assert (found[:10] == 255).all() and np.array_equal(found[10:], expected[10:])
+    assert json.loads((folder / "out" / "scene.geojson").read_text())["features"]
+
+
+def test_a_scene_too_thin_to_be_enlarged_is_refused_before_it_is_read(folder) -> None:
+    write_scene(folder / "scene.tif", size=(1, 70000))
+    with pytest.raises(SystemExit, match=r"scene.tif: An image of 1 x 70000 pixels is too thin for windows of 32"):
+        predict(folder, "--full_resolution")
 
 
 def test_other_channels_are_refused_with_both_numbers(folder) -> None:

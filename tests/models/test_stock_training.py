@@ -218,3 +218,15 @@ def test_fine_tuning_from_an_encoder_says_so_in_one_line(with_head, folder, tmp_
     new = sum(parameter.numel() for parameter in model.decode_head.parameters())
     expected = {False: f"{new} weights of decode_head", True: "weights of decode_head start at random"}
     assert expected[with_head] in lines[0]
+
+
+def test_an_encoder_without_its_image_processor_needs_the_normalization(tmp_path) -> None:
+    SegmenterModel(tiny_scenes_config()).save_pretrained(tmp_path / "encoder")
+    more = ["--model_name_or_path", str(tmp_path / "encoder"), "--config_overrides", ""]
+    model_args, data_args, _ = parse_training_arguments(words(str(tmp_path / "run"), *more))
+    message = r"preprocessor_config.json: no such file, .* or give `normalization` \(half, imagenet, dataset\)"
+    with pytest.raises(FileNotFoundError, match=message):
+        build_model_and_processor(model_args, data_args, load_label_set("scenes"))
+    model_args.normalization = "imagenet"
+    model, processor = build_model_and_processor(model_args, data_args, load_label_set("scenes"))
+    assert tuple(processor.image_mean) == (0.485, 0.456, 0.406) and processor.patch_size == model.config.patch_size

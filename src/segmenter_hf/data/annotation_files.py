@@ -2,6 +2,7 @@
 
 import glob
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def _coco_file_split(root: Path, name: str | None, file: Path, content: dict[str
     else:
         masks = dict(_instance_masks(file, content, entries, categories))
         classes = with_background(list(categories.values()))
-    stems = {number: path.relative_to(folder).with_suffix("").as_posix() for number, path in images.items()}
+    relative = {number: Path(os.path.relpath(path, folder)) for number, path in images.items()}
+    stems = {number: path.with_suffix("").as_posix() for number, path in relative.items()}
     if len(set(stems.values())) < len(stems):
         stems = {number: f"{stem} {number}" for number, stem in stems.items()}
     return FolderSplit(

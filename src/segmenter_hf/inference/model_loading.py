@@ -22,7 +22,7 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     PreTrainedModel,
 )
-from transformers.utils import CONFIG_NAME, ModelOutput, cached_file
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, ModelOutput, cached_file
 
 from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
 from ..models.configuration_vit_encoder import VitEncoderConfig
@@ -249,9 +249,7 @@ def load_model_and_processor(
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **kwargs,
             )
-        processor = AutoImageProcessor.from_pretrained(
-            name_or_path, revision=revision or "main", trust_remote_code=False
-        )
+        processor = load_processor(name_or_path, revision)
         processor.device = None  # where it computes is said by its user, not by a file
         for part, expected in ((model, "Segmenter or SETR model"), (processor, "SegmenterImageProcessor")):
             if not type(part).__module__.startswith("segmenter_hf."):
@@ -260,6 +258,38 @@ def load_model_and_processor(
     if kwargs.get("patch_size") is not None:
         processor = with_patch_size(processor, model.config.patch_size)
     return model, processor
+
+
+def has_processor(name_or_path: str | Path) -> bool:
+    """Whether a model comes with a file of its image processor; a name on the Hub passes."""
+    folder = Path(name_or_path)
+    return not folder.is_dir() or any((folder / name).is_file() for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME))
+
+
+def load_processor(name_or_path: str | Path, revision: str | None = None, advice: str = "", **fields: Any) -> Any:
+    """Load the image processor of a model, and none of its repository's code.
+
+    Args:
+        name_or_path (`str` or `Path`): Directory or Hub name of the model.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
+        advice (`str`, defaults to `""`): What can be done about a missing file besides saving it.
+        fields: Fields of the image processor that replace those of the file.
+
+    Returns:
+        `BaseImageProcessor`: The image processor.
+
+    Raises:
+        OSError: If there is no such model, or no file of its image processor.
+        ValueError: If the file is damaged.
+    """
+    if not has_processor(name_or_path):
+        raise FileNotFoundError(
+            f"{Path(name_or_path) / IMAGE_PROCESSOR_NAME}: no such file, and it says how the model takes its images. Save the "
+            f"image processor into the directory with `save_pretrained`, as the model was saved{advice}."
+        )
+    return AutoImageProcessor.from_pretrained(
+        name_or_path, revision=revision or "main", trust_remote_code=False, **fields
+    )
 
 
 def with_patch_size(processor: AnyImageProcessor, patch_size: int) -> AnyImageProcessor:

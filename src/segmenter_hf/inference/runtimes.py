@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     PreTrainedConfig,
 )
 from transformers.utils import cached_file
@@ -22,7 +21,7 @@ from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
 from ..models.image_processing_segmenter import AnyImageProcessor
 from ..utils.folders import lies_within
 from .model_files import REMEDY, check_model_files, count_weights
-from .model_loading import check_label_set, translate_loading_errors
+from .model_loading import check_label_set, load_processor, translate_loading_errors
 
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def load_network(
     with translate_loading_errors(name_or_path):
         check_model_files(name_or_path)
         config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-        processor = AutoImageProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+        processor = load_processor(name, revision)
         for part, wanted in ((config, "a Segmenter or SETR model"), (processor, "a SegmenterImageProcessor")):
             if not type(part).__module__.startswith("segmenter_hf."):
                 raise ValueError(f"{name}: expected {wanted}, got a {type(part).__name__}. {REMEDY}")

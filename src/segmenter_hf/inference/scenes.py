@@ -15,7 +15,7 @@ import torch
 
 from ..models.image_io import scale_values
 from ..models.image_processing_segmenter import AnyImageProcessor
-from ..models.image_windows import ImageWindows, Normalization
+from ..models.image_windows import ImageWindows, Normalization, enlarged_size
 from ..models.window_geometry import Window, window_corners
 from ..utils.atomic_files import atomic_write
 from .predictor import Predictor
@@ -24,6 +24,7 @@ from .predictor import Predictor
 MAX_SCENE_PIXELS = 2**31  # the class map is held in memory, a byte for a pixel
 GDAL_CACHE_MEGABYTES = 256
 ROWS_AT_ONCE = 512
+WHOLE_SCENE: dict[str, Any] = {"do_resize": False, "do_split_windows": True, "scales": [1.0], "do_flip": False}
 NO_CLASS = 255  # in a map of 8 bits; 65535 in one of 16
 
 
@@ -65,29 +66,12 @@ class SceneWindows(ImageWindows):
     """The windows of an opened scene at its own size; each is read from the file when it is asked for.
 
     Args:
-        scene (`rasterio.DatasetReader`): The opened file.
+        scene (`rasterio.DatasetReader`): The opened file, of the channels of the model and at least a window.
         processor (`BaseImageProcessor`): The image processor of the model.
-
-    Raises:
-        ValueError: If the scene has other channels than the model, too many pixels, or is smaller than a window.
     """
 
     def __init__(self, scene: Any, processor: AnyImageProcessor) -> None:
-        channels, size = processor.num_channels, processor.window_size
-        if scene.count not in {channels, 1 if processor.do_convert_rgb else channels}:
-            raise ValueError(
-                f"{scene.name}: the scene has {scene.count} channels, and the model takes {channels} (`num_channels`). Give "
-                f"scenes of {channels} channels, or a model of {scene.count}."
-            )
-        if scene.height * scene.width > MAX_SCENE_PIXELS or min(scene.height, scene.width) < size:
-            raise ValueError(
-                f"{scene.name}: expected at least a window of {size} x {size} and at most {MAX_SCENE_PIXELS} pixels, got "
-                f"{scene.width} x {scene.height}. Cut the scene, or leave `full_resolution` out for a small one."
-            )
-        if scene.dtypes[0] not in ("uint8", "uint16") and processor.value_range is None:
-            raise ValueError(
-                f"{scene.name}: pixel values of {scene.dtypes[0]} need a range: set `value_range` of the image processor."
-            )
+        size = processor.window_size
         corners = window_corners(scene.height, scene.width, size, processor.window_stride)
         sides = (size, size, scene.height, scene.width, scene.height, scene.width)
         super().__init__([Window(0, 0, 0, top, left, *sides) for top, left in corners], [], 1)
@@ -108,6 +92,42 @@ class SceneWindows(ImageWindows):
             *((processor.image_mean, processor.image_std) if processor.do_normalize else (None, None)),
         )
         return normalize(pixels)
+
+
+def scene_windows(scene: Any, processor: AnyImageProcessor) -> ImageWindows:
+    """The windows of an opened scene at its own size, of a small one as of other images: read whole and enlarged to a window.
+
+    Args:
+        scene (`rasterio.DatasetReader`): The opened file.
+        processor (`BaseImageProcessor`): The image processor of the model.
+
+    Returns:
+        `ImageWindows`: The windows.
+
+    Raises:
+        ValueError: If the scene has other channels than the model, too many pixels, or no known range of pixel values.
+    """
+    channels, size = processor.num_channels, (scene.height, scene.width)
+    if scene.count not in {channels, 1 if processor.do_convert_rgb else channels}:
+        raise ValueError(
+            f"{scene.name}: the scene has {scene.count} channels, and the model takes {channels} (`num_channels`). Give "
+            f"scenes of {channels} channels, or train a model of {scene.count} with "
+            f"`config_overrides=num_channels={scene.count}`."
+        )
+    if scene.height * scene.width > MAX_SCENE_PIXELS:
+        raise ValueError(
+            f"{scene.name}: expected at most {MAX_SCENE_PIXELS} pixels, got {scene.width} x {scene.height}. Cut the scene."
+        )
+    if scene.dtypes[0] not in ("uint8", "uint16") and processor.value_range is None:
+        raise ValueError(
+            f"{scene.name}: pixel values of {scene.dtypes[0]} need a range: train with `value_range`, or set it in the "
+            "image processor."
+        )
+    if min(size) >= processor.window_size:
+        return SceneWindows(scene, processor)
+    enlarged_size(size, processor.window_size, size)  # before it is read
+    pixels = np.nan_to_num(scene.read())
+    return processor.lazy_windows(pixels, input_data_format="channels_first", **WHOLE_SCENE)
 
 
 def predict_scene(predictor: Predictor, path: Path, output: Path, polygons: Path | None = None) -> Path:
@@ -140,7 +160,7 @@ def predict_scene(predictor: Predictor, path: Path, output: Path, polygons: Path
                 f"{path}: polygons need a coordinate reference system, and this TIFF has none: leave out `vectorize`, or "
                 "assign one, for example with `gdal_edit.py -a_srs EPSG:32633`."
             )
-        windows = SceneWindows(scene, predictor.processor)
+        windows = scene_windows(scene, predictor.processor)
         (result,) = predictor.stream([(path, windows)], dtype=predictor.class_map_dtype)
         class_map = result.known_class_map().cpu().numpy()
         if class_map.dtype != np.uint8 or predictor.label_set.num_labels > NO_CLASS:
@@ -200,4 +220,4 @@ def _write_polygons(path: Path, class_map: np.ndarray, scene: Any, labels: tuple
         file.write("\n]}\n")
 
 
-__all__ = ["SceneWindows", "is_scene", "predict_scene"]
+__all__ = ["SceneWindows", "is_scene", "predict_scene", "scene_windows"]

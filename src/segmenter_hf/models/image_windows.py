@@ -71,21 +71,39 @@ class ScaledImage(NamedTuple):
         Raises:
             ValueError: If it would become too large.
         """
-        height, width = self.size
-        if min(height, width) >= smallest_side:
+        if min(self.size) >= smallest_side:
             return self
-        if height < width:
-            size = smallest_side, int(width / height * smallest_side)
-        else:
-            size = int(height / width * smallest_side), smallest_side
-        if size[0] * size[1] > MAX_ENLARGED_PIXELS:
-            raise ValueError(
-                f"An image of {image_size[0]} x {image_size[1]} pixels is too thin for windows of {smallest_side}: it would become one of "
-                f"{size[0]} x {size[1]}, expected at most {MAX_ENLARGED_PIXELS} pixels. Crop or pad it."
-            )
+        size = enlarged_size(self.size, smallest_side, image_size)
         pixels = self.pixels if self.normalize is None else self.normalize(self.pixels)
         labels = None if self.labels is None else resize_labels(self.labels, size)
         return ScaledImage(resize_image(pixels, size), None, labels)
+
+
+def enlarged_size(size: Size, smallest_side: int, image_size: Size) -> Size:
+    """(height, width) of an image of that size after its shorter side was enlarged to `smallest_side` pixels.
+
+    Args:
+        size (`tuple[int, int]`): (height, width) in pixels; one is shorter than `smallest_side`.
+        smallest_side (`int`): What the shorter side becomes.
+        image_size (`tuple[int, int]`): The size that the message names: that of the image before it was resized.
+
+    Returns:
+        `tuple[int, int]`: Height and width in pixels.
+
+    Raises:
+        ValueError: If there would be too many pixels.
+    """
+    height, width = size
+    if height < width:
+        size = smallest_side, int(width / height * smallest_side)
+    else:
+        size = int(height / width * smallest_side), smallest_side
+    if size[0] * size[1] > MAX_ENLARGED_PIXELS:
+        raise ValueError(
+            f"An image of {image_size[0]} x {image_size[1]} pixels is too thin for windows of {smallest_side}: it would become one of "
+            f"{size[0]} x {size[1]}, expected at most {MAX_ENLARGED_PIXELS} pixels. Crop or pad it."
+        )
+    return size
 
 
 def scaled_size(
@@ -180,4 +198,4 @@ class ImageWindows:
         return part.flip(-1) if window.flip else part
 
 
-__all__ = ["ImageWindows", "Normalization", "ScaledImage", "scaled_size"]
+__all__ = ["ImageWindows", "Normalization", "ScaledImage", "enlarged_size", "scaled_size"]

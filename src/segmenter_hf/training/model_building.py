@@ -4,13 +4,15 @@ import logging
 from dataclasses import fields
 from typing import Any, get_args
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
 
 from ..data.label_sets import LabelSet
 from ..inference.model_files import check_model_files, check_stored_config
 from ..inference.model_loading import (
     check_weights,
     enable_token_merging,
+    has_processor,
+    load_processor,
     translate_loading_errors,
     without_loading_report,
 )
@@ -50,16 +52,28 @@ def build_model_and_processor(
     pixels = _processor_fields(model_args, data_args, label_set)
     if model_args.model_name_or_path is not None:
         model = _load_model(model_args.model_name_or_path, model_args, labels, chosen)
-        with translate_loading_errors(model_args.model_name_or_path):
-            processor = AutoImageProcessor.from_pretrained(
-                model_args.model_name_or_path, trust_remote_code=False, **pixels
-            )
+        processor = _load_processor(model_args, model.config, pixels)
         return model, _with_channels(processor, model.config.num_channels)
     config = _new_config(model_args, data_args.crop_size, labels, chosen)
     model = AutoModelForSemanticSegmentation.from_config(config, attn_implementation=model_args.attn_implementation)
     config = model.config
-    processor = SegmenterImageProcessor(patch_size=config.patch_size, padding=config.padding, **pixels)
-    return model, _with_channels(processor, config.num_channels)
+    return model, _with_channels(_new_processor(config, pixels), config.num_channels)
+
+
+def _new_processor(config: PreTrainedConfig, pixels: dict[str, Any]) -> SegmenterImageProcessor:
+    return SegmenterImageProcessor(**{"patch_size": config.patch_size, "padding": config.padding} | pixels)
+
+
+def _load_processor(
+    model_args: ModelArguments, config: PreTrainedConfig, pixels: dict[str, Any]
+) -> SegmenterImageProcessor:
+    """The image processor of the model to start from; a new one where it has none and the normalization is given."""
+    name = str(model_args.model_name_or_path)
+    if model_args.normalization is not None and not has_processor(name):
+        return _new_processor(config, pixels)
+    choices = ", ".join([*NORMALIZATIONS, "dataset"])
+    with translate_loading_errors(name):
+        return load_processor(name, advice=f", or give `normalization` ({choices})", **pixels)
 
 
 def _with_channels(processor: SegmenterImageProcessor, num_channels: int) -> SegmenterImageProcessor:
