@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SetrConfig
 from segmenter_hf.data.label_sets import load_label_set
@@ -168,3 +169,22 @@ def test_a_schedule_without_its_end_is_named(trainer) -> None:
     trainer.args.head_learning_rate_factor, trainer.args.lr_scheduler_kwargs = 10.0, {"power": 1}
     with pytest.raises(ValueError, match=r"must have `power` and `lr_end`.*\['lr_end'\]"):
         trainer.create_optimizer_and_scheduler(num_training_steps=4)
+
+
+@pytest.mark.parametrize("num_steps", [4, 12])
+def test_training_may_end_with_its_warm_up(trainer, num_steps) -> None:
+    trainer.args.warmup_steps = 4
+    trainer.create_optimizer_and_scheduler(num_training_steps=num_steps)
+    rates = []
+    for _ in range(num_steps + 1):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    top = trainer.args.learning_rate
+    assert rates[:5] == pytest.approx([0, top / 4, top / 2, top * 3 / 4, top])
+    if num_steps > 4:
+        named = {"power": 0.9, "lr_end": 1e-6}
+        peer = get_scheduler(
+            "polynomial", trainer.optimizer, 4, num_steps, scheduler_specific_kwargs=named
+        ).lr_lambdas[0]
+        assert rates == pytest.approx([top * peer(step) for step in range(num_steps + 1)], rel=1e-12)

@@ -88,7 +88,8 @@ def polynomial_scheduler(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Make the polynomial schedule by which the rates of all groups end at the same value, times their layer-wise decay.
 
-    That is the law of mmsegmentation's `PolyLR`, whose `eta_min` holds for every group of parameters.
+    That is the law of mmsegmentation's `PolyLR`, whose `eta_min` holds for every group of parameters. Training may end within
+    the warm-up, where transformers' own schedule divides by zero.
 
     Raises:
         ValueError: If `lr_scheduler_kwargs` does not have `power` and `lr_end`.
@@ -106,7 +107,7 @@ def polynomial_scheduler(
             num_steps=num_training_steps,
             num_warmup_steps=warmup_steps,
             power=shape["power"],
-            final_factor=shape["lr_end"] * group["layer_factor"] / group["lr"],
+            final_factor=shape["lr_end"] * group.get("layer_factor", 1.0) / group["lr"],
         )
         for group in optimizer.param_groups
     ]

@@ -89,8 +89,8 @@ class SegmentationTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Trainer's schedule. Where groups have rates of their own, all those of the polynomial one end at the same value."""
-        if self.lr_scheduler is None and self.args.lr_scheduler_type == "polynomial" and has_own_rates(self.args):
+        """Trainer's schedule, but for the polynomial one: see [`polynomial_scheduler`]."""
+        if self.lr_scheduler is None and self.args.lr_scheduler_type == "polynomial":
             optimizer = cast(torch.optim.Optimizer, self.optimizer if optimizer is None else optimizer)
             self.lr_scheduler = polynomial_scheduler(optimizer, self.args, num_training_steps)
             self._created_lr_scheduler = True
