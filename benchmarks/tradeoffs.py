@@ -7,8 +7,8 @@
 
 Each variant is the model changed in one way: the mean number of tokens after the last layer that merges, seconds of an image (preprocessing,
 network and merge), the share of pixels of the same class as the unchanged model, and the mean IoU of all images. The variants segment
-each image in turns, twice, of which the second is timed, so that a machine that becomes slower does so for all. `--times_from` takes the
-times of another run, with fewer images on a quiet machine. `tradeoffs.json` holds the figures, `tradeoffs.md` a table and `tradeoffs.png` an image.
+each image in turns, twice, of which the second is timed, so that a machine that becomes slower does so for all. `--plain_path` adds
+the path of the published code, and gives speeds beside it. `--times_from` takes the times of another run, with fewer images on a quiet machine. `tradeoffs.json` holds the figures, `tradeoffs.md` a table and `tradeoffs.png` an image.
 """
 
 import json
@@ -29,7 +29,7 @@ from segmenter_hf.data.loading import load_split
 from segmenter_hf.evaluation.evaluate import EvaluationDataset
 from segmenter_hf.evaluation.metrics import ConfusionMatrix
 from segmenter_hf.export.openvino import export_model
-from segmenter_hf.inference.predictor import Predictor
+from segmenter_hf.inference.predictor import Predictor, Segmentation
 from segmenter_hf.utils.atomic_files import atomic_write, write_json, write_text
 
 
@@ -51,6 +51,13 @@ class Arguments:
         metadata={
             "help": "As RUNTIME/PRECISION: torch/bfloat16, torch/compiled, onnxruntime/int8, openvino/bfloat16 and so on; "
             "torch/bfloat16/0.9 merges tokens too, with that threshold."
+        },
+    )
+    plain_path: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure the path of the published code too, and give speeds beside it: attention spelt out, logits of "
+            "each window upsampled to pixels, added, divided and resized."
         },
     )
     export_dir: str | None = field(
@@ -97,6 +104,21 @@ HEADER = (
 )
 
 
+class PlainPredictor(Predictor):
+    """The path of the published code with the same weights: the plain operations on whole tensors."""
+
+    @torch.inference_mode()
+    def __call__(self, image: Any, *, return_scores: bool = False, dtype: torch.dtype = torch.long) -> Segmentation:
+        """Segment an image; there are no scores."""
+        from benchmark import plain_scores
+
+        inputs = self.processor(image, **self.protocol.processor_kwargs())
+        chunks = inputs["pixel_values"].split(self.protocol.window_batch_size)
+        logits = torch.cat([self.compute_logits(chunk) for chunk in chunks])
+        size = tuple(inputs["window_offsets"][0, -2:].tolist())
+        return Segmentation(class_map=plain_scores(logits, inputs["window_offsets"], size).argmax(0).to(dtype))
+
+
 class Variant:
     """The model changed in one way, and what it did so far."""
 
@@ -135,8 +157,8 @@ class Variant:
         self.pixels += class_map.numel()
         return class_map
 
-    def point(self, unchanged_seconds: float) -> Point:
-        """What was measured, beside the time of the unchanged model."""
+    def point(self, compared_seconds: float) -> Point:
+        """What was measured, beside the time of the unchanged model or of the path of the published code."""
         middle = statistics.median(self.seconds)
         low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else (middle,) * 3
         return Point(
@@ -147,7 +169,7 @@ class Variant:
             100 * (high - low) / 2 / middle,
             self.same_pixels / self.pixels,
             self.matrix.compute()["mean_iou"],
-            unchanged_seconds / middle,
+            compared_seconds / middle,
         )
 
 
@@ -157,6 +179,10 @@ def make_variants(args: Arguments) -> list[Variant]:
     name, kwargs = args.model_name_or_path, {"label_set": args.label_set}
     plain = load(name, **kwargs)
     variants = [Variant(plain, "none", "unchanged")]
+    if args.plain_path:
+        published = PlainPredictor.from_pretrained(name, **kwargs)
+        published.model.set_attn_implementation("eager")
+        variants.append(Variant(published, "none, by the path of the published code", "plain path"))
     for threshold in args.thresholds:
         predictor = merge_above(threshold, load(name, token_merging=True, **kwargs))
         variants.append(Variant(predictor, f"token merging, threshold {threshold}", "token merging"))
@@ -271,8 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for variant in variants:
             class_map = variant.segment(image, labels, expected, args.repeats, CLOCKS[args.clock])
             expected = class_map if expected is None else expected
-    unchanged_seconds = statistics.median(variants[0].seconds)
-    points = [variant.point(unchanged_seconds) for variant in variants]
+    compared = variants[1] if args.plain_path else variants[0]
+    points = [variant.point(statistics.median(compared.seconds)) for variant in variants]
     if args.times_from is not None:
         take_times(points, json.loads(Path(args.times_from).read_text())["points"])
     output_dir = Path(args.output_dir)

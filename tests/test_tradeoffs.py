@@ -43,6 +43,20 @@ def test_each_change_has_its_tokens_its_time_and_its_agreement(tmp_path) -> None
     assert json.loads((tmp_path / "again" / "tradeoffs.json").read_text())["points"] == points
 
 
+def test_the_path_of_the_published_code_gives_the_same_maps_and_is_what_speeds_are_beside(
+    tmp_path, monkeypatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("evaluate")
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    save_tiny_scenes_model(tmp_path / "model")
+    arguments = ["--model_name_or_path", str(tmp_path / "model"), "--max_samples", "2", "--output_dir", str(tmp_path)]
+    tradeoffs.main([*arguments, "--plain_path"])
+    ours, published = json.loads((tmp_path / "tradeoffs.json").read_text())["points"]
+    assert published["agreement"] > 0.999 and published["tokens"] == ours["tokens"]
+    assert published["speedup"] == 1 and ours["speedup"] == published["seconds"] / ours["seconds"]
+
+
 def test_runtimes_need_a_place_for_their_exports(tmp_path) -> None:
     save_tiny_scenes_model(tmp_path / "model")
     with pytest.raises(SystemExit, match="--export_dir"):

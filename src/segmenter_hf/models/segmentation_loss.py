@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ from .window_geometry import Axis, merge_tiles
 from .worker_threads import run_in_threads
 
 
-# Pixels of a tile: on the CPU its values stay in cache, on a GPU few launches matter more.
-CPU_TILE, GPU_TILE = (32, 128), (128, 512)
+# Pixels of a tile: on the CPU its values stay in cache, on a GPU few launches matter more. A narrow tile is made of few
+# columns of logits, which each of its rows is multiplied with.
+CPU_TILE, GPU_TILE = (64, 64), (128, 512)
 # Scores are taken to the base 2, whose power is several times faster than that of e. It needs no pass for its maximum
 # where no class is further than this below the best one of its position.
 MAX_LOGIT_RANGE = 86.0
@@ -228,6 +229,34 @@ def _loss_tiles(
     return tuple(tiles)
 
 
+class _BandPixels(NamedTuple):
+    """The pixels of a band, each tensor of shape (pixels, 1), and what its tiles find out about them.
+
+    The small operations on them are done for a whole band: they cost the threads, which take turns at Python, more than
+    their arithmetic.
+    """
+
+    target: torch.Tensor
+    hard: torch.Tensor  # weight of the label in the mean
+    soft: torch.Tensor | None  # weight of all classes, with label smoothing
+    share: torch.Tensor  # both
+    sums: torch.Tensor  # of the powers of all scores
+    of_target: torch.Tensor  # score of the label
+    of_all: torch.Tensor | None  # weighted sum of all scores, with label smoothing
+
+    def split(self, sizes: list[int]) -> Iterator["_BandPixels"]:
+        """The pixels of each tile."""
+        parts = ([None] * len(sizes) if values is None else values.split(sizes) for values in self)
+        return (_BandPixels(*part) for part in zip(*parts))
+
+    def loss(self) -> torch.Tensor:
+        """The loss of the pixels in units of log 2, in float64."""
+        total = (self.sums.log2() * self.share - self.of_target * self.hard).sum(dtype=torch.float64)
+        if self.soft is not None and self.of_all is not None:
+            total -= (self.of_all * self.soft).sum(dtype=torch.float64)
+        return total
+
+
 class _TiledLoss:
     """The loss of a batch and its gradient, an image after the other, and of an image a band of tiles in each thread.
 
@@ -248,6 +277,7 @@ class _TiledLoss:
         self.device, self.num_labels = logits.device, logits.shape[1]
         self.dtype = torch.float64 if logits.dtype == torch.float64 else product_dtype(self.device)
         self.weights = torch.ones(self.num_labels, device=self.device, dtype=self.dtype)
+        self.all_weights_are_one = class_weights is None
         if class_weights is not None:
             self.weights = class_weights.to(self.device, self.dtype)
         self.weight_sum = self.weights.sum()
@@ -274,7 +304,7 @@ class _TiledLoss:
         target, valid = self._targets(self.labels[image])
         if self.device.type == "cpu":
             self._check_targets(target)
-        return values, spread, (self.weights[target] * valid).sum(dtype=torch.float64)
+        return values, spread, self._label_weights(target, valid).sum(dtype=torch.float64)
 
     def _targets(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Classes, 0 where a label is ignored, and which labels are not."""
@@ -308,60 +338,56 @@ class _TiledLoss:
 
     def _band(self, image: int, row: _LossTile, needs_gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Loss of a band of tiles in units of log 2, and the gradient by the rows of logits that it is made of."""
-        target, valid = self._targets(self.labels[image, row.pixels])
-        hard = self.weights[target] * valid * self.hard_factor
-        soft = None if self.soft_factor is None else valid * self.soft_factor
         height = len(row.weights)
+        pixels = self._pixels(self.labels[image, row.pixels])
         band = row.weights @ self.values[image][row.logits].flatten(1)
         # (columns, height, labels)
         band = band.view(height, -1, self.num_labels).transpose(0, 1).contiguous()
         gradient = torch.zeros_like(band) if needs_gradient else None
         # Tiles are computed in place: fresh memory for each would cost more than the arithmetic.
         buffer = band.new_empty(max(len(column.weights) for column in self.columns) * height * self.num_labels)
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        for column in self.columns:
-            tile = buffer[: len(column.weights) * height * self.num_labels].view(len(column.weights), -1)
+        parts = pixels.split([len(column.weights) * height for column in self.columns])
+        for column, part in zip(self.columns, parts):
+            tile = buffer[: len(part.target) * self.num_labels].view(len(column.weights), -1)
             torch.mm(column.weights, band[column.logits].flatten(1), out=tile)
-            total += self._tile(
-                tile.view(-1, self.num_labels),  # (width * height, labels)
-                target[:, column.pixels].T.reshape(-1, 1),
-                hard[:, column.pixels].T.reshape(-1, 1),
-                None if soft is None else soft[:, column.pixels].T.reshape(-1, 1),
-                self.needs_max_subtraction[image],
-                needs_gradient,
-            )
+            self._tile(tile.view(-1, self.num_labels), part, self.needs_max_subtraction[image], needs_gradient)
             if gradient is not None:
                 gradient[column.logits].flatten(1).addmm_(column.weights.T, tile)
         if gradient is not None:
             gradient = row.weights.T @ gradient.transpose(0, 1).reshape(height, -1)
-        return total, gradient
+        return pixels.loss(), gradient
+
+    def _pixels(self, labels: torch.Tensor) -> _BandPixels:
+        """The pixels of a band, column after column."""
+        target, valid = self._targets(labels.T.reshape(-1, 1))
+        hard = self._label_weights(target, valid) * self.hard_factor
+        if self.soft_factor is None:
+            soft, of_all, share = None, None, hard
+        else:
+            soft, of_all = valid * self.soft_factor, torch.empty_like(hard)
+            share = hard + self.weight_sum * soft
+        return _BandPixels(target, hard, soft, share, torch.empty_like(hard), torch.empty_like(hard), of_all)
+
+    def _label_weights(self, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """The weight of the class of each pixel, 0 where it is ignored."""
+        return valid.to(self.dtype) if self.all_weights_are_one else self.weights[target] * valid
 
     def _tile(
-        self,
-        scores: torch.Tensor,
-        target: torch.Tensor,
-        hard: torch.Tensor,
-        soft: torch.Tensor | None,
-        needs_max_subtraction: bool,
-        needs_gradient: bool,
-    ) -> torch.Tensor:
-        """Loss of some pixels in units of log 2; their scores (pixels, labels) become the gradient."""
+        self, scores: torch.Tensor, pixels: _BandPixels, needs_max_subtraction: bool, needs_gradient: bool
+    ) -> None:
+        """Note what the loss needs of some pixels; their scores (pixels, labels) become the gradient."""
         if needs_max_subtraction:
             scores -= scores.amax(-1, keepdim=True)
-        total = -(scores.gather(1, target) * hard).sum()
-        share = hard
-        if soft is not None:
-            total -= (scores @ self.weights[:, None] * soft).sum()
-            share = hard + self.weight_sum * soft
+        torch.gather(scores, 1, pixels.target, out=pixels.of_target)
+        if pixels.of_all is not None:
+            torch.mm(scores, self.weights[:, None], out=pixels.of_all)
         scores.exp2_()
-        sums = scores.sum(-1, keepdim=True)
-        total += (sums.log2() * share).sum()
+        torch.sum(scores, -1, keepdim=True, out=pixels.sums)
         if needs_gradient:
-            scores *= share / sums
-            scores.scatter_add_(1, target, -hard)
-            if soft is not None:
-                scores.addmm_(soft, self.weights[None], alpha=-1)
-        return total
+            scores *= pixels.share / pixels.sums
+            scores.scatter_add_(1, pixels.target, -pixels.hard)
+            if pixels.soft is not None:
+                scores.addmm_(pixels.soft, self.weights[None], alpha=-1)
 
     def _add_bands(self, gradient: torch.Tensor, bands: list[torch.Tensor]) -> None:
         """Write the gradient (labels, height, width) of an image, whose rows of logits occur in several bands."""
