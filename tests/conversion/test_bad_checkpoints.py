@@ -452,6 +452,18 @@ def test_pipes_and_endless_files_of_a_model_are_refused(name, tmp_path) -> None:
             load_model(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("addition", ['"x": ' + 100_000 * "9", '"x": ' + 100_000 * "[", '"x"', '"\ud800": "'])
+def test_a_configuration_that_is_no_json_is_named(name, addition, tmp_path) -> None:
+    SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(tmp_path)
+    SegmenterImageProcessor(window_size=32, window_stride=32, patch_size=8).save_pretrained(tmp_path)
+    content = (tmp_path / name).read_text().rstrip().removesuffix("}")
+    (tmp_path / name).write_text(f"{content}, {addition}}}", errors="surrogatepass")
+    with pytest.raises(ValueError, match=f"{tmp_path / name}: expected JSON") as refused:
+        load_model(tmp_path, device="cpu")
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000
+
+
 def test_training_asks_nobody_whether_to_run_code_either(hostile, monkeypatch) -> None:
     folder, marker = hostile
     _make_unknown(folder, monkeypatch)

@@ -2,17 +2,17 @@
 
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from segmenter_hf.cli.train import describe_resumption, main, parse_training_arguments
 from segmenter_hf.training.checkpoints import last_checkpoint
@@ -163,17 +163,63 @@ class Hostile:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_that_was_tampered_with_runs_nothing(undisturbed, tmp_path, name) -> None:
-    run_dir, mark = tmp_path / "run", tmp_path / "was_run"
+def resume_from_changed(undisturbed: Path, run_dir: Path, change: Callable[[Path], None]) -> None:
+    """Resume at step 4 from a checkpoint that was changed."""
     run_dir.mkdir()
     shutil.copyfile(undisturbed / "recipe.json", run_dir / "recipe.json")
     found = last_checkpoint(undisturbed)
     assert found is not None
-    shutil.copytree(found, run_dir / "checkpoint-4")
-    state = json.loads((run_dir / "checkpoint-4" / "trainer_state.json").read_text())
-    (run_dir / "checkpoint-4" / "trainer_state.json").write_text(json.dumps({**state, "global_step": 4}))
-    torch.save({"state": Hostile(mark)}, run_dir / "checkpoint-4" / name)
-    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights only"):
-        train_segmenter(*parse_training_arguments(words(str(run_dir))))
-    assert not mark.exists()
+    checkpoint = run_dir / "checkpoint-4"
+    shutil.copytree(found, checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "global_step": 4}))
+    change(checkpoint)
+    train_segmenter(*parse_training_arguments(words(str(run_dir))))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_was_tampered_with_runs_nothing(undisturbed, tmp_path, name) -> None:
+    run_dir, mark = tmp_path / "run", tmp_path / "was_run"
+    with pytest.raises(ValueError, match="cannot resume .* UnpicklingError: Weights only") as ended:
+        resume_from_changed(undisturbed, run_dir, lambda folder: torch.save({"state": Hostile(mark)}, folder / name))
+    assert not mark.exists() and "\n" not in str(ended.value)
+
+
+def without_a_weight(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(sorted(weights.items())[1:])
+
+
+def wider(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([weight, weight]) for name, weight in weights.items()}
+
+
+def with_another(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**weights, "another": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (without_a_weight, "it lacks decode_head"),
+        (wider, "size mismatch for"),
+        (with_another, "it has besides another"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_named_in_a_line(undisturbed, tmp_path, change, said) -> None:
+    def write(checkpoint: Path) -> None:
+        weights = checkpoint / "model.safetensors"
+        save_file(change(load_file(weights)), weights, {"format": "pt"})
+
+    with pytest.raises(ValueError, match=f"{tmp_path}.*checkpoint-4: training cannot resume .*{said}") as ended:
+        resume_from_changed(undisturbed, tmp_path / "run", write)
+    assert "\n" not in str(ended.value)
+
+
+@pytest.mark.parametrize("content", [b"PK", b'{"global_step": "many"}'])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_damaged_checkpoint_is_named_in_a_line(undisturbed, tmp_path, name, content) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}.*checkpoint-4: training cannot resume ") as ended:
+        resume_from_changed(undisturbed, tmp_path / "run", lambda folder: (folder / name).write_bytes(content))
+    assert "\n" not in str(ended.value)

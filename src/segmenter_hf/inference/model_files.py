@@ -4,7 +4,13 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForSemanticSegmentation, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
 from ..utils.folders import regular_size
 from ..utils.json_files import MAX_JSON_BYTES, read_json_object
@@ -22,7 +28,8 @@ def check_model_files(name_or_path: str | Path) -> None:
         name_or_path (`str` or `Path`): Directory of a model; a name on the Hub passes.
 
     Raises:
-        ValueError: If a file is a pipe or a device, a configuration is far too large, or files name others elsewhere.
+        ValueError: If a file is a pipe or a device, a configuration is no JSON or far too large, or files name others
+            elsewhere.
     """
     folder = Path(name_or_path)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -33,6 +40,9 @@ def check_model_files(name_or_path: str | Path) -> None:
             raise ValueError(f"{path}: expected JSON of at most {MAX_JSON_BYTES} bytes, got {size}. {REMEDY}")
     if (folder / "adapter_config.json").exists():  # transformers would load the model that it names, wherever that is
         raise ValueError(f"{folder}: expected a whole model, got an adapter. Merge it into its model and save that.")
+    for name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME):
+        if (folder / name).exists():
+            read_json_object(folder / name)  # errors name the file
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     parts = read_json_object(index).get("weight_map") if index.exists() else {}
     if not isinstance(parts, dict) or any(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..evaluation.evaluate import save_prediction_grid
 from ..hub.publishing import PREDICTIONS_IMAGE
 from ..inference.visualization import training_curves
 from ..utils.atomic_files import atomic_write
@@ -130,8 +131,14 @@ class ShowProgress(TrainerCallback):
         if curves is not None:
             with atomic_write(output_dir / CURVES_IMAGE) as temporary:
                 curves.save(temporary)
-        trainer.save_predictions(trainer.model, output_dir / PREDICTIONS_IMAGE)
+        save_predictions(trainer, trainer.model, output_dir / PREDICTIONS_IMAGE)
         _report_image(trainer, output_dir / PREDICTIONS_IMAGE, state.global_step)
+
+
+def save_predictions(trainer: "SegmentationTrainer", model: PreTrainedModel, path: Path) -> None:
+    """Draw the first images of the evaluation set with truth and prediction of a whole model."""
+    with trainer.averaged_weights():
+        save_prediction_grid(trainer.predictor(model), trainer.eval_dataset, path)
 
 
 def _report_image(trainer: "SegmentationTrainer", path: Path, step: int) -> None:

@@ -1,18 +1,22 @@
 """Checkpoints of a run: which one to resume from, and how one is written completely or not at all."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..inference.model_loading import is_out_of_memory
 from ..utils.atomic_files import move_directory
 from ..utils.folders import lies_within
+from ..utils.json_files import check_types, read_json_object
+from ..utils.messages import one_line
 from .arguments import SegmentationTrainingArguments
 from .recipes import RECIPE_FILE, check_same_run
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from .trainer import SegmentationTrainer
 
 
+STATE_TYPES = {"epoch": float | None, "global_step": int, "log_history": list, "best_model_checkpoint": str | None}
 TRACKER_FOLDERS = ("runs", "wandb", "mlruns")  # what may be in an output directory before the run is noted there
 
 
@@ -67,6 +72,51 @@ def find_checkpoint(training_args: SegmentationTrainingArguments, recipe: dict[s
 def last_checkpoint(run_dir: str | Path) -> str | None:
     """The newest checkpoint of a run; those that are being written have other names."""
     return get_last_checkpoint(str(run_dir)) if Path(run_dir).is_dir() else None
+
+
+@contextmanager
+def reading_checkpoint(checkpoint: str | None) -> Iterator[None]:
+    """Whatever a checkpoint raises that is damaged or of another model, as a `ValueError` that names it.
+
+    Its files go through torch, safetensors and readers of JSON, each of which fails in ways of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{checkpoint}: training cannot resume from it, for it is damaged or of another model. Give another "
+            f"`resume_from_checkpoint`, or `overwrite_output_dir` to start again. {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def check_state(checkpoint: str) -> None:
+    """Refuse a checkpoint whose state of the Trainer is none.
+
+    Raises:
+        OSError: If it is not there.
+        ValueError: If it holds something else.
+    """
+    path = Path(checkpoint) / TRAINER_STATE_NAME
+    content = read_json_object(path)
+    check_types(path, vars(TrainerState(**content)), STATE_TYPES)
+
+
+def check_loaded(missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Refuse a checkpoint whose weights are not those of the model.
+
+    Raises:
+        ValueError: If some are missing or left over.
+    """
+    wrong = {"lacks": missing, "has besides": unexpected}
+    said = [
+        f"it {verb} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for verb, names in wrong.items()
+        if names
+    ]
+    if said:
+        raise ValueError(f"the weights are of another model: {'; '.join(said)}")
 
 
 def remove_partial_checkpoints(run_dir: Path) -> None:

@@ -13,6 +13,7 @@ from ..hub.model_card import CardFacts, hub_name, recorded_result, write_model_c
 from ..hub.publishing import PREDICTIONS_IMAGE
 from ..utils.atomic_files import move_files
 from .arguments import DataArguments
+from .callbacks import save_predictions
 from .datasets import StreamedTrainDataset
 from .trainer import SegmentationTrainer
 
@@ -40,7 +41,7 @@ def save_trained_model(
         split = limited_split(data_args.validation_split, data_args.max_eval_samples)
         result = recorded_result(results, str(data_args.dataset_name), split, trainer.label_set.name)
         save_results(folder, result, trainer.label_set.labels)
-        trainer.save_predictions(unwrapped_model, folder / PREDICTIONS_IMAGE)
+        save_predictions(trainer, unwrapped_model, folder / PREDICTIONS_IMAGE)
         facts = CardFacts(
             results=(result,),
             training=training_facts(trainer, recipe),

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..data.label_sets import LabelSet
-from ..evaluation.evaluate import EvaluationDataset, collate_examples, confusion_matrices, save_prediction_grid
+from ..evaluation.evaluate import EvaluationDataset, collate_examples, confusion_matrices
 from ..evaluation.metrics import ConfusionMatrix
 from ..hub.publishing import publish_model
 from ..inference.predictor import Predictor
@@ -31,7 +31,7 @@ from ..models.modeling_vit_encoder import VitEncoderPreTrainedModel
 from .arguments import SegmentationTrainingArguments
 from .averaging import WeightAverage
 from .callbacks import AverageWeights, SetEpoch, ShowProgress, StopAtNan, nan_message
-from .checkpoints import writing_checkpoint
+from .checkpoints import check_loaded, check_state, reading_checkpoint, writing_checkpoint
 from .features import encoder_replaced_by
 from .freezing import FreezeEncoder, get_encoder
 from .optimization import decays, has_own_rates, loss_share, loss_weight, parameter_groups, polynomial_scheduler
@@ -142,21 +142,13 @@ class SegmentationTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
         """A loader of whole images, which are collated as lists."""
-        with self._collating_images():
+        with collating_images(self):
             return shield_workers(super().get_eval_dataloader(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """As [`get_eval_dataloader`], for `predict`."""
-        with self._collating_images():
+        with collating_images(self):
             return super().get_test_dataloader(test_dataset)
-
-    @contextmanager
-    def _collating_images(self) -> Iterator[None]:
-        training_collator, self.data_collator = self.data_collator, collate_examples
-        try:
-            yield
-        finally:
-            self.data_collator = training_collator
 
     def unwrapped_model(self, mixed_precision: bool = True) -> PreTrainedModel:
         """The model as a process can run it alone; all processes must ask for it at once where FSDP shares it out.
@@ -207,11 +199,6 @@ class SegmentationTrainer(Trainer):
         """A whole model with what belongs to it, for the single-scale protocol."""
         protocol = InferenceProtocol(window_batch_size=self.window_batch_size)
         return Predictor(model, self.processing_class, self.label_set, protocol)
-
-    def save_predictions(self, model: PreTrainedModel, path: Path) -> None:
-        """Draw the first images of the evaluation set with truth and prediction of a whole model."""
-        with self.averaged_weights():
-            save_prediction_grid(self.predictor(model), self.eval_dataset, path)
 
     def push_to_hub(  # type: ignore[override]  # processes other than the first push nothing
         self,
@@ -272,8 +259,21 @@ class SegmentationTrainer(Trainer):
         return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with reading_checkpoint(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            check_state(resume_from_checkpoint)
         self.resumed_from = resume_from_checkpoint
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        check_loaded(load_result.missing_keys, load_result.unexpected_keys)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -288,6 +288,16 @@ class SegmentationTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._partial = None
+
+
+@contextmanager
+def collating_images(trainer: SegmentationTrainer) -> Iterator[None]:
+    """Let the loaders that are made in the block collate whole images, as lists."""
+    training_collator, trainer.data_collator = trainer.data_collator, collate_examples
+    try:
+        yield
+    finally:
+        trainer.data_collator = training_collator
 
 
 def segmentation_callbacks(
