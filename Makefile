@@ -24,9 +24,16 @@ test: $(VENV)/installed  ## install and run all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 # The core: reading data, the mathematics, the models, prediction, metrics; no training, no processes, no other systems.
-FAST = tests/test_architecture.py tests/test_requirements.py tests/utils tests/evaluation tests/data tests/inference \
-	tests/models/test_sliding_window.py tests/models/test_segmentation_loss.py tests/models/test_loss_options.py \
+FAST = tests/test_architecture.py tests/test_requirements.py tests/utils tests/evaluation \
+	tests/data/test_label_sets.py tests/data/test_augmentation.py tests/data/test_loading.py \
+	tests/inference/test_predictor.py tests/inference/test_protocol.py \
+	tests/models/test_sliding_window.py tests/models/test_segmentation_loss.py \
 	tests/models/test_configuration_segmenter.py tests/models/test_image_processing_segmenter.py
+# What starts processes or compiles takes most of the time. On 2026-11-29 the rest (999 tests) took 90 seconds of processor time in one
+# worker, so about 50 seconds on two idle cores.
+FAST += --ignore=tests/utils/test_faults.py \
+	--deselect=tests/models/test_segmentation_loss.py::test_two_processes_average_their_gradients \
+	--deselect=tests/models/test_segmentation_loss.py::test_the_loss_compiles_without_a_graph_break
 test-fast: $(VENV)/installed  ## the tests of the core, in less than a minute
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(FAST)
 

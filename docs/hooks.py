@@ -36,3 +36,8 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
         overview = f"```text\n{help_text(['--help']).strip()}\n```"
         markdown = markdown.replace(PLACE, "\n\n".join([overview, *sections]))
     return re.sub(r"\]\(\.\./(?!reference)([^)#]+)", rf"]({REPOSITORY}\1", markdown)
+
+
+def on_post_page(output: str, **kwargs: Any) -> str:
+    """Keep the link to the repository, without the script that asks GitHub for its stars: pages load nothing from elsewhere."""
+    return output.replace(' data-md-component="source"', "")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -135,3 +136,11 @@ def test_configurations_of_the_papers_can_be_made() -> None:
         name, _, arguments = expression.partition("(")
         config = eval(f"{name}({arguments}", {name: getattr(segmenter_hf, name)})
         assert config.hidden_size % config.num_attention_heads == 0
+
+
+def test_pages_of_the_site_load_nothing_from_elsewhere() -> None:
+    """Material's script asks the API of GitHub about the element that it finds by this attribute."""
+    shown = '<a href="https://github.com/segmenter-hf" class="md-source" data-md-component="source">'
+    hook = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_post_page"]
+    assert hook(output=shown) == shown.replace(' data-md-component="source"', "")
+    assert "font: false" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

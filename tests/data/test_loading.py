@@ -352,7 +352,7 @@ def test_a_stream_of_parquet_files_holds_few_rows_at_once(tmp_path):
 
 def test_images_and_masks_are_two_columns():
     with pytest.raises(ValueError, match="two columns.*got 'annotation' for both"):
-        load_segmentation_datasets(image_column="annotation")
+        load_segmentation_datasets(image_column="annotation", scenes_train=1, scenes_validation=1)
 
 
 def test_postscript_in_a_row_is_not_handed_to_a_program():

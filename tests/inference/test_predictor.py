@@ -188,7 +188,7 @@ def test_the_overlay_of_a_large_image_is_reduced_and_its_label_map_is_not(
     assert np.array_equal(reduced, label_map[2:148:4, 2:150:4])
 
 
-def test_other_precisions_give_nearly_the_same_maps_in_float32(model, processor, tmp_path) -> None:
+def test_other_precisions_give_nearly_the_same_scores_in_float32(model, processor, tmp_path) -> None:
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     images = [picture(50, 70), picture(45, 41, seed=1)]
@@ -204,6 +204,12 @@ def test_other_precisions_give_nearly_the_same_maps_in_float32(model, processor,
     for option in options:
         predictor = Predictor.from_pretrained(tmp_path, device="cpu", **option)
         assert predictor.model.dtype == option.get("dtype", torch.float32)
-        for result, wanted in zip(predictor(images, return_scores=True), expected, strict=True):
+        results = predictor(images, return_scores=True)
+        if not option:
+            exact = [result.scores for result in results]
+            for result, wanted in zip(results, expected, strict=True):
+                assert (result.class_map == wanted).float().mean() > 0.999
+        # Maps are not compared: the classes of random weights are too close to each other.
+        for result, scores in zip(results, exact, strict=True):
             assert result.scores.dtype == torch.float32
-            assert (result.class_map == wanted).float().mean() > (0.9 if option else 0.999)
+            assert (result.scores - scores).abs().mean() < 0.05
