@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from segmenter_hf import SegmenterConfig
 from segmenter_hf.cli.errors import TRACEBACK_VARIABLE, Terminated, cli_main
 from segmenter_hf.cli.train import main as train
 from segmenter_hf.inference.model_loading import WHERE_FROM
+from segmenter_hf.inference.runtimes import choose_precision
 from segmenter_hf.utils.atomic_files import atomic_directory, atomic_write
 from segmenter_hf.utils.markdown import markdown_cell
 from segmenter_hf.utils.messages import one_line
@@ -111,6 +113,13 @@ def test_functions_of_the_library_are_named_as_commands(monkeypatch) -> None:
     monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
     said = ending(OSError(f"no such directory. {WHERE_FROM}"))
     assert "`segmenter-hf convert` makes a directory" in said and "`segmenter-hf models` has their names" in said
+
+
+def test_a_model_that_is_not_exported_names_the_command_that_exports(monkeypatch) -> None:
+    monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
+    with pytest.raises(ValueError) as refused:
+        choose_precision("model", SegmenterConfig(), "openvino", None)
+    assert "Export the model with `segmenter-hf export`" in ending(refused.value)
 
 
 def test_errors_of_the_system_name_the_file_first(tmp_path, monkeypatch) -> None:

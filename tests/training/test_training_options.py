@@ -231,3 +231,11 @@ def test_bfloat16_needs_no_option_on_a_machine_without_a_gpu(tmp_path, monkeypat
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     arguments = SegmentationTrainingArguments(str(tmp_path), bf16=True)
     assert arguments.use_cpu and arguments.device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_read(tmp_path, monkeypatch, name) -> None:
+    monkeypatch.setattr("segmenter_hf.training.arguments.get_available_reporting_integrations", lambda: ["trackio"])
+    with pytest.raises(ImportError, match=f"`report_to={name}` needs {name}, which is not installed"):
+        SegmentationTrainingArguments(output_dir=str(tmp_path / "run"), report_to=[name], use_cpu=True)
+    assert not (tmp_path / "run").exists()

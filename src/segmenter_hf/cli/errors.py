@@ -23,7 +23,11 @@ KNOWN_OPTIONS: ContextVar[frozenset[str]] = ContextVar(
 )  # of the command that runs
 CLEANING_SECONDS = 10.0  # in which a further SIGTERM is ignored; batch systems and launchers send several
 # Functions that messages of the library name, and the commands that do the same.
-COMMANDS = {"convert_checkpoint": "segmenter-hf convert", "load_published_models": "segmenter-hf models"}
+COMMANDS = {
+    "convert_checkpoint": "segmenter-hf convert",
+    "export_model": "segmenter-hf export",
+    "load_published_models": "segmenter-hf models",
+}
 USER_ERRORS = (FloatingPointError, ImportError, MemoryError, OSError, ValueError)
 
 

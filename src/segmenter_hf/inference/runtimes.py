@@ -168,7 +168,7 @@ def choose_precision(name: str, config: PreTrainedConfig, runtime: str, precisio
     if not isinstance(exported, (list, tuple)) or not exported:
         raise ValueError(
             f"{name} is not exported for {runtime}: its config.json names no precision of it in {EXPORT_FIELD!r}. Export "
-            f"the model with `export_model(..., runtime={runtime!r})`."
+            f"the model with `export_model` and `runtime={runtime}`."
         )
     files = RUNTIME_FILES[runtime]
     available = [known for known in files if any(files[known] == files.get(kept) for kept in exported)]

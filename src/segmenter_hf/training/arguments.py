@@ -3,12 +3,13 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..models.configuration_segmenter import SegmenterConfig
 from ..models.configuration_setr import SetrConfig
@@ -41,6 +42,18 @@ def check_finite(arguments: Any) -> None:
                 raise ValueError(
                     f"`{name}` must be {'a finite number' if number is value else 'finite'}, got {value}."
                 )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse reports to a tracker that is not installed, before anything is read; names that are none are refused by transformers.
+
+    Raises:
+        ImportError: If there is such.
+    """
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name in INTEGRATION_TO_CALLBACK and name not in (*available, "flyte"):  # which is never listed
+            raise ImportError(f"`report_to={name}` needs {name}, which is not installed: `pip install {name}`.")
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -345,6 +358,7 @@ class SegmentationTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`metric_for_best_model` must be one of {', '.join(METRICS)}, got {self.metric_for_best_model!r}."
             )
+        check_trackers(self.report_to)
         self._check_tools()
         self._share_out_batch()
 
