@@ -107,6 +107,16 @@ REFUSED = {
         ("plant0", "cannot be read|truncated"),
     ),
     "an empty mask": (two_folders(lambda root: mask(root).write_bytes(b"")), (), ("plant0.png", "cannot be read")),
+    "arrays as masks": (
+        two_folders(lambda root: (np.save(mask(root).with_suffix(".npy"), IDS), mask(root).unlink())),
+        (),
+        ("plant0.npy", "none of BMP, GIF, JPEG", "masks as PNG"),
+    ),
+    "an archive": (
+        lambda root: (root.rmdir(), root.write_bytes(b"PK")),
+        (),
+        ("data: expected a folder, got a file", "Unpack"),
+    ),
     "another size": (two_folders(save_mask(IDS[:9])), (), ("plant0", "(40, 9)", "(40, 24)")),
     "colors without names": (two_folders(save_mask(COLORED)), (), ("plant0.png", "(9, 8, 7) in 960", "`--label_set`")),
     "an unknown color": (

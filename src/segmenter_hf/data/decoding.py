@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..models.image_io import IMAGE_FORMATS, check_channels, load_array, pil_to_array
 from .described_masks import draw_mask, is_described
@@ -149,6 +149,10 @@ def translate_decoding_errors(name: str) -> Iterator[None]:
     """Turn PIL's errors, which do not say which file they are about, into a `ValueError` that does."""
     try:
         yield
+    except UnidentifiedImageError as error:  # its text is that of an object in memory
+        raise ValueError(
+            f"{name}: cannot be read as an image: it is damaged, or none of {', '.join(IMAGE_FORMATS)}. Save it again; masks as PNG."
+        ) from error
     except (Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error
 

@@ -231,7 +231,8 @@ def split_train_validation(
     """
     if not 0 < fraction < 1 or len(dataset) < 2:
         raise ValueError(
-            f"Expected a fraction in (0, 1) and at least 2 examples to split, got {fraction} and {len(dataset)}."
+            "Expected a fraction in (0, 1) as `validation_fraction` and at least 2 examples of train to split, got "
+            f"{fraction} and {len(dataset)}."
         )
     order = np.random.default_rng(seed).permutation(len(dataset))
     num_validation = min(max(round(fraction * len(dataset)), 1), len(dataset) - 1)
@@ -252,8 +253,11 @@ def check_name(name: str) -> None:
 
     Raises:
         FileNotFoundError: If there is no such folder, and it can only be one.
+        NotADirectoryError: If it is a file.
         OSError: If the Hub cannot be reached and no copy of the dataset is here.
     """
+    if Path(name).is_file():
+        raise NotADirectoryError(f"{name}: expected a folder, got a file. Unpack an archive, and give its folder.")
     near = difflib.get_close_matches(Path(name).name, [path.name for path in Path(name).parent.glob("*/")], n=1)
     hint = f" Did you mean {Path(name).parent / near[0]}?" if near else ""
     if Path(name).is_absolute() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
