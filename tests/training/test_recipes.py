@@ -11,6 +11,7 @@ from segmenter_hf.training.recipes import (
     ARGUMENTS,
     check_same_run,
     load_recipes,
+    resolve_training_arguments,
     resolved_recipe,
     save_recipe,
 )
@@ -203,3 +204,9 @@ def test_recipes_of_fine_tuning_start_the_decoder_from_a_probe(name, tmp_path) -
     model_args, _, training_args = parse_training_arguments(["--recipe", name, "--output_dir", str(tmp_path)])
     assert model_args.decoder_type == "mask_transformer" and training_args.decoder_warm_start == "linear_probe"
     assert training_args.layer_decay < 1 and training_args.ema_decay is not None
+
+
+@pytest.mark.parametrize(("name", "choices"), [("model_size", "tiny, small"), ("normalization", "half, imagenet")])
+def test_an_argument_with_choices_is_one_of_them(name, choices, tmp_path) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be one of {choices}.*, got 'nope'"):
+        resolve_training_arguments({"recipe": "scenes", "output_dir": str(tmp_path), name: "nope"})

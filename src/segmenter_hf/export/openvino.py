@@ -1,6 +1,7 @@
 """Export for OpenVINO, and one function for exports to any runtime."""
 
 import functools
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..inference.runtimes import EXPORT_FIELD, RUNTIME_FILES, RunFunction, load_openvino
+from ..inference.runtimes import EXPORT_FIELD, RUNTIME_FILES, RunFunction, load_openvino, openvino_has_bfloat16
 from ..models.image_processing_segmenter import AnyImageProcessor
 from ..utils.atomic_files import atomic_directory
 from .dtypes import PRECISION_DTYPES
@@ -25,6 +26,9 @@ from .onnx import (
     write_onnx,
 )
 from .quantization import calibration_windows, quantize_openvino
+
+
+logger = logging.getLogger(__name__)
 
 
 def export_model(
@@ -50,7 +54,8 @@ def export_model(
         overwrite (`bool`, defaults to `False`): Whether to replace an earlier export in `output_dir`.
 
     Returns:
-        [`OnnxExport`]: The directory, and how exactly the exported model agrees with the model.
+        [`OnnxExport`]: The directory, and how exactly the exported model agrees with the model; bfloat16 of OpenVINO is
+        compared only where the CPU has it.
 
     Raises:
         FileExistsError: If `output_dir` holds anything but an export that is to be replaced.
@@ -129,6 +134,9 @@ def _write_openvino(
                 if precision.startswith("int8"):
                     exported = quantize_openvino(exported, windows if precision == "int8" else None)
                 openvino.save_model(exported, path, compress_to_fp16=precision == "float16")
+            if precision == "bfloat16" and not openvino_has_bfloat16():
+                logger.warning("bfloat16 is not compared with the model: this CPU has none.")
+                continue
             run = load_openvino(path, model.config, precision)
             agreements[precision] = label_map_agreement(
                 model, processor, functools.partial(_run_on_tensor, run), path.name

@@ -295,6 +295,13 @@ def check_onnx_graph(model: "onnx.ModelProto", path: Path, weights: str) -> None
             )
 
 
+def openvino_has_bfloat16() -> bool:
+    """Whether OpenVINO, which must be installed, computes in bfloat16 on this CPU."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def load_openvino(path: Path, config: PreTrainedConfig, precision: str) -> RunFunction:
     """Load a model file into OpenVINO, for the CPU.
 
@@ -317,7 +324,7 @@ def load_openvino(path: Path, config: PreTrainedConfig, precision: str) -> RunFu
             f"The runtime 'openvino' needs openvino: `pip install segmenter-hf[openvino]` ({error})."
         ) from error
     core = openvino.Core()
-    if precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if precision == "bfloat16" and not openvino_has_bfloat16():
         raise ValueError("This CPU has no bfloat16: give the precision 'float32'.")
     weights = path.with_suffix(".bin")
     check_size((weights,), config)

@@ -4,7 +4,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,18 @@ NORMALIZATIONS = {
 }
 NUMBERS_AS_TEXT = ("class_weights", "config_overrides", "optim_args")
 METRICS = ("mean_iou", "mean_accuracy", "overall_accuracy")  # of an evaluation while training
+
+
+def check_choices(arguments: Any) -> None:
+    """Each argument is one of its choices, or its default.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for argument in fields(arguments):
+        choices, value = argument.metadata.get("choices"), getattr(arguments, argument.name)
+        if choices is not None and value not in (*choices, argument.default):
+            raise ValueError(f"`{argument.name}` must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def check_finite(arguments: Any) -> None:
@@ -137,6 +149,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        check_choices(self)
 
 
 @dataclass
@@ -224,6 +237,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        check_choices(self)
 
 
 @dataclass
