@@ -127,7 +127,7 @@ def test_each_precision_agrees_and_is_told(runtime, exported) -> None:
     assert fields["exported_precisions"] == {runtime: list(RUNTIME_FILES[runtime])}
     image = draw_image(7)
     expected = Predictor.from_pretrained(checkpoint)
-    reference, windows = expected(image).class_map, torch.randn(2, 3, 32, 32)
+    reference, windows = expected(image, return_scores=True).scores, torch.randn(2, 3, 32, 32)
     exact = expected.compute_logits(windows)
     differences = {}
     for precision in RUNTIME_FILES[runtime]:
@@ -136,7 +136,8 @@ def test_each_precision_agrees_and_is_told(runtime, exported) -> None:
         predictor = Predictor.from_pretrained(directory, runtime=runtime, precision=precision)
         assert predictor.precision == precision
         differences[precision] = float((predictor.compute_logits(windows) - exact).abs().max())
-        assert float((predictor(image).class_map == reference).float().mean()) > 0.85, precision
+        # sums of 8 bits that overflow, as on CPUs without VNNI, make this 0.023 and more
+        assert float((predictor(image, return_scores=True).scores - reference).abs().mean()) < 0.015, precision
     assert differences["float32"] == min(differences.values()) < 1e-4
     assert all(difference > 1e-4 for name, difference in differences.items() if name != "float32"), differences
 

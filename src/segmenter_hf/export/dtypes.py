@@ -102,7 +102,9 @@ def write_dtype(source: Path, dtype: str, path: Path, windows: list[np.ndarray] 
         # Says that shapes are inferred already, without which onnxruntime advises to do so.
         onnx.helper.set_model_props(model, {"onnx.infer": "onnxruntime.quant"})
         weight_type = QuantType.QUInt8 if dtype == "uint8" else QuantType.QInt8
-        quantize_dynamic(model, path, QUANTIZED_OPERATORS, per_channel=True, weight_type=weight_type)
+        # Signed weights have 7 bits: sums of 8-bit products overflow on CPUs without VNNI, and the file may meet one.
+        options = {"per_channel": True, "reduce_range": dtype != "uint8", "weight_type": weight_type}
+        quantize_dynamic(model, path, QUANTIZED_OPERATORS, **options)
         return
     if dtype in ("q4", "q4f16"):
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer

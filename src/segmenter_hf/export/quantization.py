@@ -77,6 +77,7 @@ def write_static_onnx(source: Path, path: Path, windows: list[np.ndarray]) -> No
         _WindowReader(windows),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
+        reduce_range=True,  # 7 bits: sums of 8-bit products overflow on CPUs without VNNI
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         nodes_to_quantize=nodes,
@@ -110,7 +111,15 @@ def quantize_openvino(model: Any, windows: list[np.ndarray] | None) -> Any:
     if windows is None:
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     dataset = nncf.Dataset([{"pixel_values": window} for window in windows])
-    return nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(windows))
+    # 7 bits of weights, as for onnxruntime
+    options = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
+    return nncf.quantize(
+        model,
+        dataset,
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(windows),
+        advanced_parameters=options,
+    )
 
 
 __all__ = ["calibration_windows", "quantize_openvino", "write_static_onnx"]
