@@ -200,9 +200,9 @@ def with_another(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "change, said",
     [
-        (without_a_weight, "it lacks decode_head"),
+        (without_a_weight, "1 missing .decode_head"),
         (wider, "size mismatch for"),
-        (with_another, "it has besides another"),
+        (with_another, "1 left over .another"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_named_in_a_line(undisturbed, tmp_path, change, said) -> None:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -403,13 +403,17 @@ def check_weights(
     wrong["no floating-point numbers"] = stored_integers(name_or_path, revision) & expected
     # Those in 8 bits are back in floats for a moment, others are as they were.
     wrong["NaN or infinite"] = [key for key in weights if not torch.isfinite(weights[key].detach().dequantize()).all()]
-    listed = [
+    if described := describe_keys(wrong):
+        raise ValueError(f"{name_or_path}: the weights are not those of the model: {described}. {REMEDY}")
+
+
+def describe_keys(problems: Mapping[str, Collection[str]]) -> str:
+    """Say how many weights have each problem, and the names of the first ones; nothing where none has one."""
+    return "; ".join(
         f"{len(keys)} {problem} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
-        for problem, keys in wrong.items()
+        for problem, keys in problems.items()
         if keys
-    ]
-    if listed:
-        raise ValueError(f"{name_or_path}: the weights are not those of the model: {'; '.join(listed)}. {REMEDY}")
+    )
 
 
 def stored_integers(name_or_path: str | Path, revision: str | None = None) -> set[str]:

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..inference.model_loading import is_out_of_memory
+from ..inference.model_loading import describe_keys, is_out_of_memory
 from ..utils.atomic_files import move_directory
 from ..utils.folders import lies_within
 from ..utils.json_files import check_types, read_json_object
@@ -109,14 +109,8 @@ def check_loaded(missing: Sequence[str], unexpected: Sequence[str]) -> None:
     Raises:
         ValueError: If some are missing or left over.
     """
-    wrong = {"lacks": missing, "has besides": unexpected}
-    said = [
-        f"it {verb} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for verb, names in wrong.items()
-        if names
-    ]
-    if said:
-        raise ValueError(f"the weights are of another model: {'; '.join(said)}")
+    if described := describe_keys({"missing": missing, "left over": unexpected}):
+        raise ValueError(f"the weights are of another model: {described}")
 
 
 def remove_partial_checkpoints(run_dir: Path) -> None:
