@@ -280,3 +280,11 @@ def test_a_folder_of_something_else_says_what_is_expected(tmp_path):
     (tmp_path / "pictures").mkdir()
     with pytest.raises(ValueError, match="expected train-.*metadata.jsonl.*images.*got .'pictures'"):
         load_segmentation_datasets(str(tmp_path))
+
+
+def test_annotations_of_another_kind_are_named(tmp_path):
+    save(tmp_path / "images" / "a.png", image_array())
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("0 0.5 0.5 0.1 0.1")
+    with pytest.raises(ValueError, match=r"'train' has 1 images but no masks in .*labels, which holds a\.txt"):
+        load_segmentation_datasets(str(tmp_path), splits=["train"])

@@ -28,6 +28,7 @@ A split that has images and no masks is reported, and cannot be loaded; one wher
 import csv
 import itertools
 import logging
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -139,7 +140,9 @@ def load_folder(
         elif files.masks:
             loaded[split] = _dataset_of_pairs(files, *columns)
         else:
-            notes[split] = f"{split!r} has {len(files.images)} images but no masks in {files.expected}"
+            held = sorted(os.listdir(files.expected))[:3] if os.path.isdir(files.expected) else []
+            held_text = f", which holds {', '.join(held)}" if held else ""
+            notes[split] = f"{split!r} has {len(files.images)} images but no masks in {files.expected}{held_text}"
             logger.warning("%s: %s.", root, notes[split])
     if (root / "JPEGImages").is_dir() and not (root / "ImageSets").is_dir():
         missing = f"{root} is a folder of Pascal VOC without ImageSets/Segmentation/SPLIT.txt"
