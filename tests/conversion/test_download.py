@@ -351,6 +351,10 @@ def test_the_script_ends_what_is_left_to_do_with_the_command_to_run(tmp_path) ->
         (["--output_dir", "x"], "error: Give --model NAME .* not neither"),
         (["--model", "a", "--checkpoint_path", "b", "--output_dir", "x"], "error: Give .* not both"),
         (["--model", "seg-b-mask-16-ade20k"], "error: Give --output_dir"),
+        (
+            ["--checkpoint_path", "https://a.org/b.pth", "--output_dir", "x"],
+            "error: https://a.org/b.pth is an address: download",
+        ),
         (["--model", "seg-b-mask-ade20k", "--output_dir", "x"], "Did you mean .*seg-b-mask-16-ade20k"),
     ],
 )

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.label_sets import LabelSet, label_set_from_names, load_label_set
-from segmenter_hf.data.loading import load_segmentation_datasets, split_train_validation
+from segmenter_hf.data.loading import load_segmentation_datasets, load_split, split_train_validation
 from segmenter_hf.data.mask_checks import check_masks, infer_num_labels
 from segmenter_hf.models.image_io import read_image
 from segmenter_hf.training.datasets import StreamedTrainDataset, TrainDataset
@@ -152,6 +152,12 @@ def test_a_missing_column_is_named_with_those_present_and_the_arguments(tmp_path
 def test_the_splits_of_the_scenes_are_named():
     with pytest.raises(ValueError, match=r"scenes has no split \['test'\], only \['train', 'validation'\]"):
         load_segmentation_datasets("scenes", splits=["test"])
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_at_least_one_image_is_kept(number):
+    with pytest.raises(ValueError, match=f"at least 1 image, got {number}"):
+        load_split("scenes", "validation", max_samples=number)
 
 
 def test_a_missing_validation_split_is_an_error_unless_a_fraction_is_given(tmp_path, caplog):

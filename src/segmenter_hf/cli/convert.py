@@ -84,6 +84,8 @@ def convert(args: ConversionArguments) -> tuple[Path, PublishedModel | None]:
         raise ValueError(
             f"Give --model NAME (`segmenter-hf models` lists the names) or --checkpoint_path FILE, not {got}."
         )
+    if "://" in (args.checkpoint_path or ""):
+        raise ValueError(f"{args.checkpoint_path} is an address: download it, and give the path of the file.")
     if args.output_dir is None:
         raise ValueError("Give --output_dir DIR, the directory to write.")
     published: PublishedModel | None = None

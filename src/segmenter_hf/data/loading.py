@@ -346,9 +346,15 @@ def keep_columns(
 
 
 def first_rows(dataset: AnyDataset, limit: int | None) -> AnyDataset:
-    """The first so many rows of a dataset, or all."""
+    """The first so many rows of a dataset, or all.
+
+    Raises:
+        ValueError: If the number is not positive.
+    """
     if limit is None:
         return dataset
+    if limit < 1:
+        raise ValueError(f"Keep at least 1 image, got {limit}; leave the number of samples out for all.")
     if isinstance(dataset, datasets.Dataset):
         return dataset.select(range(min(limit, len(dataset))))
     return dataset.take(limit)
