@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..inference.runtimes import EXPORT_FIELD, RUNTIME_FILES, RunFunction, load_openvino, openvino_has_bfloat16
+from ..inference.runtimes import (
+    EXPORT_FIELD,
+    RUNTIME_FILES,
+    RunFunction,
+    load_openvino,
+    openvino_core,
+    openvino_has_bfloat16,
+)
 from ..models.image_processing_segmenter import AnyImageProcessor
 from ..utils.atomic_files import atomic_directory
 from .dtypes import PRECISION_DTYPES
@@ -94,12 +101,7 @@ def _export_openvino(
     opset: int | None,
     overwrite: bool,
 ) -> OnnxExport:
-    try:
-        import openvino  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"The export for OpenVINO needs openvino: `pip install segmenter-hf[openvino]` ({error})."
-        ) from error
+    openvino_core()  # an error where it is missing
     if "int8" in precisions and calibration_images is None:
         raise ValueError("'int8' needs `calibration_images`, a folder of images as the model will see.")
     model, processor, label_set = load_for_export(model_name_or_path, output_dir, overwrite)
@@ -130,7 +132,7 @@ def _write_openvino(
             path = directory / RUNTIME_FILES["openvino"][precision]
             path.parent.mkdir(exist_ok=True)
             if not path.exists():  # float32 and bfloat16 share one
-                exported = openvino.Core().read_model(source)
+                exported = openvino_core().read_model(source)
                 if precision.startswith("int8"):
                     exported = quantize_openvino(exported, windows if precision == "int8" else None)
                 openvino.save_model(exported, path, compress_to_fp16=precision == "float16")

@@ -4,6 +4,7 @@ Files may come from anybody. They are read as data only: a model file names no o
 operators but those that runtimes bring along, and is no larger than the network of its configuration.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -295,11 +296,37 @@ def check_onnx_graph(model: "onnx.ModelProto", path: Path, weights: str) -> None
             )
 
 
-def openvino_has_bfloat16() -> bool:
-    """Whether OpenVINO, which must be installed, computes in bfloat16 on this CPU."""
+def openvino_core() -> Any:
+    """The `openvino.Core` of the process.
+
+    Raises:
+        ImportError: If OpenVINO is missing.
+    """
+    try:
+        import openvino  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"OpenVINO is not installed: `pip install segmenter-hf[openvino]` ({error}).") from error
+    return _only_core()
+
+
+@functools.cache
+def _only_core() -> Any:
+    """A core that lives as long as the process.
+
+    Each core that uses the CPU gives its thread a stack for signals and takes it back when it goes. Where two go in the order in which
+    they came, the thread is left with one that is freed, and the next signal, such as Ctrl-C, ends the process with a segmentation
+    fault (seen with OpenVINO 2026.4; the stack is that of https://github.com/openvinotoolkit/openvino/pull/11894).
+    """
     import openvino
 
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    core = openvino.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # from here on it uses the CPU: before the cores that nncf makes
+    return core
+
+
+def openvino_has_bfloat16() -> bool:
+    """Whether OpenVINO, which must be installed, computes in bfloat16 on this CPU."""
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def load_openvino(path: Path, config: PreTrainedConfig, precision: str) -> RunFunction:
@@ -317,13 +344,9 @@ def load_openvino(path: Path, config: PreTrainedConfig, precision: str) -> RunFu
         ImportError: If OpenVINO is missing.
         ValueError: If a file is damaged or too large, or the machine does not compute in that precision.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise ImportError(
-            f"The runtime 'openvino' needs openvino: `pip install segmenter-hf[openvino]` ({error})."
-        ) from error
-    core = openvino.Core()
+    core = openvino_core()
+    import openvino
+
     if precision == "bfloat16" and not openvino_has_bfloat16():
         raise ValueError("This CPU has no bfloat16: give the precision 'float32'.")
     weights = path.with_suffix(".bin")
