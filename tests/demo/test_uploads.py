@@ -5,7 +5,10 @@ import io
 import itertools
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from ..tiny_models import tiny_scenes_config, tiny_scenes_processor
 httpx = pytest.importorskip("httpx", reason="gradio brings it")
 pytest.importorskip("gradio", reason="the page needs the extra `demo`")
 
+from segmenter_hf.demo import app  # noqa: E402
 from segmenter_hf.demo.app import build_page, describe_segmentation, launch_page, open_upload  # noqa: E402
 from segmenter_hf.demo.uploads import NOT_UNDERSTOOD, NOT_UPLOADED  # noqa: E402
 
@@ -197,6 +201,38 @@ def test_other_values_are_refused_without_a_word_of_the_server(api, uploaded, ca
 @pytest.mark.parametrize("number", [99, -1, None, "x", {"path": "/etc/passwd", "meta": MARK}, [0, ["/etc/passwd"]]])
 def test_only_drawings_that_exist_are_loaded(api, capfd, number) -> None:
     assert post(api, "run/load_example", [number])["error"] == NOT_UNDERSTOOD
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_direct_calls_are_answered_one_after_the_other(api, uploaded, monkeypatch) -> None:
+    """Each has an image of up to 50 million pixels in memory, and they do not wait in Gradio's queue."""
+    at_work, most = [], []
+
+    def count(*args):
+        at_work.append(args)
+        most.append(len(at_work))
+        time.sleep(0.05)
+        image = open_upload(*args)
+        at_work.pop()
+        return image
+
+    monkeypatch.setattr(app, "open_upload", count)
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: post(api, "run/segment", [uploaded, "tiny", False]), range(6)))
+    assert all("data" in answer for answer in answers) and most == [1] * 6
+
+
+def test_calls_that_wait_as_the_page_stops_are_told_so(api, uploaded, monkeypatch, capfd) -> None:
+    with ThreadPoolExecutor(1) as worker, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(app, "WORKER", worker)
+        go_on = threading.Event()
+        worker.submit(go_on.wait)
+        waiting = [pool.submit(post, api, "run/segment", [uploaded, "tiny", False]) for _ in range(2)]
+        while worker._work_queue.qsize() < 2:
+            time.sleep(0.01)
+        worker.shutdown(wait=False, cancel_futures=True)
+        assert {each.result()["error"] for each in waiting} == {"The page was stopped."}
+        go_on.set()
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_arguments(build_parser("demo", __doc__, [Arguments]), argv)
     if args.port is not None and not 1 <= args.port <= 65535:
         raise ValueError(f"--port must be from 1 to 65535, got {args.port}.")
-    from ..demo.app import build_page, launch_page, load_models, train_scenes_model  # needs the extra
+    from ..demo.app import WORKER, build_page, launch_page, load_models, train_scenes_model  # needs the extra
 
     is_there = all((Path(args.output_dir) / name).is_file() for name in ("config.json", "model.safetensors"))
     if not args.model_name_or_path and not is_there:
@@ -53,4 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         train_scenes_model(Path(run.__file__).parent / "demo.json", args.output_dir)
     models = load_models(args.model_name_or_path or [args.output_dir], args.device, args.runtime)
-    launch_page(build_page(models, args.max_image_pixels), server_name=args.host, server_port=args.port)
+    try:
+        launch_page(build_page(models, args.max_image_pixels), server_name=args.host, server_port=args.port)
+    finally:
+        WORKER.shutdown(
+            cancel_futures=True
+        )  # after the image it is at, for torch aborts a process that ends meanwhile

@@ -1,13 +1,15 @@
 """A web page that segments images: classes, how sure the model is of them, and what it attends to.
 
 The server sends what it found once; opacity, hover, confidence, highlights and heads are drawn in the browser by
-`app.js`. Models are only read, one event at a time goes through them, and the others wait in the queue.
+`app.js`. Models are only read, one image at a time goes through them, and the others wait.
 """
 
 import base64
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -42,6 +44,9 @@ MAX_WAITING = 200  # events in the queue; who comes later is told to try again
 
 UNTOLD = ("model", "best", "final")  # names of directories that do not say which model it is
 
+# One image at a time: requests to the API do not wait in Gradio's queue, and each of their threads would keep memory.
+WORKER = ThreadPoolExecutor(1, "segmenting")
+
 TEMPLATES = Path(__file__).parent
 INTRODUCTION = """# What is where in this image?
 Give it a photograph, and a vision transformer says for every single pixel what it shows:
@@ -64,14 +69,15 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
     if not models:
         raise ValueError("Expected at least one model to show, got none.")
 
+    def describe(path: str, what: Callable[[Image.Image], dict[str, Any]]) -> dict[str, Any]:
+        return _in_turn(lambda: what(open_upload(upload_path(path, upload.GRADIO_CACHE), max_image_pixels)))
+
     def segment(path: str | None, name: str, thorough: bool) -> dict[str, Any]:
         """Say what each pixel of an image shows, with class names, areas and probabilities."""
         if path is None:
             return nothing()
-        image = open_upload(upload_path(path, upload.GRADIO_CACHE), max_image_pixels)
-        protocol = PAPER_PROTOCOLS["multi-scale + flip" if thorough else "single scale"]
-        predictor = models[name].with_protocol(protocol)
-        return gr.update(value=describe_segmentation(predictor, image), attention=None)
+        predictor = models[name].with_protocol(PAPER_PROTOCOLS["multi-scale + flip" if thorough else "single scale"])
+        return gr.update(value=describe(path, partial(describe_segmentation, predictor)), attention=None)
 
     def attend(path: str | None, name: str, event: gr.EventData) -> dict[str, Any]:
         if path is None:
@@ -79,8 +85,7 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
         asked = event._data
         if not isinstance(asked, dict) or not asked.keys() <= {"x", "y", "class_id", "layer"}:
             raise refusal(NOT_UNDERSTOOD)
-        image = open_upload(upload_path(path, upload.GRADIO_CACHE), max_image_pixels)
-        return gr.update(attention=describe_attention(models[name], image, **asked))
+        return gr.update(attention=describe(path, partial(describe_attention, models[name], **asked)))
 
     def nothing() -> dict[str, Any]:
         return gr.update(value=None, attention=None)
@@ -107,6 +112,13 @@ def build_page(models: Mapping[str, Predictor], max_image_pixels: int = MAX_IMAG
         segmenting.failure(nothing, None, viewer, **hidden)
         viewer.select(attend, [upload, model], viewer, show_progress="minimal", api_visibility="private", **network)
     return page.queue(max_size=MAX_WAITING)
+
+
+def _in_turn(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return WORKER.submit(work).result()
+    except CancelledError as error:
+        raise refusal("The page was stopped.") from error
 
 
 def _show_inputs(fits_drawings: Mapping[str, bool]) -> tuple[gr.Image, gr.Dropdown, gr.Radio, gr.Group]:
