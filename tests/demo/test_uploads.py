@@ -231,8 +231,8 @@ def test_calls_that_wait_as_the_page_stops_are_told_so(api, uploaded, monkeypatc
         while worker._work_queue.qsize() < 2:
             time.sleep(0.01)
         worker.shutdown(wait=False, cancel_futures=True)
-        assert {each.result()["error"] for each in waiting} == {"The page was stopped."}
         go_on.set()
+        assert {each.result()["error"] for each in waiting} == {"The page was stopped."}
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -56,6 +56,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         launch_page(build_page(models, args.max_image_pixels), server_name=args.host, server_port=args.port)
     finally:
-        WORKER.shutdown(
-            cancel_futures=True
-        )  # after the image it is at, for torch aborts a process that ends meanwhile
+        # After the image it is at: torch aborts a process that ends meanwhile.
+        WORKER.shutdown(cancel_futures=True)
