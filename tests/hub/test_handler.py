@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,38 @@ def test_pixels_of_arrays_count_before_they_are_decoded(handler, monkeypatch) ->
     assert handler({"inputs": half})
     with pytest.raises(ValueError, match="image 2 of the request.*20 x 30 pixels are more than 400"):
         handler({"inputs": [half, half]})
+
+
+def test_thin_images_do_not_keep_the_service_busy(handler, monkeypatch) -> None:
+    """What the network sees counts: a line of 100 pixels is enlarged to the side of a window, and so becomes many."""
+    thin = as_png(Image.new("RGB", (100, 1)))
+    assert handler({"inputs": thin})
+    monkeypatch.setattr("segmenter_hf.hub.handler.MAX_WINDOW_PIXELS", 50_000)
+    monkeypatch.setattr(handler, "model", None)  # refused before the network
+    for bad in (
+        {"inputs": thin},
+        {"inputs": [noise(90, 61)] * 30},
+        {"inputs": noise(90, 61), "parameters": {"scales": [4.0]}},
+    ):
+        with pytest.raises(ValueError, match="expected at most 50000: send fewer or less narrow images"):
+            handler(bad)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"labels": {"road": 1}}', "is not a label set"),
+        ('["road"]', "is not a label set"),
+        ("{", "is not a label set"),
+        ("[" * 100_000, "is not a label set"),
+        ('{"labels": [{"name": "road"}, {"name": "car"}]}', "names 2 classes, and the model has"),
+    ],
+)
+def test_a_label_set_of_another_kind_is_named(content, said, repository, tmp_path) -> None:
+    shutil.copytree(repository, tmp_path / "repository")
+    (tmp_path / "repository" / "label_set.json").write_text(content)
+    with pytest.raises(ValueError, match=f"label_set.json {said}"):
+        EndpointHandler(str(tmp_path / "repository"))
 
 
 @pytest.mark.parametrize(

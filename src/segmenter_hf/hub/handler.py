@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 # Decoded by libraries alone. Pillow hands others to programs that run what is in them.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 50_000_000  # of all images of a request
+MAX_WINDOW_PIXELS = 150_000_000  # of all their windows: thin images and large scales become many
 MAX_SCALES = 16
 PARAMETERS = ("flip", "format", "scales", "window_batch_size")
 
@@ -111,10 +112,22 @@ class EndpointHandler:
         self, images: list[Image.Image | np.ndarray], window_batch_size: int, **kwargs: Any
     ) -> list[np.ndarray]:
         """The class map (height, width) of each image; windows of all of them share the batches."""
-        batch = self.processor(images, return_tensors="pt", **kwargs)
-        windows = batch["pixel_values"].split(window_batch_size)
-        logits = torch.cat([self.model(pixel_values=part.to(self.device)).logits for part in windows])
-        outputs = ModelOutput(logits=logits, window_offsets=batch["window_offsets"])
+        sources = [self.processor.lazy_windows(image, **kwargs) for image in images]
+        pairs = [
+            (source, window._replace(image=index)) for index, source in enumerate(sources) for window in source.windows
+        ]
+        pixels = sum(window.height * window.width for _, window in pairs)
+        if pixels > MAX_WINDOW_PIXELS:
+            raise ValueError(
+                f"The windows of the request hold {pixels} pixels, expected at most {MAX_WINDOW_PIXELS}: send fewer or less "
+                "narrow images, or lower `scales`."
+            )
+        logits = []
+        for first in range(0, len(pairs), window_batch_size):
+            part = [source.pixel_values(window) for source, window in pairs[first : first + window_batch_size]]
+            logits.append(self.model(pixel_values=torch.stack(part).to(self.device)).logits)
+        offsets = torch.tensor([window for _, window in pairs])
+        outputs = ModelOutput(logits=torch.cat(logits), window_offsets=offsets)
         return [found.cpu().numpy() for found in self.processor.post_process_semantic_segmentation(outputs)]
 
     def _present(self, class_map: np.ndarray) -> list[dict[str, Any]]:
@@ -137,10 +150,17 @@ class EndpointHandler:
 def _class_names(directory: Path, id2label: dict[int, str]) -> list[str]:
     """Names by class id; those of the label set, where the repository holds one."""
     path = directory / "label_set.json"
+    names = [id2label[index] for index in range(len(id2label))]
     if path.is_file():
-        names = [label["name"] for label in json.loads(path.read_text(encoding="utf-8"))["labels"]]
-    else:
-        names = [id2label[index] for index in range(len(id2label))]
+        try:
+            found = [label["name"] for label in json.loads(path.read_text(encoding="utf-8"))["labels"]]
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a label set: expected `labels`, a list of objects with a `name`."
+            ) from error
+        if len(found) < len(names):
+            raise ValueError(f"{path} names {len(found)} classes, and the model has {len(names)}.")
+        names = found
     # A model of one class has one logit, and its maps hold 0 for the background.
     return names if len(names) > 1 else ["background" if names[0] != "background" else "foreground", *names]
 
