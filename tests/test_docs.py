@@ -145,8 +145,35 @@ def test_configurations_of_the_papers_can_be_made() -> None:
 
 
 def test_pages_of_the_site_load_nothing_from_elsewhere() -> None:
-    """Material's script asks the API of GitHub about the element that it finds by this attribute."""
+    """Material's script asks the API of GitHub about the element that it finds by this attribute, in 404.html too."""
     shown = '<a href="https://github.com/segmenter-hf" class="md-source" data-md-component="source">'
-    hook = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_post_page"]
-    assert hook(output=shown) == shown.replace(' data-md-component="source"', "")
-    assert "font: false" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    for hook in (hooks["on_post_page"](output=shown), hooks["on_post_template"](output_content=shown)):
+        assert hook == shown.replace(' data-md-component="source"', "")
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert "font: false" in settings
+    (polyfill,) = re.findall(r"^    - (\S+iframe-worker\S*)$", settings, re.MULTILINE)
+    assert (ROOT / "docs" / polyfill).is_file()
+
+
+def test_a_site_that_loads_something_from_elsewhere_is_not_built() -> None:
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    own = '<a href="https://e.org"></a><img src=demo.png><link rel=canonical href="https://e.org/"><script src="a/b.js"></script>'
+    assert hooks["loads_from_elsewhere"](own) == []
+    for tag in (
+        "<script src=https://e.org/a></script>",
+        '<img alt="a" src="//e.org/a">',
+        '<link href="https://e.org/a" rel="stylesheet">',
+    ):
+        (found,) = hooks["loads_from_elsewhere"](own + tag)
+        assert found.endswith("//e.org/a")
+
+
+def test_types_of_docstrings_are_shown_without_marks() -> None:
+    plain = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_page_content"]
+    page = '<div class="doc object"><code>`int` or [`~a.Name`], *optional*</code> as [<code>Name</code>] has <code>x[0]</code></div>'
+    shown = (
+        '<div class="doc object"><code>int or a.Name, optional</code> as <code>Name</code> has <code>x[0]</code></div>'
+    )
+    assert plain(html=page) == shown
+    assert plain(html="[<code>Name</code>]") == "[<code>Name</code>]"
