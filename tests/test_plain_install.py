@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 from PIL import Image
 
 from .tiny_models import save_tiny_scenes_model
+from .versions import needs_auto_classes
 
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +85,7 @@ def environment(tmp_path_factory) -> Path:
     return folder
 
 
+@needs_auto_classes
 def test_the_core_works_without_any_extra(environment, tmp_path) -> None:
     save_tiny_scenes_model(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)

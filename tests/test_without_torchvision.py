@@ -16,6 +16,7 @@ import segmenter_hf
 from segmenter_hf import SegmenterImageProcessor, SegmenterImageProcessorPil
 
 from .tiny_models import save_tiny_scenes_model
+from .versions import needs_auto_classes
 
 
 PROGRAM = """
@@ -66,6 +67,15 @@ def results_of(directory: Path, file: Path) -> None:
     )
 
 
+@pytest.mark.skipif(
+    needs_auto_classes.args[0] is False, reason="transformers from 5.18 on reads images without torchvision"
+)
+def test_earlier_versions_of_transformers_ask_for_torchvision() -> None:
+    code = "import sys; sys.modules['torchvision'] = None; import segmenter_hf.models"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "reads images only with torchvision, which is not installed: `pip install torchvision`" in run.stderr
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     """A model, its processor with the backend left open, and a picture of several windows."""
@@ -76,6 +86,7 @@ def directory(tmp_path_factory) -> Path:
     return folder
 
 
+@needs_auto_classes
 def test_results_without_torchvision_are_those_with_it(directory, tmp_path) -> None:
     results_of(directory, tmp_path / "with.npz")
     finished = subprocess.run(

@@ -23,7 +23,6 @@ from PIL import Image
 from segmenter_hf import Predictor, SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.cli.export import main as export_main
 from segmenter_hf.cli.predict import main as predict_main
-from segmenter_hf.demo.app import describe_attention, describe_segmentation
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation
 from segmenter_hf.export.openvino import export_model
 from segmenter_hf.export.quantization import calibration_windows
@@ -177,6 +176,9 @@ def test_evaluation_and_predicted_datasets_say_the_runtime(runtime, exported) ->
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_page_shows_classes_and_no_attention(runtime, exported) -> None:
+    pytest.importorskip("gradio", reason="the page needs the extra `demo`")
+    from segmenter_hf.demo.app import describe_attention, describe_segmentation
+
     _, directory = exported("mask_transformer", runtime)
     predictor = Predictor.from_pretrained(directory, runtime=runtime)
     picture = Image.fromarray(draw_image(0))

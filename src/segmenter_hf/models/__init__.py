@@ -1,6 +1,6 @@
 """The models, their configurations and image processors. Importing them registers them with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, __version__
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_segmenter import SegmenterConfig
@@ -10,6 +10,11 @@ from .modeling_segmenter import SegmenterForSemanticSegmentation, SegmenterModel
 from .modeling_setr import SetrForSemanticSegmentation, SetrModel
 
 
+if getattr(AutoImageProcessor, "is_dummy", False):
+    raise ImportError(
+        f"transformers {__version__} reads images only with torchvision, which is not installed: `pip install torchvision`, "
+        'or `pip install "transformers>=5.18"`, which reads them without it.'
+    )
 for _config, _model, _segmentation_model in (
     (SegmenterConfig, SegmenterModel, SegmenterForSemanticSegmentation),
     (SetrConfig, SetrModel, SetrForSemanticSegmentation),
