@@ -21,7 +21,7 @@ demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, ev
 	@echo "Your own photographs: segmenter-hf train --recipe finetune_small_dataset --dataset_name FOLDER --model_name_or_path DINOV2_FOLDER --output_dir outputs/fine_tuned"
 
 test: $(VENV)/installed  ## install and run all tests
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 3
 
 # The core: reading data, the mathematics, the models, prediction, metrics; no training, no processes, no other systems.
 FAST = tests/test_architecture.py tests/test_requirements.py tests/utils tests/evaluation \
@@ -43,7 +43,7 @@ test-colab: VERSIONS = tests/requirements-colab.txt
 test-lowest test-colab: $(VENV)/installed  ## all tests with the lowest versions of setup.cfg, or with those of a notebook on Colab
 	$(PYTHON) -m venv $(VENV)-$@
 	$(VENV)-$@/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test,onnx]" -r $(VERSIONS)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n 3
 	rm -rf build/remote_code
 	$(PY) tests/check_remote_code.py save build/remote_code/newest
 	HF_MODULES_CACHE=build/remote_code/cache $(VENV)-$@/bin/python tests/check_remote_code.py load build/remote_code/newest
