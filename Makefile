@@ -21,7 +21,7 @@ demo: $(VENV)/installed  ## install, fine-tune on the embedded street scenes, ev
 	@echo "Your own photographs: segmenter-hf train --recipe finetune_small_dataset --dataset_name FOLDER --model_name_or_path DINOV2_FOLDER --output_dir outputs/fine_tuned"
 
 test: $(VENV)/installed  ## install and run all tests
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 3
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 # The core: reading data, the mathematics, the models, prediction, metrics; no training, no processes, no other systems.
 FAST = tests/test_architecture.py tests/test_requirements.py tests/utils tests/evaluation \
@@ -29,11 +29,13 @@ FAST = tests/test_architecture.py tests/test_requirements.py tests/utils tests/e
 	tests/inference/test_predictor.py tests/inference/test_protocol.py \
 	tests/models/test_sliding_window.py tests/models/test_segmentation_loss.py \
 	tests/models/test_configuration_segmenter.py tests/models/test_image_processing_segmenter.py
-# What starts processes or compiles takes most of the time. On 2026-11-29 the rest (999 tests) took 90 seconds of processor time in one
-# worker, so about 50 seconds on two idle cores.
+# Without what takes long: what starts processes or compiles, and the longest searches of the merge and of the validation split.
+# On 2026-11-29 these 1,004 tests took 42 seconds, 58 with the start, on two idle cores.
 FAST += --ignore=tests/utils/test_faults.py \
 	--deselect=tests/models/test_segmentation_loss.py::test_two_processes_average_their_gradients \
-	--deselect=tests/models/test_segmentation_loss.py::test_the_loss_compiles_without_a_graph_break
+	--deselect=tests/models/test_segmentation_loss.py::test_the_loss_compiles_without_a_graph_break \
+	--deselect=tests/models/test_sliding_window.py::test_the_merge_equals_the_naive_loop_in_float64 \
+	--deselect=tests/data/test_loading.py::test_at_least_one_image_is_kept
 test-fast: $(VENV)/installed  ## the tests of the core, in less than a minute
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(FAST)
 
@@ -43,7 +45,7 @@ test-colab: VERSIONS = tests/requirements-colab.txt
 test-lowest test-colab: $(VENV)/installed  ## all tests with the lowest versions of setup.cfg, or with those of a notebook on Colab
 	$(PYTHON) -m venv $(VENV)-$@
 	$(VENV)-$@/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test,onnx]" -r $(VERSIONS)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n 3
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n 2
 	rm -rf build/remote_code
 	$(PY) tests/check_remote_code.py save build/remote_code/newest
 	HF_MODULES_CACHE=build/remote_code/cache $(VENV)-$@/bin/python tests/check_remote_code.py load build/remote_code/newest
