@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -63,6 +63,7 @@ def assert_equal(got: tuple, expected: tuple, tolerance: float = 2e-5) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(num_labels=2, logits_size=(1, 1), size=(55, 129), ignored=0.0, weighted=False, label_smoothing=0.0, seed=0)
 @given(
     num_labels=st.integers(1, 7),
     logits_size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
@@ -81,8 +82,10 @@ def test_value_and_gradient_are_those_of_torch(
     if weighted:
         options["class_weights"] = torch.rand(num_labels, generator=torch.Generator().manual_seed(seed)) + 0.1
     expected = reference(logits, labels, **options)
-    for function in (upsampled_cross_entropy, plain_upsampled_cross_entropy):
-        assert_equal(value_and_gradient(function, logits, labels, **options), expected)
+    assert_equal(value_and_gradient(upsampled_cross_entropy, logits, labels, **options), expected)
+    # In float64: in float32 torch adds the gradients of all pixels of a patch one by one, which alone costs 3e-5 of 7,000 pixels.
+    exact = logits.detach().double().requires_grad_()
+    assert_equal(value_and_gradient(plain_upsampled_cross_entropy, exact, labels, **options), expected, 1e-9)
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "class_weights": torch.tensor([0.5, 1.0, 2.0])}])
