@@ -16,7 +16,7 @@ import segmenter_hf
 from segmenter_hf import SegmenterImageProcessor, SegmenterImageProcessorPil
 
 from .tiny_models import save_tiny_scenes_model
-from .versions import needs_auto_classes
+from .versions import READS_IMAGES_ALONE, needs_auto_classes
 
 
 PROGRAM = """
@@ -67,9 +67,7 @@ def results_of(directory: Path, file: Path) -> None:
     )
 
 
-@pytest.mark.skipif(
-    needs_auto_classes.args[0] is False, reason="transformers from 5.18 on reads images without torchvision"
-)
+@pytest.mark.skipif(READS_IMAGES_ALONE, reason="transformers from 5.18 on reads images without torchvision")
 def test_earlier_versions_of_transformers_ask_for_torchvision() -> None:
     code = "import sys; sys.modules['torchvision'] = None; import segmenter_hf.models"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
