@@ -319,10 +319,11 @@ def test_a_model_comes_from_a_folder_or_an_archive(page, address, models, tmp_pa
     for selector, source in (("#files", tmp_path / "one_class.zip"), ("#folder", folder)):
         page.set_input_files(selector, source)
         page.get_by_text(f"{source.name}: 2 classes").wait_for()
-        page.locator(".legend button").first.wait_for()
+        page.locator("#working").wait_for(state="hidden")
         assert set(page.locator(".legend .name").all_inner_texts()) == {"background", "road"}
     (tmp_path / "notes.zip").write_text("no archive")
-    page.set_input_files("#files", tmp_path / "notes.zip")
+    page.set_input_files("#folder", folder)
+    page.set_input_files("#files", tmp_path / "notes.zip")  # while the other is loaded
     page.get_by_text("Expected a ZIP archive").wait_for()
 
 

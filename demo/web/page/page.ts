@@ -27,7 +27,7 @@ interface Result extends Photo {
 }
 
 let segmenter: Segmenter | undefined;
-let busy = false;
+let turns: Promise<void> = Promise.resolve(); // ends when nothing is left to do
 let shownPhoto: Photo | undefined;
 let waiting: Photo | undefined; // what is segmented next
 let current: Result | undefined;
@@ -61,26 +61,24 @@ function reportSegmenting({ stage, done, total }: Progress): void {
   else showProgress("Reading the image");
 }
 
-/** Run one thing at a time, show what goes wrong, and then segment the image that waits. */
-async function work(action: () => Promise<void>): Promise<void> {
-  if (busy) return;
-  busy = true;
-  element("model-form").inert = true;
-  showError();
-  try {
-    await action();
-  } catch (error) {
-    showError(error instanceof Error ? error.message : String(error));
-  } finally {
-    busy = false;
+/** Do one thing after another, show what goes wrong, and then segment the image that waits. */
+function work(action: () => Promise<void>): void {
+  turns = turns.then(async () => {
+    element("model-form").inert = true;
+    try {
+      await action();
+    } catch (error) {
+      showError(error instanceof Error ? error.message : String(error));
+    }
     element("model-form").inert = false;
     showProgress();
-  }
-  await segmentWaiting();
+    segmentWaiting();
+  });
 }
 
-async function loadModel(model: ModelInput, name: string): Promise<void> {
-  await work(async () => {
+function loadModel(model: ModelInput, name: string): void {
+  work(async () => {
+    showError();
     showProgress("Loading the model");
     const dtype = element<HTMLSelectElement>("dtype").value as Dtype;
     const loaded = await Segmenter.from(model, {
@@ -131,18 +129,20 @@ async function takeImage(image: Blob): Promise<void> {
     showError((error as Error).message);
     return;
   }
-  await segmentWaiting();
+  segmentWaiting();
 }
 
-async function segmentWaiting(): Promise<void> {
-  if (busy || !waiting) return;
+function segmentWaiting(): void {
+  if (!waiting) return;
   if (!segmenter) {
-    if (element("error").hidden) showProgress("Choose a model to see what is where.", 0);
+    const working = element("model-form").inert;
+    if (!working && element("error").hidden) showProgress("Choose a model to see what is where.", 0);
     return;
   }
-  const [segment, job] = [segmenter, waiting];
-  waiting = undefined;
-  await work(async () => {
+  work(async () => {
+    if (!waiting || !segmenter) return; // an earlier turn has segmented it
+    const [segment, job] = [segmenter, waiting];
+    waiting = undefined;
     showProgress("Reading the image");
     const size = { height: photo.height, width: photo.width };
     const segmentation = await segment(job.image, { confidence: true, size, onProgress: reportSegmenting });
@@ -222,7 +222,7 @@ function save(content: Blob, name: string): void {
 
 function takeFiles(files: File[]): void {
   if (!files.length) return;
-  if (isModel(files)) void loadModel(files, files.length === 1 ? files[0].name : "Your files");
+  if (isModel(files)) loadModel(files, files.length === 1 ? files[0].name : "Your files");
   else void takeImage(files[0]);
 }
 
@@ -240,7 +240,7 @@ function loadAddress(address: string): void {
   element<HTMLInputElement>("address").value = address;
   try {
     const isName = /^\w[\w.-]*\/\w[\w.-]*$/.test(address);
-    void loadModel(isName ? hubAddress(address) : new URL(address, document.baseURI), address);
+    loadModel(isName ? hubAddress(address) : new URL(address, document.baseURI), address);
   } catch {
     showError(`Expected an address or owner/name, got ${address}.`);
   }
@@ -251,7 +251,7 @@ function listen(): void {
   onFiles("another", takeFiles);
   for (const id of ["files", "folder"]) {
     const folder = (files: File[]) => files[0].webkitRelativePath.split("/")[0];
-    onFiles(id, (files) => void loadModel(files, folder(files) || (files.length === 1 ? files[0].name : "Your files")));
+    onFiles(id, (files) => loadModel(files, folder(files) || (files.length === 1 ? files[0].name : "Your files")));
   }
   element<HTMLFormElement>("model-form").onsubmit = (event) => {
     event.preventDefault();
@@ -298,7 +298,7 @@ async function loadFirstModel(): Promise<void> {
   }
   const beside = new URL("model/", document.baseURI);
   const answer = await fetch(new URL("preprocessor_config.json", beside), { method: "HEAD" }).catch(() => undefined);
-  if (answer?.ok) await loadModel(beside, "The model of this page");
+  if (answer?.ok) loadModel(beside, "The model of this page");
 }
 
 overlay.style.opacity = String(Number(opacity.value) / 100);
