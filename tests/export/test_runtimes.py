@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -154,6 +156,14 @@ def test_8_bits_have_a_scale_for_each_channel_and_leave_attention_alone(exported
     products = [node for node in graph.node if node.op_type == "MatMul"]
     assert any(set(node.input) <= quantized for node in products)
     assert any(not set(node.input) & quantized for node in products)
+
+
+def test_threads_of_onnxruntime_sleep_while_they_wait(exported, monkeypatch) -> None:
+    _, directory = exported("mask_transformer", "onnxruntime")
+    session = Mock(wraps=onnxruntime.InferenceSession)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    Predictor.from_pretrained(directory, runtime="onnxruntime")
+    assert session.call_args.args[1].get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

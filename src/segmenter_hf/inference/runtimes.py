@@ -245,6 +245,8 @@ def load_onnx(path: Path, config: PreTrainedConfig, precision: str) -> RunFuncti
     check_onnx_graph(onnx.load(path, format="protobuf", load_external_data=False), path, weights.name)
     options = SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Threads sleep while they wait, as with OMP_WAIT_POLICY=PASSIVE: spinning ones take the cores that another process needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (pixel_values,), (logits,) = session.get_inputs(), session.get_outputs()
     check_ports(path, config, pixel_values.name, logits.name, pixel_values.shape)
