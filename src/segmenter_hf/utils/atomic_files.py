@@ -246,13 +246,13 @@ def move_files(directory: Path, target: Path) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all."""
+    """Write a UTF-8 text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write a JSON file, whole or not at all; NaN, which JSON does not know, becomes null."""
+    """Write a JSON file atomically; NaN, which JSON does not know, becomes null."""
     write_text(path, json.dumps(_without_nan(content), indent=2) + "\n")
 
 
