@@ -95,8 +95,8 @@ def test_the_merge_equals_the_naive_loop_in_float64(data) -> None:
     logits = spread * torch.randn(len(rows), num_labels, patches, patches)
     _, expected = plain_merge_windows(logits.double(), rows, patch)
     tile = {
-        "CPU_TILE_VALUES": data.draw(st.sampled_from([1, 500, 2**17])),
-        "CPU_TILE_HEIGHT": data.draw(st.sampled_from([1, 7, 32])),
+        "CPU_TILE_VALUES": data.draw(st.sampled_from([1, 500, 2**18])),
+        "CPU_TILE_HEIGHT": data.draw(st.sampled_from([1, 7, 64])),
     }
     with mock.patch.multiple(sliding_window, **tile):
         ((segmentation, scores),) = merge_windows(logits, torch.tensor(rows), patch, return_scores=True)
@@ -246,8 +246,8 @@ def test_products_are_exact_where_torch_has_one_setting_for_all_devices(precisio
 
 
 def test_tiles_are_bounded_on_every_device() -> None:
-    assert tile_size((512, 683), 150, torch.device("cpu")) == (32, 27)
-    assert tile_size((4, 5), 10**6, torch.device("cpu")) == (32, 1)
+    assert tile_size((512, 683), 150, torch.device("cpu")) == (64, 27)
+    assert tile_size((4, 5), 10**6, torch.device("cpu")) == (64, 1)
     height, width = tile_size((512, 683), 150, torch.device("cuda"))
     assert width == 683
     assert height * width * 150 <= sliding_window.GPU_TILE_VALUES

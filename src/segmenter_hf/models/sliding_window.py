@@ -18,9 +18,9 @@ from .window_geometry import Axis, Tile, Window, merge_tiles
 from .worker_threads import run_in_threads
 
 
-# Values of a tile: on the CPU as many as fit its cache, on a GPU enough to keep it busy.
-CPU_TILE_VALUES, GPU_TILE_VALUES = 2**17, 2**25
-CPU_TILE_HEIGHT = 32
+# Values of a tile: on the CPU as many as stay near its cores, on a GPU enough to keep it busy.
+CPU_TILE_VALUES, GPU_TILE_VALUES = 2**18, 2**25
+CPU_TILE_HEIGHT = 64
 # Softmax is taken without a pass for its maximum where no class is further than this below the best one of its patch:
 # the sum of a pixel is then at least e^-60, far from the smallest float32.
 MAX_LOGIT_RANGE = 60.0
