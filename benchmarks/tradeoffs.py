@@ -184,7 +184,7 @@ def make_variants(args: Arguments) -> list[Variant]:
         published.model.set_attn_implementation("eager")
         variants.append(Variant(published, "none, by the path of the published code", "plain path"))
     for threshold in args.thresholds:
-        predictor = merge_above(threshold, load(name, token_merging=True, **kwargs))
+        predictor = load(name, token_merging_threshold=threshold, **kwargs)
         variants.append(Variant(predictor, f"token merging, threshold {threshold}", "token merging"))
     for patch_size in args.patch_sizes:
         predictor = load(name, patch_size=patch_size, **kwargs)
@@ -192,13 +192,6 @@ def make_variants(args: Arguments) -> list[Variant]:
         variants.append(Variant(predictor, f"patches of {patch_size} pixels instead of {before}", "patch size"))
     variants += [make_runtime_variant(args, runtime) for runtime in args.runtimes]
     return variants
-
-
-def merge_above(threshold: float, predictor: Predictor) -> Predictor:
-    """Set the threshold of a model that merges tokens."""
-    for config in (predictor.model.config, predictor.model.base_model.config):
-        config.token_merging_threshold = threshold
-    return predictor
 
 
 def make_runtime_variant(args: Arguments, runtime: str) -> Variant:
@@ -209,12 +202,11 @@ def make_runtime_variant(args: Arguments, runtime: str) -> Variant:
         return Variant(predictor, name, "runtime")
     if precision == "compiled":
         return Variant(Predictor.from_pretrained(args.model_name_or_path, compile=True), name, "compiled")
-    kwargs = {"dtype": getattr(torch, precision), "token_merging": bool(threshold)}
-    predictor = Predictor.from_pretrained(args.model_name_or_path, label_set=args.label_set, **kwargs)
-    if not threshold:
-        return Variant(predictor, name, "runtime")
-    predictor = merge_above(float(threshold[0]), predictor)
-    return Variant(predictor, f"torch {precision}, token merging, threshold {threshold[0]}", "runtime")
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, precision), "label_set": args.label_set}
+    if threshold:
+        kwargs["token_merging_threshold"] = float(threshold[0])
+        name = f"torch {precision}, token merging, threshold {threshold[0]}"
+    return Variant(Predictor.from_pretrained(args.model_name_or_path, **kwargs), name, "runtime")
 
 
 def write_exports(args: Arguments) -> None:

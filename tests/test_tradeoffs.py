@@ -19,7 +19,7 @@ def test_each_change_has_its_tokens_its_time_and_its_agreement(tmp_path) -> None
     pytest.importorskip("matplotlib")
     save_tiny_scenes_model(tmp_path / "model")
     arguments = ["--model_name_or_path", str(tmp_path / "model"), "--max_samples", "2", "--output_dir", str(tmp_path)]
-    arguments += ["--thresholds", "-1", "2", "--patch_sizes", "16", "--runtimes", "torch/bfloat16", "torch/float32/-1"]
+    arguments += ["--thresholds", "-1", "1", "--patch_sizes", "16", "--runtimes", "torch/bfloat16", "torch/float32/-1"]
     tradeoffs.main(arguments)
     points = json.loads((tmp_path / "tradeoffs.json").read_text())["points"]
     none, merged, unmerged, larger, bfloat16, both = points

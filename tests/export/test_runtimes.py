@@ -247,7 +247,7 @@ def test_signals_are_handled_after_models_were_dropped(exported, photos) -> None
 def test_what_does_not_go_together_is_refused(exported, photos, tmp_path) -> None:
     checkpoint, directory = exported("mask_transformer", "onnxruntime")
     load = Predictor.from_pretrained
-    for name in ("compile", "int8", "token_merging", "patch_size"):
+    for name in ("compile", "int8", "token_merging", "token_merging_threshold", "patch_size"):
         with pytest.raises(ValueError, match=rf"`{name}` is for the runtime 'torch' only"):
             load(directory, runtime="onnxruntime", **{name: True})
     with pytest.raises(ValueError, match="`dtype` is for the runtime 'torch' only"):

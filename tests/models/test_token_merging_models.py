@@ -195,6 +195,10 @@ def test_a_model_trained_without_it_can_be_run_with_it(tmp_path) -> None:
     assert plain.model.config.token_merging_layers is None
     assert list(merging.model.config.token_merging_layers) == [0]
     assert merging(image).class_map.shape == plain(image).class_map.shape
+    few = Predictor.from_pretrained(tmp_path / "model", device="cpu", token_merging_threshold=0.95)
+    assert list(few.model.config.token_merging_layers) == [0] and few.model.config.token_merging_threshold == 0.95
+    with pytest.raises(ValueError, match="from -1 to 1, got 7"):
+        Predictor.from_pretrained(tmp_path / "model", device="cpu", token_merging_threshold=7.0)
     with pytest.raises(ValueError, match="exclude each other"):
         Predictor.from_pretrained(tmp_path / "model", device="cpu", token_merging=True, compile=True)
 

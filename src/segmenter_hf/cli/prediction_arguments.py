@@ -30,6 +30,9 @@ class PredictionArguments:
     token_merging: bool = field(
         default=False, metadata={"help": "Merge similar patches in the network: approximate, faster."}
     )
+    token_merging_threshold: float | None = field(
+        default=None, metadata={"help": "The same, of patches at least so similar: up to 1, and slower towards it."}
+    )
     patch_size: int | None = field(
         default=None,
         metadata={"help": "Resize the patches of the network: larger ones are approximate and faster, as 32 for 16."},
@@ -59,6 +62,7 @@ class PredictionArguments:
             int8=self.int8,
             compile=self.compile,
             token_merging=self.token_merging,
+            token_merging_threshold=self.token_merging_threshold,
             patch_size=self.patch_size,
         )
 

@@ -59,6 +59,7 @@ def load_model(
     int8: bool = False,
     compile: bool = False,
     token_merging: bool = False,
+    token_merging_threshold: float | None = None,
     patch_size: int | None = None,
 ) -> tuple[PreTrainedModel, AnyImageProcessor, LabelSet]:
     """Load a model with its image processor and label set: whole, finite, and of this package, or not at all.
@@ -75,7 +76,9 @@ def load_model(
         compile (`bool`, defaults to `False`): Whether to compile the network on its first use. Each number of windows at
             once is compiled again, which takes up to a minute; it pays for many images.
         token_merging (`bool`, defaults to `False`): Whether similar patches become one token, in a model that was trained
-            without it too: faster and approximate. Layers and threshold are those of the configuration, where it names some.
+            without it too: faster and approximate. Layers are those of the configuration, where it names some.
+        token_merging_threshold (`float`, *optional*): How similar they must be, from -1 to 1, in place of the value of the
+            configuration; turns it on.
         patch_size (`int`, *optional*): Side of the patches in pixels, for which the patch embedding and the positions are
             resized (FlexiViT): approximate, and faster with larger ones. By default that of the model. The windows are rounded
             up to whole patches.
@@ -88,11 +91,9 @@ def load_model(
         ValueError: If there is no such device, the label set does not fit, or as [`load_model_and_processor`].
     """
     target_device = find_device(device)
-    arguments: dict[str, Any] = {"dtype": dtype}
+    arguments: dict[str, Any] = {"dtype": dtype} if patch_size is None else {"dtype": dtype, "patch_size": patch_size}
     if int8:
         arguments["quantization_config"] = int8_quantization()
-    if patch_size is not None:
-        arguments["patch_size"] = patch_size
     model, processor = load_model_and_processor(name_or_path, revision, **arguments)
     if label_set is None:
         found = get_model_label_set(name_or_path, model.config.id2label or {}, revision)
@@ -103,8 +104,8 @@ def load_model(
     if dtype == torch.bfloat16:
         warn_of_slow_bfloat16(target_device.type)
     model = model.to(target_device).eval()  # type: ignore[arg-type]  # transformers wraps `to` without its `self`
-    if token_merging:
-        enable_token_merging(model.config)
+    if token_merging or token_merging_threshold is not None:
+        enable_token_merging(model.config, token_merging_threshold)
     if compile:
         compile_network(model)
     return model, processor, found
@@ -124,10 +125,21 @@ def int8_quantization() -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def enable_token_merging(config: VitEncoderConfig) -> None:
-    """Name the layers that merge tokens, where a configuration names none: the first, and the one after a third of them."""
+def enable_token_merging(config: VitEncoderConfig, threshold: float | None = None) -> None:
+    """Name the layers that merge tokens, where a configuration names none: the first, and the one after a third of them.
+
+    Args:
+        config (`VitEncoderConfig`): Changed in place.
+        threshold (`float`, *optional*): The new `token_merging_threshold`.
+
+    Raises:
+        ValueError: If the threshold is not from -1 to 1.
+    """
     if not config.token_merging_layers:
         config.token_merging_layers = sorted({0, config.num_hidden_layers // 3})  # 1 and 5 of 12 in ALGM
+    if threshold is not None:
+        config.token_merging_threshold = threshold
+        config.validate_token_merging()
 
 
 def compile_network(model: PreTrainedModel) -> None:

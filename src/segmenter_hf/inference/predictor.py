@@ -115,7 +115,7 @@ class Predictor:
             precision (`str`, *optional*): With an exported model one of the precisions it was exported in: `"float32"`,
                 `"bfloat16"`, `"float16"`, `"int8"` or `"int8-dynamic"`; by default the first of them.
             kwargs: Further arguments of [`load_model`]: `label_set`, `revision`, `int8`, `compile`, `token_merging`,
-                `patch_size`.
+                `token_merging_threshold`, `patch_size`.
 
         Returns:
             `Predictor`: The predictor.
@@ -126,9 +126,9 @@ class Predictor:
             ValueError: If there is no such runtime or precision, an argument is not for the runtime, or as [`load_model`].
         """
         if runtime != "torch":
-            refused = sorted(
-                name for name in ("int8", "compile", "token_merging", "patch_size") if kwargs.pop(name, False)
-            )
+            of_torch = ("compile", "int8", "patch_size", "token_merging", "token_merging_threshold")
+            given = {name: kwargs.pop(name) for name in of_torch if name in kwargs}
+            refused = [name for name, value in given.items() if value is not None and value is not False]
             refused += ["dtype"] if dtype not in (None, torch.float32) else []
             if refused:
                 raise ValueError(
