@@ -30,6 +30,7 @@ from segmenter_hf.evaluation.evaluate import EvaluationDataset
 from segmenter_hf.evaluation.metrics import ConfusionMatrix
 from segmenter_hf.export.openvino import export_model
 from segmenter_hf.inference.predictor import Predictor, Segmentation
+from segmenter_hf.models.sliding_window import with_background
 from segmenter_hf.utils.atomic_files import atomic_write, write_json, write_text
 
 
@@ -116,18 +117,20 @@ class PlainPredictor(Predictor):
         chunks = inputs["pixel_values"].split(self.protocol.window_batch_size)
         logits = torch.cat([self.compute_logits(chunk) for chunk in chunks])
         size = tuple(inputs["window_offsets"][0, -2:].tolist())
-        return Segmentation(class_map=plain_scores(logits, inputs["window_offsets"], size).argmax(0).to(dtype))
+        scores = plain_scores(with_background(logits), inputs["window_offsets"], size)
+        return Segmentation(class_map=scores.argmax(0).to(dtype))
 
 
 class Variant:
     """The model changed in one way, and what it did so far."""
+
+    matrix: ConfusionMatrix  # of the classes of the dataset, given before the first image
 
     def __init__(self, predictor: Predictor, name: str, kind: str) -> None:
         self.predictor, self.name, self.kind = predictor, name, kind
         self.tokens: list[float] = []
         self.seconds: list[float] = []
         self.same_pixels = self.pixels = 0
-        self.matrix = ConfusionMatrix(predictor.model.config.num_labels)
         if predictor.runtime == "torch" and kind != "compiled":  # a compiled network has no place for a hook
             predictor.model.base_model.register_forward_hook(self._count_tokens)
 
@@ -149,10 +152,10 @@ class Variant:
         """Segment an image, and count how well."""
         for _ in range(repeats):  # the first fills the caches again, which another variant used
             start = clock()
-            class_map = self.predictor(image, dtype=self.predictor.class_map_dtype).class_map
+            class_map = self.predictor(image, dtype=self.predictor.class_map_dtype).class_map.cpu()  # when it is done
             seconds = clock() - start
         self.seconds.append(seconds)
-        self.matrix.update(class_map.cpu().numpy(), labels.numpy())
+        self.matrix.update(class_map.numpy(), labels.numpy())
         self.same_pixels += int((class_map == (class_map if expected is None else expected)).sum())
         self.pixels += class_map.numel()
         return class_map
@@ -276,7 +279,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     variants = make_variants(args)
     plain = variants[0].predictor
     dataset = load_split(args.dataset_name, split=args.split, max_samples=args.max_samples)
-    examples = EvaluationDataset(dataset, fit_to_masks(plain.label_set, dataset), plain.processor.num_channels)
+    label_set = fit_to_masks(plain.label_set, dataset)
+    for variant in variants:
+        variant.matrix = ConfusionMatrix(label_set.num_labels, label_set.ignore_index)
+    examples = EvaluationDataset(dataset, label_set, plain.processor.num_channels)
     for index in range(len(dataset)):
         example = examples[index]
         image, labels = example["image"], torch.tensor(example["labels"])
@@ -298,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = {
         "date": time.strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(),
+        "device": str(plain.model.device),
         "clock": args.clock,
         "times_from": args.times_from,
         "torch": torch.__version__,

@@ -1,6 +1,7 @@
 """What a training was told holds for the commands that use its model, unless they are told otherwise."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +131,11 @@ def test_the_label_set_of_the_training_is_what_it_was_there_when_it_is_named_aga
     assert results(tmp_path, "--label_set", str(tmp_path / "names.txt"))["per_category_iou"] == expected
     with pytest.raises(SystemExit, match=r"references must lie in \[0, 3\) or be the ignore_index 255, got 3"):
         results(tmp_path, "--label_set", str(tmp_path / "other.txt"))
+
+
+def test_a_model_that_says_nothing_of_its_dataset_is_not_evaluated_on_another(folder, tmp_path, capsys) -> None:
+    silent = shutil.copytree(folder / "model", tmp_path / "model")
+    (silent / "recipe.json").unlink()
+    with pytest.raises(SystemExit):
+        evaluate(["--model_name_or_path", str(silent), "--output_dir", str(tmp_path / "out"), "--device", "cpu"])
+    assert "give --dataset_name" in capsys.readouterr().err and not (tmp_path / "out").exists()

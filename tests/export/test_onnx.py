@@ -256,6 +256,16 @@ def test_the_example_reads_palette_images_as_the_image_processor(channels, tmp_p
     assert np.array_equal(np.moveaxis(found, -1, 0), expected)
 
 
+@pytest.mark.parametrize(("dtype", "value_range"), [("uint16", [0, 4095]), ("uint16", None), ("int32", None)])
+def test_the_example_reads_deep_tiff_as_the_image_processor(dtype, value_range, tmp_path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 60000, (9, 12, 3)).astype(dtype)
+    tifffile.imwrite(tmp_path / "deep.tif", values, photometric="rgb")
+    found = run_onnx.read_image(tmp_path / "deep.tif", {"image_mean": 0.5, "value_range": value_range})
+    expected = image_to_array(read_channels(tmp_path / "deep.tif", 3), True, None, 3, value_range)
+    np.testing.assert_allclose(np.moveaxis(found, -1, 0), expected, rtol=1e-6)
+
+
 def test_the_example_runs_the_model_it_is_given(exported, tmp_path) -> None:
     _, export = exported("one_class")
     Image.effect_noise((50, 40), 90).save(tmp_path / "image.png")

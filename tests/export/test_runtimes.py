@@ -33,6 +33,7 @@ from segmenter_hf.inference import runtimes
 from segmenter_hf.inference.attention import patch_attention
 from segmenter_hf.inference.dataset_files import OutputLayout
 from segmenter_hf.inference.datasets import describe_run
+from segmenter_hf.inference.files import predict_files
 from segmenter_hf.inference.protocol import InferenceProtocol
 from segmenter_hf.inference.runtimes import RUNTIME_FILES, openvino_has_bfloat16
 
@@ -203,10 +204,13 @@ def test_the_page_shows_classes_and_no_attention(runtime, exported) -> None:
 
 def test_commands_export_and_predict(exported, photos, tmp_path, capsys) -> None:
     checkpoint, directory = exported("mask_transformer", "openvino")
+    trained = shutil.copytree(checkpoint, tmp_path / "trained")
+    (trained / "recipe.json").write_text('{"arguments": {"dataset_name": "photos"}}')
     export_main(
-        ["--model_name_or_path", str(checkpoint), "--output_dir", str(tmp_path / "export"), "--runtime", "openvino"]
+        ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "export"), "--runtime", "openvino"]
         + ["--precision", "bfloat16"]
     )
+    assert (tmp_path / "export" / "recipe.json").read_text() == (trained / "recipe.json").read_text()
     if openvino_has_bfloat16():
         assert re.search(r"bfloat16: \d+\.\d+% of the pixels", capsys.readouterr().out)
         assert Predictor.from_pretrained(tmp_path / "export", runtime="openvino").precision == "bfloat16"
@@ -250,6 +254,9 @@ def test_what_does_not_go_together_is_refused(exported, photos, tmp_path) -> Non
     for name in ("compile", "int8", "token_merging", "token_merging_threshold", "patch_size"):
         with pytest.raises(ValueError, match=rf"`{name}` is for the runtime 'torch' only"):
             load(directory, runtime="onnxruntime", **{name: True})
+    with pytest.raises(ValueError, match="no attention"):
+        predict_files(load(directory, runtime="onnxruntime"), [photos], tmp_path / "out", attention=True)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="`dtype` is for the runtime 'torch' only"):
         load(directory, runtime="onnxruntime", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="`precision` is for exported models"):

@@ -7,20 +7,31 @@ import pytest
 import torch
 from PIL import Image
 
+from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.label_sets import LABEL_SET_FILE, get_model_label_set, label_set_from_names, load_label_set
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation, per_class_table, save_results
 from segmenter_hf.evaluation.metrics import MeanIoU
 from segmenter_hf.inference import files as prediction
+from segmenter_hf.inference.attention import class_attention
 from segmenter_hf.inference.files import find_images, predict_files
 from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.inference.protocol import MULTI_SCALES, InferenceProtocol
 
 from ..prediction import make_predictor, segment_images
+from ..tiny_models import save_tiny_scenes_model, spread_weights
 
 
 SCENES = load_label_set("scenes")
+TINY_FIELDS = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "image_size": 32,
+}
+TINY_FIELDS |= {"patch_size": 8}
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -81,6 +92,56 @@ def test_attention_is_written_where_it_is_wanted(model, processor, tmp_path) -> 
     predict_files(make_predictor(model, processor), [tmp_path / "street.png"], tmp_path / "out", attention=True)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"street.png", "street_overlay.png", "street_attention.png"}
+
+
+@pytest.mark.parametrize(("num_labels", "num_channels"), [(3, 3), (1, 3), (3, 4)])
+def test_attention_goes_with_unsure_pixels_one_class_and_any_channels(num_labels, num_channels, tmp_path) -> None:
+    torch.manual_seed(0)
+    config = SegmenterConfig(**TINY_FIELDS, num_labels=num_labels, num_channels=num_channels)
+    model = spread_weights(SegmenterForSemanticSegmentation(config))
+    half = [0.5] * num_channels
+    fields = {"size": {"shortest_edge": 40}, "window_size": 32, "window_stride": 32, "patch_size": 8}
+    processor = SegmenterImageProcessor(**fields, image_mean=half, image_std=half, do_convert_rgb=num_channels == 3)
+    values = np.random.default_rng(0).integers(0, 256, (50, 70, num_channels), dtype=np.uint8)
+    np.save(tmp_path / "street.npy", values)
+    label_set = label_set_from_names(list("abc"[:num_labels]), ignore_index=11).with_background()
+    predictor = Predictor(model, processor, label_set)
+    paths, options = [tmp_path / "street.npy"], {"attention": True, "show_progress": False}
+    predict_files(predictor, paths, tmp_path / "out", min_confidence=0.999, **options)
+    assert 11 in np.unique(np.asarray(Image.open(tmp_path / "out" / "street.png")))
+    assert (tmp_path / "out" / "street_attention.png").is_file() and (
+        tmp_path / "out" / "street_overlay.png"
+    ).is_file()
+    if num_labels == 1:
+        with pytest.raises(ValueError, match="`class_id` must be from 1 to 1, got 0"):
+            class_attention(predictor, str(paths[0]), 0)
+
+
+def test_an_image_of_one_column_is_overlaid(model, processor, tmp_path) -> None:
+    picture(4500, 1).save(tmp_path / "thin.png")
+    written = predict_files(make_predictor(model, processor), [tmp_path], tmp_path / "out", show_progress=False)
+    assert Image.open(written["thin"]).size == (1, 4500)
+    assert Image.open(tmp_path / "out" / "thin_overlay.png").height >= 2250
+
+
+def test_an_image_of_other_channels_does_not_end_a_stream() -> None:
+    model = SegmenterForSemanticSegmentation(SegmenterConfig(**TINY_FIELDS, num_labels=3, num_channels=4))
+    fields = {"size": {"shortest_edge": 40}, "window_size": 32, "window_stride": 32, "patch_size": 8}
+    processor = SegmenterImageProcessor(**fields, image_mean=[0.5] * 4, image_std=[0.5] * 4, do_convert_rgb=False)
+    items = [("three", picture(40, 50)), ("four", np.zeros((4, 40, 50), np.uint8))]
+    three, four = make_predictor(model, processor).stream(items)
+    assert "has 3 channels" in str(three.error) and four.class_map.shape == (40, 50)
+
+
+def test_what_the_network_was_run_with_is_described(tmp_path) -> None:
+    save_tiny_scenes_model(tmp_path)
+    load = Predictor.from_pretrained
+    plain = load(tmp_path, device="cpu").describe_network()
+    assert plain == {"dtype": "float32", "patch_size": 8}
+    assert load(tmp_path, device="cpu", patch_size=16).describe_network() == {"dtype": "float32", "patch_size": 16}
+    merging = load(tmp_path, device="cpu", token_merging_threshold=0.5).describe_network()
+    assert merging["token_merging_threshold"] == 0.5 and merging["token_merging_layers"] == [0]
+    json.dumps(merging)
 
 
 def test_unreadable_images_are_named_after_the_others_are_done(model, processor, tmp_path) -> None:

@@ -123,6 +123,7 @@ TOOLS = {
         *("--ema_decay", "0.9", "--layer_decay", "0.8"),
     ],
     "updates of low rank": ["--lora_rank", "2", "--ema_decay", "0.9"],
+    "an encoder that is trained later": ["--freeze_encoder", "true", "--unfreeze_at_step", "3"],
     "kept features": ["--freeze_encoder", "true", "--cache_feature_epochs", "2", "--ema_decay", "0.9"],
 }
 

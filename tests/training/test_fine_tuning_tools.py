@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSemanticSegmentation, EarlyStoppingCallback
+from transformers import AutoModelForSemanticSegmentation
 
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation
 from segmenter_hf.cli.train import parse_training_arguments
@@ -14,14 +15,16 @@ from segmenter_hf.data.label_sets import label_set_from_names
 from segmenter_hf.training.adapters import add_adapters, merge_adapters
 from segmenter_hf.training.arguments import SegmentationTrainingArguments
 from segmenter_hf.training.averaging import AVERAGE_FILE, WeightAverage
+from segmenter_hf.training.callbacks import StopEarly
 from segmenter_hf.training.datasets import build_augmentation
 from segmenter_hf.training.freezing import get_encoder
 from segmenter_hf.training.model_building import build_model_and_processor
 from segmenter_hf.training.optimization import decays, depth_from_top
 from segmenter_hf.training.run import train_segmenter
-from segmenter_hf.training.trainer import SegmentationTrainer
+from segmenter_hf.training.trainer import SegmentationTrainer, segmentation_callbacks
 
 from ..run_training import words
+from ..tiny_models import save_tiny_scenes_model
 
 
 def tiny_model(**fields) -> SegmenterForSemanticSegmentation:
@@ -244,7 +247,46 @@ def test_training_ends_after_so_many_evaluations_without_a_better_one(tmp_path) 
     run(tmp_path, "--early_stopping_patience", "2", *still)
     state = json.loads(next(tmp_path.glob("checkpoint-6/trainer_state.json")).read_text())
     assert state["global_step"] == 6  # the first evaluation is the best one
-    assert EarlyStoppingCallback.__name__ in state["stateful_callbacks"]
+    assert StopEarly.__name__ in state["stateful_callbacks"]
+    run(tmp_path, "--early_stopping_patience", "2", *still)  # resumes from there
+    assert not (tmp_path / "checkpoint-8").exists()
+    last = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert last["global_step"] == 6
+
+
+def test_evaluations_before_an_interruption_count(tmp_path) -> None:
+    more = ["--learning_rate", "1e-12", "--min_learning_rate", "0", "--num_train_epochs", "9"]
+    more += ["--early_stopping_patience", "2", "--save_total_limit", "9"]
+    run(tmp_path / "whole", *more)
+    run(tmp_path / "again", *more, "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-4"))
+    assert sorted(path.name for path in (tmp_path / "again").glob("checkpoint-*")) == ["checkpoint-6"]
+
+
+def test_a_model_that_is_stored_in_less_is_trained_in_float32(tmp_path) -> None:
+    save_tiny_scenes_model(tmp_path / "start")
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "start", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "start")
+    more = ["--model_name_or_path", str(tmp_path / "start"), "--config_overrides", "", "--num_train_epochs", "1"]
+    run(tmp_path / "run", *more)
+    assert {value.dtype for value in load_file(tmp_path / "start" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {value.dtype for value in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_what_whole_weights_are_needed_for_is_refused_where_they_are_shared_out() -> None:
+    for name, value in (("ema_decay", 0.9), ("lora_rank", 2)):
+        trainer = SimpleNamespace(
+            args=SimpleNamespace(**{name: value}), is_fsdp_enabled=True, is_deepspeed_enabled=False
+        )
+        with pytest.raises(ValueError, match=f"`{name}`.*whole weights"):
+            list(segmentation_callbacks(trainer, None, None))
+
+
+def test_kept_features_are_for_one_gpu_of_a_process(tmp_path) -> None:
+    more = ["--freeze_encoder", "true", "--cache_feature_epochs", "1"]
+    *_, training_args = parse_training_arguments(words(str(tmp_path), *more))
+    training_args._n_gpu = 2
+    with pytest.raises(ValueError, match="accelerate launch"):
+        training_args._check_tools()
 
 
 def test_options_reach_the_crops_and_the_loss(tmp_path) -> None:
@@ -271,6 +313,7 @@ def test_options_reach_the_crops_and_the_loss(tmp_path) -> None:
         (["--lora_rank", "0"], "`lora_rank` must be at least 1"),
         (["--lora_rank", "2", "--freeze_encoder", "true"], "`freeze_encoder` forbids"),
         (["--early_stopping_patience", "1", "--load_best_model_at_end", "false"], "needs `load_best_model_at_end`"),
+        (["--early_stopping_patience", "1", "--eval_strategy", "no", "--save_strategy", "no"], "and evaluations"),
         (["--lora_rank", "2", "--lora_targets", "queries"], "must be names of .*q_proj.*got 'queries'"),
     ],
 )

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from segmenter_hf.cli.main import main
 from segmenter_hf.data.label_sets import label_set_from_names, load_label_set
@@ -108,6 +109,15 @@ def test_masks_of_the_extra_set_are_read_by_its_own_label_set() -> None:
     assert table.label_id_to_train_id == {5: 9, 6: 1}
     with pytest.raises(ValueError, match=r"other classes.*2 \(a, b\) there, 8 \(sky"):
         extra_label_set(rows_with(label_set_from_names(["a", "b"])), SCENES)
+
+
+def test_black_and_white_masks_of_the_extra_set_are_read_as_those_of_the_labelled_one() -> None:
+    label_set = label_set_from_names(["ground", "leaf"])
+    masks = [Image.fromarray(np.kron([[0, 255]], np.ones((8, 8))).astype(np.uint8))] * 2
+    features = datasets.Features({"image": datasets.Image(), "annotation": datasets.Image()})
+    extra = datasets.Dataset.from_dict({"image": masks, "annotation": masks}, features=features)
+    extra.info.features["annotation"].label_set = label_set
+    assert extra_label_set(extra, label_set).label_id_to_train_id == {0: 0, 255: 1}
 
 
 def test_a_stream_takes_no_extra_set() -> None:

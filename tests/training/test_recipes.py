@@ -108,6 +108,20 @@ def test_a_resolved_recipe_is_a_file_of_arguments(tmp_path) -> None:
     assert resolved_recipe(*parse(tmp_path, str(tmp_path / "recipe.json")))["arguments"] == recipe["arguments"]
 
 
+def test_the_shape_of_a_schedule_is_part_of_the_recipe(tmp_path) -> None:
+    plain = resolved_recipe(*parse(tmp_path, "--recipe", "scenes"))
+    assert plain["arguments"]["lr_scheduler_kwargs"] is None
+    shape = {"power": 2.0, "lr_end": 1e-7}
+    given = parse(tmp_path, "--recipe", "scenes", "--lr_scheduler_kwargs", json.dumps(shape))
+    recipe = resolved_recipe(*given)
+    assert recipe["arguments"]["lr_scheduler_kwargs"] == shape
+    save_recipe(tmp_path, recipe)
+    *_, again = parse(tmp_path, str(tmp_path / "recipe.json"))
+    assert again.lr_scheduler_kwargs == shape
+    with pytest.raises(ValueError, match="lr_scheduler_kwargs"):
+        check_same_run(tmp_path, plain)
+
+
 def test_a_directory_with_another_run_is_refused_and_the_difference_named(tmp_path) -> None:
     recipe = resolved_recipe(*parse(tmp_path, "--recipe", "scenes"))
     save_recipe(tmp_path, recipe)

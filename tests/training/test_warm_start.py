@@ -53,6 +53,15 @@ def test_a_decoder_begins_as_good_as_the_probe(fields, num_labels) -> None:
     assert accuracy(model, crops) > 0.7 * probe.accuracy
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.88])
+def test_merged_tokens_are_counted_for_their_patches(threshold) -> None:
+    merging = {"token_merging_layers": [0, 1], "token_merging_threshold": threshold}
+    crops, model = Crops(), tiny_model(**merging)
+    tokens, counts = collect_tokens(model, crops, 8, 2, torch.Generator().manual_seed(0))
+    assert len(tokens) == len(counts) == 8 * 4 * 5
+    assert warm_start_decoder(model, crops, num_crops=12, batch_size=3).accuracy > 0.9
+
+
 def test_the_linear_decoder_computes_the_probe() -> None:
     crops, model = Crops(), tiny_model(decoder_type="linear")
     probe = warm_start_decoder(model, crops, num_crops=8)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.label_resolution import fit_to_masks
-from ..data.label_sets import LabelSet
+from ..data.label_sets import LabelSet, load_label_set
 from ..data.loading import AnyDataset, limited_split, load_split
 from ..evaluation.evaluate import (
     EvaluationDataset,
@@ -40,7 +40,7 @@ class Arguments:
 
     output_dir: str = field(metadata={"help": "Directory for results.json and the table of classes."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub name or folder; by default that of the training, or 'scenes'."}
+        default=None, metadata={"help": "Hub name or folder; by default that of the training."}
     )
     ignore_index: int | None = field(
         default=None, metadata={"help": "Label of pixels without a class; by default that of the model's label set."}
@@ -61,9 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.dataset_name = recall_data_arguments(
         prediction_args.model_name_or_path, args.dataset_name, data_args, *vars(data_args)
     )
-    args.dataset_name = args.dataset_name or "scenes"
     data_args.split = data_args.split or "validation"
     predictor = prediction_args.load_predictor()
+    if args.dataset_name is None:
+        if predictor.label_set.labels != load_label_set("scenes").labels:
+            parser.error("nothing beside the model says what it was trained on: give --dataset_name")
+        args.dataset_name = "scenes"
     dataset = load_split(args.dataset_name, **vars(data_args))
     changes = recall_label_changes(prediction_args.model_name_or_path, prediction_args.label_set)
     if args.ignore_index is not None:
@@ -89,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     print(per_class_table(results, label_set.labels))
     print(
-        f"Mean IoU {as_percent(results['mean_iou'])}, {results['protocol']['name']}, {results['num_images']} images."
+        f"Mean IoU {as_percent(results['mean_iou'])}, {results['protocol']['name']}, {results['num_images']} images of "
+        f"{args.dataset_name}."
     )
     print(f"Written to {args.output_dir}: results.json, per_class.md{', worst.png' if args.num_worst else ''}.")

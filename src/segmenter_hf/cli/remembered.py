@@ -5,7 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..training.recipes import RECIPE_FILE, read_arguments
+from ..inference.model_files import RECIPE_FILE
+from ..training.recipes import read_arguments
 
 
 # Options of the data that a model's recipe answers, by the argument of training.

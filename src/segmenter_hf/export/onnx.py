@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.label_sets import LABEL_SET_FILE, LabelSet
+from ..inference.model_files import RECIPE_FILE
 from ..inference.model_loading import load_model
 from ..inference.runtimes import EXPORT_FIELD
 from ..models.image_processing_segmenter import AnyImageProcessor
@@ -36,7 +37,8 @@ EXAMPLE_FILE = "run_onnx.py"
 OPENVINO_FOLDER = "openvino"
 EARLIER_FILES = ("model.onnx", "model.onnx.data")
 FILES = (
-    *(ONNX_FOLDER, OPENVINO_FOLDER, "config.json", "preprocessor_config.json", LABEL_SET_FILE, EXAMPLE_FILE),
+    *(ONNX_FOLDER, OPENVINO_FOLDER, "config.json", "preprocessor_config.json"),
+    *(LABEL_SET_FILE, RECIPE_FILE, EXAMPLE_FILE),
     *EARLIER_FILES,
 )
 # Float32 in another order of summation; of the largest logit. A wrong operator is further off by far.
@@ -335,10 +337,13 @@ def write_companions(
     directory: Path,
     fields: dict[str, Any],
 ) -> None:
-    """Write what belongs to model files: `config.json` with further fields, the image processor and the label set."""
+    """Write what belongs to model files: `config.json` with further fields, the image processor, the label set, the recipe."""
     write_json(directory / "config.json", {**fields_of(model.config), **fields})
     write_json(directory / "preprocessor_config.json", fields_of(processor))
     label_set.save(directory / LABEL_SET_FILE)
+    recipe = Path(str(model.name_or_path)) / RECIPE_FILE
+    if recipe.is_file():  # `evaluate` asks it for the dataset
+        shutil.copyfile(recipe, directory / RECIPE_FILE)
 
 
 def export_onnx(

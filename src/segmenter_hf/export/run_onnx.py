@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 
 
 HERE = Path(__file__).resolve().parent
+BITS_PER_SAMPLE = 258  # tag of TIFF
 
 
 def taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -82,7 +83,10 @@ def read_with_pillow(path: Path) -> Image.Image | None:
         is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     try:
         with Image.open(path) as opened:
-            if not is_tiff or opened.mode in ("1", "L", "P", "RGB", "CMYK", "I;16", "I;16B"):
+            is_whole = opened.mode in ("1", "L", "P", "I;16", "I;16B")
+            if opened.mode in ("RGB", "CMYK") and is_tiff:  # of 16 bits, of which Pillow would drop 8
+                is_whole = set(opened.tag_v2.get(BITS_PER_SAMPLE, (8,))) == {8}  # type: ignore[attr-defined]
+            if not is_tiff or is_whole:
                 return ImageOps.exif_transpose(opened)
     except OSError:
         if not is_tiff:
@@ -92,7 +96,8 @@ def read_with_pillow(path: Path) -> Image.Image | None:
 
 def read_image(path: Path, settings: dict[str, Any]) -> np.ndarray:
     """The pixels of an image file: (height, width, channels), of 8 bits or float32 from 0 to 255."""
-    channels, value_range = len(settings["image_mean"]), settings.get("value_range")
+    mean, value_range = settings["image_mean"], settings.get("value_range")
+    channels = len(mean) if isinstance(mean, list) else 3
     is_rgb = channels == 3
     if path.suffix.lower() == ".npy":
         values = read_npy(path, channels)
@@ -115,9 +120,12 @@ def read_image(path: Path, settings: dict[str, Any]) -> np.ndarray:
         low, high = value_range
         scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
         return np.clip(scaled, 0, 255)
-    if values.dtype == np.uint16:
-        return np.round(values / 257.0).astype(np.uint8)
-    return values if values.dtype == np.uint8 else values.astype(np.float32)
+    if not np.issubdtype(values.dtype, np.integer):
+        return values.astype(np.float32)
+    if values.min() < 0 or values.max() > 65535:
+        raise SystemExit(f"error: {path}: the pixel values must be from 0 to 65535.")
+    is_deep = values.dtype == np.uint16 or values.max() > 255
+    return np.round(values / 257.0).astype(np.uint8) if is_deep else values.astype(np.uint8)
 
 
 def prepare(values: np.ndarray, settings: dict[str, Any]) -> np.ndarray:

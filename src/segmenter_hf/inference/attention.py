@@ -22,7 +22,7 @@ from ..models.token_merging import MergedTokens
 from ..models.window_geometry import Window
 from .predictor import Predictor
 from .runtimes import RuntimeNetwork
-from .visualization import attention_overlay, image_table
+from .visualization import attention_overlay, image_table, preview
 
 
 MAX_CLASSES_SHOWN = 6
@@ -132,7 +132,7 @@ def patch_attention(predictor: Predictor, image: ImageInput, point: tuple[int, i
     Raises:
         ValueError: If the point is not in the image or there is no such layer.
     """
-    model = _torch_model(predictor)
+    model = torch_model(predictor)
     pixel_values, (rows, columns), (height, width) = _whole_image(predictor, image)
     x, y = point
     if not (0 <= x < width and 0 <= y < height):
@@ -148,7 +148,8 @@ def class_attention(predictor: Predictor, image: ImageInput, class_id: int, laye
 
     Args:
         predictor ([`Predictor`]), image (`ImageInput`): As for `patch_attention`.
-        class_id (`int`): The class, from 0.
+        class_id (`int`): The class, from 0; of a model with one class that is 1, for 0 is the background, which has no
+            embedding.
         layer (`int`, defaults to -1): The layer of the decoder, counted from 0; negative ones from the end.
 
     Returns:
@@ -158,14 +159,20 @@ def class_attention(predictor: Predictor, image: ImageInput, class_id: int, laye
     Raises:
         ValueError: If the decoder has no class embeddings, or there is no such class or layer.
     """
-    model = _torch_model(predictor)
+    model = torch_model(predictor)
     pixel_values, (rows, columns), _ = _whole_image(predictor, image)
-    if not 0 <= class_id < cast(VitEncoderConfig, model.config).num_labels:
-        raise ValueError(
-            f"`class_id` must be from 0 to {cast(VitEncoderConfig, model.config).num_labels - 1}, got {class_id}."
-        )
-    probabilities = attention_rows(model, pixel_values, [rows * columns + class_id], layer, decoder=True)
+    classes = _attending_classes(model)
+    if class_id not in classes:
+        raise ValueError(f"`class_id` must be from {classes[0]} to {classes[-1]}, got {class_id}.")
+    query = rows * columns + classes.index(class_id)
+    probabilities = attention_rows(model, pixel_values, [query], layer, decoder=True)
     return probabilities[0, :, 0, : rows * columns].unflatten(-1, (rows, columns)).cpu().numpy()
+
+
+def _attending_classes(model: PreTrainedModel) -> range:
+    """The classes that have an embedding: all of them, and of one class and background the class."""
+    num_labels = cast(VitEncoderConfig, model.config).num_labels
+    return range(num_labels) if num_labels > 1 else range(1, 2)
 
 
 def has_class_attention(model: PreTrainedModel | RuntimeNetwork) -> bool:
@@ -173,7 +180,12 @@ def has_class_attention(model: PreTrainedModel | RuntimeNetwork) -> bool:
     return not isinstance(model, RuntimeNetwork) and hasattr(model.decode_head, "class_embeddings")
 
 
-def _torch_model(predictor: Predictor) -> PreTrainedModel:
+def torch_model(predictor: Predictor) -> PreTrainedModel:
+    """The model of a predictor.
+
+    Raises:
+        ValueError: If it is an exported one.
+    """
     if isinstance(predictor.model, RuntimeNetwork):
         raise ValueError(
             f"An exported model gives logits and no attention: load the model itself, with the runtime 'torch' instead of "
@@ -182,7 +194,9 @@ def _torch_model(predictor: Predictor) -> PreTrainedModel:
     return predictor.model
 
 
-def attention_image(predictor: Predictor, image: Image.Image, class_map: np.ndarray, layer: int = -1) -> Image.Image:
+def attention_image(
+    predictor: Predictor, image: Image.Image | np.ndarray, class_map: np.ndarray, layer: int = -1
+) -> Image.Image:
     """Attention, averaged over the heads, of the largest classes of an image.
 
     The first row shows the patch nearest to the middle of each class (marked by a cross) in the last layer of the
@@ -190,7 +204,7 @@ def attention_image(predictor: Predictor, image: Image.Image, class_map: np.ndar
 
     Args:
         predictor ([`Predictor`]): The model and its image processor.
-        image (`PIL.Image.Image`): The image.
+        image (`PIL.Image.Image` or `np.ndarray` of shape `(channels, height, width)`): The image.
         class_map (integer `np.ndarray` of shape `(height, width)`): Its predicted classes.
         layer (`int`, defaults to -1): The layer of the encoder, counted from 0; negative ones from the end.
 
@@ -203,15 +217,20 @@ def attention_image(predictor: Predictor, image: Image.Image, class_map: np.ndar
     classes, areas = np.unique(class_map, return_counts=True)
     largest = [int(class_id) for class_id in classes[np.argsort(-areas, kind="stable")][:MAX_CLASSES_SHOWN]]
     points = [central_pixel(class_map == class_id) for class_id in largest]
+    shown = preview(image, channels_first=True)
     rows = {
         "patch in the encoder": [
-            attention_overlay(image, patch_attention(predictor, image, point, layer).mean(0), point)
+            attention_overlay(shown, patch_attention(predictor, image, point, layer).mean(0), point)
             for point in points
         ]
     }
     if has_class_attention(predictor.model):
+        attending = _attending_classes(torch_model(predictor))
         rows["class in the decoder"] = [
-            attention_overlay(image, class_attention(predictor, image, class_id).mean(0)) for class_id in largest
+            attention_overlay(shown, class_attention(predictor, image, class_id).mean(0))
+            if class_id in attending
+            else shown
+            for class_id in largest
         ]
     return image_table(rows, [predictor.label_set.labels[class_id] for class_id in largest])
 
@@ -247,4 +266,11 @@ def _layer(model: PreTrainedModel, index: int, decoder: bool) -> VitEncoderLayer
     return cast(VitEncoderLayer, layers[index])
 
 
-__all__ = ["attention_image", "attention_rows", "class_attention", "has_class_attention", "patch_attention"]
+__all__ = [
+    "attention_image",
+    "attention_rows",
+    "class_attention",
+    "has_class_attention",
+    "patch_attention",
+    "torch_model",
+]

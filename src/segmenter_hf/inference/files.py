@@ -14,7 +14,7 @@ from ..data.label_sets import LabelSet
 from ..models.image_io import ARRAY_SUFFIXES, IMAGE_SUFFIXES, read_channels
 from ..utils.atomic_files import atomic_write
 from ..utils.folders import visible_files
-from .attention import attention_image
+from .attention import attention_image, torch_model
 from .predictor import Predictor, Segmentation
 from .protocol import InferenceProtocol
 from .pseudo_labels import ConfidenceRule, confident_classes, pseudo_label_set
@@ -116,21 +116,34 @@ def save_label_map(segmentation: np.ndarray, label_set: LabelSet, path: Path) ->
         label_map_image(segmentation, label_set.palette).save(temporary)
 
 
-def reduced(image: Image.Image, segmentation: np.ndarray) -> tuple[Image.Image, np.ndarray]:
-    """An image and its segmentation (height, width), by a whole factor smaller where it is too large to look at."""
-    factor = -(-max(image.size) // MAX_OVERLAY_SIDE)
-    if factor > 1:
-        width, height = (side // factor for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BOX)
-        segmentation = segmentation[factor // 2 :: factor, factor // 2 :: factor][:height, :width]
-    return as_rgb(image), segmentation
+def reduced(
+    image: Image.Image | np.ndarray, segmentations: Sequence[np.ndarray]
+) -> tuple[Image.Image | np.ndarray, list[np.ndarray]]:
+    """An image and segmentations (height, width) of it, by a whole factor smaller where it is too large to look at.
+
+    An array (channels, height, width) stays one.
+    """
+    height, width = segmentations[0].shape
+    factor = -(-max(height, width) // MAX_OVERLAY_SIDE)
+    if factor == 1:
+        return image, list(segmentations)
+    rows, columns = (
+        np.minimum(np.arange(max(side // factor, 1)) * factor + factor // 2, side - 1) for side in (height, width)
+    )
+    if isinstance(image, np.ndarray):
+        image = image[:, rows][:, :, columns]
+    else:
+        image = as_rgb(image.resize((len(columns), len(rows)), Image.Resampling.BOX))
+    return image, [segmentation[rows][:, columns] for segmentation in segmentations]
 
 
 def save_overlay(image: Image.Image, segmentation: np.ndarray, label_set: LabelSet, path: Path) -> None:
     """Write an image with its segmentation and a legend."""
     shown = overlay(image, segmentation, label_set.palette, ignore_index=label_set.ignore_index)
     with atomic_write(path) as temporary:
-        with_legend(shown, segmentation, label_set.id2label, label_set.palette).save(temporary)
+        with_legend(
+            shown, segmentation, label_set.id2label, label_set.palette, ignore_index=label_set.ignore_index
+        ).save(temporary)
 
 
 def predict_files(
@@ -166,11 +179,14 @@ def predict_files(
 
     Raises:
         FileNotFoundError: If a path does not exist or a folder holds no image.
-        ValueError: If a result would replace an image or another result, before anything is written. If images cannot be
-            read or segmented, after all others are done; names each.
+        ValueError: If a result would replace an image or another result, or there is no such result of a scene or of an
+            exported model, before anything is written. If images cannot be read or segmented, after all others are done;
+            names each.
     """
     images, scenes = _split_scenes(find_images(paths), predictor.protocol)
-    _check_options(images, scenes, vectorize, min_confidence)
+    if attention:
+        torch_model(predictor)
+    _check_options(images, scenes, vectorize, {"attention": attention, "min_confidence": min_confidence is not None})
     outputs = {
         **plan_results(scenes, Path(output_dir), [".tif", *([".geojson"] if vectorize else [])]),
         **plan_results(images, Path(output_dir), [".png", "_overlay.png", *(["_attention.png"] if attention else [])]),
@@ -197,7 +213,7 @@ def _split_scenes(images: Mapping[str, Path], protocol: InferenceProtocol) -> tu
 
 
 def _check_options(
-    images: Mapping[str, Path], scenes: Mapping[str, Path], vectorize: bool, min_confidence: float | None
+    images: Mapping[str, Path], scenes: Mapping[str, Path], vectorize: bool, of_images: Mapping[str, bool]
 ) -> None:
     """Refuse options that some of the images or scenes have no results of.
 
@@ -209,9 +225,9 @@ def _check_options(
             f"{next(iter(images.values()))}: polygons are for a GeoTIFF with a coordinate reference system, segmented with "
             "`full_resolution`, by rasterio (`pip install segmenter-hf[geo]`)."
         )
-    if scenes and min_confidence is not None:
+    for name in [name for name, given in of_images.items() if given and scenes]:
         raise ValueError(
-            f"{next(iter(scenes.values()))}: `min_confidence` is for images, not for a scene that is streamed by "
+            f"{next(iter(scenes.values()))}: `{name}` is for images, not for a scene that is streamed by "
             "`full_resolution`. Leave one of both out."
         )
 
@@ -274,7 +290,8 @@ def save_results(
         outputs (`Sequence[Path]`): The files to write.
         rule ([`ConfidenceRule`], *optional*): Which pixels keep their class; the result then has scores.
     """
-    label_set, class_map = predictor.label_set, result.known_class_map().cpu().numpy()
+    label_set, classes = predictor.label_set, result.known_class_map().cpu().numpy()
+    class_map = classes
     if rule is not None:
         label_set = pseudo_label_set(label_set)
         thresholds = np.full(label_set.num_labels, rule.min_confidence, np.float32)
@@ -282,11 +299,10 @@ def save_results(
     label_map, overlaid, *attended = outputs
     save_label_map(class_map, label_set, label_map)
     opened = open_image(path, predictor.protocol.max_image_pixels, predictor.processor.num_channels)
-    shown = preview(np.moveaxis(opened, 0, -1)) if isinstance(opened, np.ndarray) else opened
-    image, class_map = reduced(shown, class_map)
-    save_overlay(image, class_map, label_set, overlaid)
+    image, (class_map, classes) = reduced(opened, [class_map, classes])
+    save_overlay(preview(image, channels_first=True), class_map, label_set, overlaid)
     for output in attended:
-        shown = attention_image(predictor, image, class_map)
+        shown = attention_image(predictor, image, classes)
         with atomic_write(output) as temporary:
             shown.save(temporary)
 

@@ -16,6 +16,7 @@ from ..utils.folders import regular_size
 from ..utils.json_files import MAX_JSON_BYTES, read_json_object
 
 
+RECIPE_FILE = "recipe.json"  # beside a model: the arguments that it was trained with
 SPARE_WEIGHTS = 2**28  # of heads that a file lacks; weights that are missing are named one by one later
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 REMEDY = "Download or save it again, or convert the checkpoint with `convert_checkpoint`."

@@ -162,9 +162,19 @@ class Predictor:
             return self.model.precision
         return str(self.model.dtype).removeprefix("torch.")
 
-    def describe_network(self) -> dict[str, str]:
-        """Return what to save beside results: `dtype`, and `runtime` where it is another than torch."""
-        return {"dtype": self.precision} | ({} if self.runtime == "torch" else {"runtime": self.runtime})
+    def describe_network(self) -> dict[str, Any]:
+        """Return what to save beside results.
+
+        That is `dtype`, `patch_size`, `runtime` where it is another than torch, and the fields of token merging where
+        the network merges tokens.
+        """
+        described = {"dtype": self.precision, "patch_size": self.config.patch_size}
+        if self.runtime != "torch":
+            described["runtime"] = self.runtime
+        if self.config.token_merging_layers:
+            names = [f"token_merging_{name}" for name in ("layers", "window_size", "threshold", "batchwise")]
+            described |= {name: getattr(self.config, name) for name in names}
+        return described
 
     @property
     def class_map_dtype(self) -> torch.dtype:

@@ -43,18 +43,20 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def preview(image: Image.Image | np.ndarray) -> Image.Image:
+def preview(image: Image.Image | np.ndarray, channels_first: bool = False) -> Image.Image:
     """An image with any channels and depth in 8-bit RGB, to look at.
 
     Args:
         image (`PIL.Image.Image` or `np.ndarray` of shape `(height, width, channels)`): The image. Of an array the first
             three channels are shown, or the first; other values than 8-bit ones from their least to their greatest.
+        channels_first (`bool`, defaults to `False`): Whether an array has the shape `(channels, height, width)`.
 
     Returns:
         `PIL.Image.Image`: RGB image.
     """
     if isinstance(image, Image.Image):
         return as_rgb(image)
+    image = np.moveaxis(image, 0, -1) if channels_first else image
     shown = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2)
     if shown.dtype != np.uint8:
         low, high = float(shown.min()), float(shown.max())

@@ -196,6 +196,7 @@ def scale_image(image: torch.Tensor, labels: torch.Tensor | None, fields: dict[s
         fields["rescale_factor"] if fields["do_rescale"] else None,
         *((fields["image_mean"], fields["image_std"]) if fields["do_normalize"] else (None, None)),
     )
+    normalize.check_channels(len(image))
     image_size = (image.shape[-2], image.shape[-1])
     edges, fixed_side = fields["size"] if fields["do_resize"] else None, None
     if edges is not None:

@@ -30,20 +30,28 @@ class Normalization(NamedTuple):
         Raises:
             ValueError: If the numbers of channels differ.
         """
+        self.check_channels(len(image))
         (normalized,) = run_in_threads(self._normalize, [image], image.device)
         return normalized
+
+    def check_channels(self, channels: int) -> None:
+        """An image of so many channels can be normalised.
+
+        Raises:
+            ValueError: If the numbers of channels differ.
+        """
+        for values in (self.mean, self.std):
+            if isinstance(values, Sequence) and len(values) != channels:
+                raise ValueError(
+                    f"The image has {channels} channels, and the model takes {len(values)}, one for each value of "
+                    f"`image_mean` and `image_std`. Give an image of {len(values)} channels."
+                )
 
     def _normalize(self, image: torch.Tensor) -> torch.Tensor:
         image = image.to(torch.float32, copy=True)
         if self.factor is not None:
             image.mul_(self.factor)
         if self.mean is not None:
-            for values in (self.mean, self.std):
-                if isinstance(values, Sequence) and len(values) != len(image):
-                    raise ValueError(
-                        f"The image has {len(image)} channels, and the model takes {len(values)}, one for each value of "
-                        f"`image_mean` and `image_std`. Give an image of {len(values)} channels."
-                    )
             mean, std = (
                 torch.as_tensor(v, device=image.device).float().reshape(-1, 1, 1) for v in (self.mean, self.std)
             )

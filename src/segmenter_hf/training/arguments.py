@@ -358,7 +358,7 @@ class SegmentationTrainingArguments(TrainingArguments):
                 "`label_smoothing_factor` is for text: use `label_smoothing`, which leaves ignored pixels out."
             )
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
-            self.lr_scheduler_kwargs = {"power": self.poly_power, "lr_end": self.min_learning_rate}
+            self.lr_scheduler_kwargs = self.polynomial_shape
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bf16 on a machine without a GPU that was not told so
         super().__post_init__()
@@ -398,8 +398,18 @@ class SegmentationTrainingArguments(TrainingArguments):
             raise ValueError("Features can be kept only while the encoder is frozen: leave out `unfreeze_at_step`.")
         if self.lora_rank is not None and self.freeze_encoder:
             raise ValueError("`lora_rank` trains updates of the encoder, which `freeze_encoder` forbids: give one.")
-        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+        is_scored = self.load_best_model_at_end and self.eval_strategy != "no"
+        if self.early_stopping_patience is not None and not is_scored:
             raise ValueError("`early_stopping_patience` needs `load_best_model_at_end`, and evaluations.")
+        if self.cache_feature_epochs and self.n_gpu > 1:
+            raise ValueError(
+                "Cached features are for one GPU of each process: start the training by `accelerate launch`."
+            )
+
+    @property
+    def polynomial_shape(self) -> dict[str, float]:
+        """`lr_scheduler_kwargs` of the polynomial schedule where nothing else is said."""
+        return {"power": self.poly_power, "lr_end": self.min_learning_rate}
 
     @property
     def num_devices(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation.evaluate import save_prediction_grid
@@ -66,6 +66,17 @@ class SetEpoch(TrainerCallback):
     ) -> None:
         if train_dataloader is not None and hasattr(train_dataloader.dataset, "set_epoch"):
             train_dataloader.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class StopEarly(EarlyStoppingCallback):
+    """Ends the training after some evaluations without a better one, those before an interruption among them."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        stored: Any = state.stateful_callbacks or {}  # of the checkpoint, where one is resumed from
+        count = stored.get(type(self).__name__, self.state())["attributes"]["early_stopping_patience_counter"]
+        self.early_stopping_patience_counter = count
+        control.should_training_stop = count >= self.early_stopping_patience
 
 
 class AverageWeights(TrainerCallback):

@@ -12,13 +12,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..inference.model_files import RECIPE_FILE
 from ..inference.model_loading import describe_keys, is_out_of_memory
 from ..utils.atomic_files import move_directory
 from ..utils.folders import lies_within
 from ..utils.json_files import check_types, read_json_object
 from ..utils.messages import one_line
 from .arguments import SegmentationTrainingArguments
-from .recipes import RECIPE_FILE, check_same_run
+from .recipes import check_same_run
 
 
 if TYPE_CHECKING:

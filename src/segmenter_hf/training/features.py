@@ -71,11 +71,15 @@ def cache_features(
         [`CachedFeatures`]: The training set of features.
 
     Raises:
-        ValueError: If the training set is a stream.
+        ValueError: If the training set is a stream, or the decoder sees merged tokens.
     """
     if not isinstance(examples, TrainDataset):
         raise ValueError(
             "The crops of a stream cannot be kept: set `cache_feature_epochs` to 0, or `streaming` to false."
+        )
+    if model.config.token_merging_layers and model.config.decoder_type == "mask_transformer":
+        raise ValueError(
+            "Tokens that were merged cannot be kept: set `cache_feature_epochs` to 0, or `token_merging` to false."
         )
     directory, state = Path(output_dir) / FEATURES_FOLDER, process_state()
     if state.is_main_process and not directory.is_dir():

@@ -4,6 +4,7 @@ import logging
 from dataclasses import fields
 from typing import Any, get_args
 
+import torch
 from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
 
 from ..data.label_sets import LabelSet
@@ -136,6 +137,7 @@ def _load_model(
             model, loading_info = AutoModelForSemanticSegmentation.from_pretrained(
                 name,
                 config=config,
+                dtype=torch.float32,  # whatever the file has: updates would be rounded away in less
                 trust_remote_code=False,
                 patch_size=model_args.patch_size,
                 ignore_mismatched_sizes=True,

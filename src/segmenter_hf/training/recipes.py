@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from ..inference.model_files import RECIPE_FILE
 from ..utils.atomic_files import write_json
 from ..utils.hardware import accelerator_type, has_fast_bfloat16
 from ..utils.json_files import check_types, read_json_object
@@ -17,7 +18,6 @@ from .arguments import DataArguments, ModelArguments, SegmentationTrainingArgume
 logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes.json"
-RECIPE_FILE = "recipe.json"  # beside a model: the arguments that it was trained with
 ARGUMENTS = (ModelArguments, DataArguments, SegmentationTrainingArguments)
 # The arguments of Trainer that make a run what it is; the others say where it is written, how it is shown, on what it runs.
 TRAINER_ARGUMENTS = (
@@ -41,6 +41,7 @@ TRAINER_ARGUMENTS = (
     "lr_scheduler_type",
     "poly_power",
     "min_learning_rate",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "weight_decay",
     "max_grad_norm",
@@ -146,6 +147,8 @@ def resolved_recipe(
     values = asdict(model_args) | asdict(data_args)
     values |= {name: getattr(training_args, name) for name in TRAINER_ARGUMENTS}
     values["total_batch_size"] = training_args.effective_batch_size
+    if values["lr_scheduler_kwargs"] == training_args.polynomial_shape:
+        values["lr_scheduler_kwargs"] = None  # as the other arguments say
     values = json.loads(
         json.dumps(values, default=lambda value: getattr(value, "value", str(value)))
     )  # enums to strings

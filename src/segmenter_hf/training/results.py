@@ -99,7 +99,9 @@ def training_facts(trainer: SegmentationTrainer, recipe: dict[str, Any]) -> dict
     if "adam" in str(arguments["optim"]):
         facts["betas of Adam"] = f"{arguments['adam_beta1']}, {arguments['adam_beta2']}"
     if arguments["lr_scheduler_type"] == "polynomial":
-        facts["schedule"] = f"polynomial, power {arguments['poly_power']}, to {arguments['min_learning_rate']}"
+        shape = {"power": arguments["poly_power"], "lr_end": arguments["min_learning_rate"]}
+        shape |= arguments.get("lr_scheduler_kwargs") or {}
+        facts["schedule"] = f"polynomial, power {shape['power']}, to {shape['lr_end']}"
     facts |= fine_tuning_facts(arguments)
     return {name: value for name, value in facts.items() if value is not None}
 

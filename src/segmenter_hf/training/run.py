@@ -77,8 +77,9 @@ def _train(
     if model_args.normalization == "dataset":
         processor.image_mean, processor.image_std = measure_statistics(train_set, processor)
     if training_args.ddp_find_unused_parameters is None:
-        # Only the class token of a model that goes without it is unused.
-        training_args.ddp_find_unused_parameters = not model.config.use_class_token
+        # Only the class token of a model that goes without it is unused, and an encoder that is trained later.
+        later = training_args.unfreeze_at_step is not None
+        training_args.ddp_find_unused_parameters = later or not model.config.use_class_token
     train_dataset = build_train_dataset(train_set, label_set, processor, data_args, training_args)
     if extra is not None:
         further = build_train_dataset(*extra, processor, data_args, training_args)

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
-from ..data.label_resolution import dataset_label_set, resolve_label_set
+from ..data.label_resolution import dataset_label_set, fit_to_masks, resolve_label_set
 from ..data.label_sets import LabelSet
 from ..data.loading import AnyDataset, first_rows, load_segmentation_datasets, load_split
 from ..data.mask_checks import MaskReport, check_masks
@@ -93,7 +93,7 @@ def extra_label_set(extra: datasets.Dataset, label_set: LabelSet) -> LabelSet:
     found = dataset_label_set(extra)
     if found is None:
         return label_set
-    found = found.with_background()
+    found = fit_to_masks(found.with_background(), extra)
     if found.labels != label_set.labels:
         raise ValueError(
             f"The extra dataset has other classes than the labelled one: {_listed(found.labels)} there, "

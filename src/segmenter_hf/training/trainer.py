@@ -12,7 +12,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AutoModelForSemanticSegmentation,
-    EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedModel,
     Trainer,
@@ -30,7 +29,7 @@ from ..models.image_processing_segmenter import SegmenterImageProcessor
 from ..models.modeling_vit_encoder import VitEncoderPreTrainedModel
 from .arguments import SegmentationTrainingArguments
 from .averaging import WeightAverage
-from .callbacks import AverageWeights, SetEpoch, ShowProgress, StopAtNan, nan_message
+from .callbacks import AverageWeights, SetEpoch, ShowProgress, StopAtNan, StopEarly, nan_message
 from .checkpoints import check_loaded, check_state, reading_checkpoint, writing_checkpoint
 from .features import encoder_replaced_by
 from .freezing import FreezeEncoder, get_encoder
@@ -110,8 +109,7 @@ class SegmentationTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        weights = [loss_weight(batch["labels"], self.model.config) for batch in batches]
-        weight = torch.stack(weights).sum().to(device)
+        weight = torch.stack([loss_weight(batch["labels"], self.model.config) for batch in batches]).sum().to(device)
         return batches, self.accelerator.reduce(weight, reduction="sum") if self.args.world_size > 1 else weight
 
     def compute_loss(
@@ -128,11 +126,8 @@ class SegmentationTrainer(Trainer):
         """
         if self._freezing is not None:
             self._freezing.keep_in_eval_mode()
-        has_features = "features" in inputs
-        encoder = (
-            encoder_replaced_by(self.accelerator.unwrap_model(model), inputs) if has_features else nullcontext(inputs)
-        )
-        with encoder as model_inputs:
+        whole = self.accelerator.unwrap_model(model)
+        with encoder_replaced_by(whole, inputs) if "features" in inputs else nullcontext(inputs) as model_inputs:
             loss, outputs = super().compute_loss(model, model_inputs, return_outputs=True)
         if num_items_in_batch is not None:
             parts = self.current_gradient_accumulation_steps * self.args.world_size
@@ -245,6 +240,10 @@ class SegmentationTrainer(Trainer):
         with self._termination.handling_sigterm():
             return super().train(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # as training begins, if it had ended early
+            super()._run_epoch(*args, **kwargs)
+
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
@@ -306,7 +305,7 @@ def segmentation_callbacks(
     """What happens at some steps of every run, and what the arguments want done.
 
     Raises:
-        ValueError: If the weights of a sharded model are to be averaged.
+        ValueError: If the weights of a sharded model are to be averaged, or low-rank updates of them trained.
     """
     yield from (SetEpoch(), StopAtNan(), ShowProgress(trainer))
     if freezing is not None:
@@ -315,8 +314,10 @@ def segmentation_callbacks(
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError("`ema_decay` averages whole weights, which sharded models do not have: leave it out.")
         yield AverageWeights(trainer, decay)
+    if getattr(trainer.args, "lora_rank", None) is not None and trainer.is_fsdp_enabled:
+        raise ValueError("`lora_rank` merges its updates into whole weights, which FSDP shares out: leave one out.")
     if (patience := getattr(trainer.args, "early_stopping_patience", None)) is not None:
-        yield EarlyStoppingCallback(patience)
+        yield StopEarly(patience)
     yield termination  # last: it evaluates as training begins, with the averaged weights
 
 

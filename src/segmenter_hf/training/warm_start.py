@@ -9,7 +9,7 @@ differs; what a model computes does not.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -112,9 +112,12 @@ def collect_tokens(
         the CPU; at most `MAX_TOKENS`, and only those with a pixel of a class.
     """
     seen: list[torch.Tensor] = []
-    hook = model.get_submodule("decode_head").register_forward_pre_hook(
-        lambda module, arguments: seen.append(arguments[0])
-    )
+
+    def see(module: nn.Module, arguments: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
+        merged = options.get("merged")  # tokens that hold several patches each
+        seen.append(arguments[0] if merged is None else merged.expand(arguments[0]))
+
+    hook = model.get_submodule("decode_head").register_forward_pre_hook(see, with_kwargs=True)
     was_training, config = model.training, model.config
     num_classes = max(config.num_labels, 2)
     model.eval()
