@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from segmenter_hf.cli.evaluate import main as evaluate
 from segmenter_hf.cli.predict import main as predict
+from segmenter_hf.cli.publish import CardArguments, EvaluationArguments, collect_facts
 from segmenter_hf.cli.train import main as train
 from segmenter_hf.data import decoding, mask_values
+from segmenter_hf.data.label_sets import label_set_from_names
 
 from ..data import formats
 
@@ -131,6 +134,43 @@ def test_the_label_set_of_the_training_is_what_it_was_there_when_it_is_named_aga
     assert results(tmp_path, "--label_set", str(tmp_path / "names.txt"))["per_category_iou"] == expected
     with pytest.raises(SystemExit, match=r"references must lie in \[0, 3\) or be the ignore_index 255, got 3"):
         results(tmp_path, "--label_set", str(tmp_path / "other.txt"))
+
+
+def test_a_card_gets_the_numbers_of_an_evaluation(tmp_path) -> None:
+    """Masks of 0 and 255, which the label set of the training was adapted to, and is not named again."""
+    for split in ("train", "validation"):
+        for kind in ("images", "masks"):
+            (tmp_path / "data" / kind / split).mkdir(parents=True)
+        pixels = np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / "images" / split / "a.png")
+        Image.fromarray((pixels[..., 0] > 99).astype(np.uint8) * 255).save(
+            tmp_path / "data" / "masks" / split / "a.png"
+        )
+    (tmp_path / "labels.json").write_text('["ground", "crack"]')
+    model, data = str(tmp_path / "model"), str(tmp_path / "data")
+    options = [
+        "--config_overrides",
+        SMALL,
+        "--crop_size",
+        "32",
+        "--image_size",
+        "32",
+        "--max_steps",
+        "1",
+        "--use_cpu",
+        "true",
+    ]
+    options += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+    train(["--dataset_name", data, "--label_set", str(tmp_path / "labels.json"), "--output_dir", model, *options])
+    (tmp_path / "labels.json").unlink()
+    evaluate(["--model_name_or_path", model, "--output_dir", str(tmp_path / "out"), "--device", "cpu"])
+    expected = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert expected["hub_dataset"] is None and expected["per_category_iou"][1] > 0
+    for label_set in (Path(model) / "label_set.json", None):  # adapted, and as it was named
+        facts = collect_facts(model, CardArguments(), EvaluationArguments(evaluate=data, device="cpu"))
+        assert facts.results[-1]["per_category_iou"] == expected["per_category_iou"]
+        if label_set is not None:
+            label_set_from_names(["ground", "crack"]).save(label_set)
 
 
 def test_a_model_that_says_nothing_of_its_dataset_is_not_evaluated_on_another(folder, tmp_path, capsys) -> None:

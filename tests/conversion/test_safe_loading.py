@@ -97,6 +97,27 @@ def test_getattr_in_a_pth_gives_nothing_that_can_be_called(tmp_path) -> None:
     assert not marker.exists()
 
 
+class Sharing:
+    """Pickles as an array of bytes, which several may share."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __reduce__(self) -> tuple:
+        reconstruct, arguments, _ = np.zeros(0, np.uint8).__reduce__()
+        return reconstruct, arguments, (1, (len(self.data),), np.dtype(np.uint8), False, self.data)
+
+
+def test_a_pdparams_whose_arrays_share_bytes_is_refused_before_they_are_copied(tmp_path, monkeypatch) -> None:
+    path, copies = tmp_path / "model.pdparams", []
+    monkeypatch.setattr(safe_loading.PickledArray, "tensor", copies.append)
+    data = bytes(2**16)
+    path.write_bytes(pickle.dumps({str(index): Sharing(data) for index in range(300)}, protocol=4))
+    with pytest.raises(ValueError, match=r"model.pdparams: its tensors would fill 19660800 bytes"):
+        read_checkpoint(path)
+    assert not copies
+
+
 def test_a_pdparams_can_not_change_the_classes_that_read_it(tmp_path) -> None:
     for name in ("numpy\nndarray", "numpy\ndtype", "_codecs\nencode", "collections\nOrderedDict"):
         path = tmp_path / "model.pdparams"

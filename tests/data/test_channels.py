@@ -15,8 +15,11 @@ from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcess
 from segmenter_hf.cli.main import main
 from segmenter_hf.data.augmentation import SegmentationAugmentation
 from segmenter_hf.data.decoding import decode_example
+from segmenter_hf.data.label_sets import label_set_from_names
+from segmenter_hf.evaluation.evaluate import EvaluationDataset
 from segmenter_hf.models.image_io import read_channels
-from segmenter_hf.training.channels import find_value_range
+from segmenter_hf.training.channels import find_value_range, measure_statistics
+from segmenter_hf.training.datasets import TrainDataset
 
 from ..run_training import words
 from ..tiny_models import tiny_scenes_config
@@ -150,6 +153,29 @@ def deep_row(pixels: np.ndarray, **tags: object) -> dict:
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, pixels, photometric="minisblack", planarconfig="contig", metadata=None, **tags)
     return {"id": "deep", "image": {"bytes": buffer.getvalue(), "path": None}}
+
+
+@pytest.mark.parametrize("value_range", [[0, 4095], None])
+def test_gray_of_16_bits_is_the_same_in_training_evaluation_and_prediction(value_range, tmp_path) -> None:
+    values = np.full((32, 32), 1000, np.uint16)
+    values[:, 16:] = 3000
+    Image.fromarray(values).save(tmp_path / "a.png")
+    Image.fromarray((values > 2000).astype(np.uint8)).save(tmp_path / "mask.png")
+    row = {"image": {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}}
+    row["annotation"] = {"bytes": (tmp_path / "mask.png").read_bytes(), "path": None}
+    fields = {"size": {"shortest_edge": 32}, "window_size": 32, "window_stride": 32, "value_range": value_range}
+    processor = SegmenterImageProcessor(**fields, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    predicted = processor(str(tmp_path / "a.png"))["pixel_values"][0]
+    label_set = label_set_from_names(["dark", "light"])
+    fields = {"flip_probability": 0.0, "photometric_distortion": False, "cat_max_ratio": 1.0}
+    augmentation = SegmentationAugmentation(crop_size=32, size=32, max_ratio=4.0, ratio_range=(1.0, 1.0), **fields)
+    trained = TrainDataset([row], label_set, augmentation, processor, seed=0)[0]["pixel_values"]
+    evaluated = processor(EvaluationDataset([row], label_set, 3)[0]["image"])["pixel_values"][0]
+    torch.testing.assert_close(trained, predicted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(evaluated, predicted, rtol=0, atol=1e-6)
+    assert abs(float(predicted.max()) - (3000 / 4095 if value_range else 12 / 255)) < 1e-3
+    mean, _ = measure_statistics([row], processor)
+    assert mean == pytest.approx([float(predicted.mean())] * 3, abs=1e-4)
 
 
 def test_little_of_16_bits_is_warned_of(caplog) -> None:

@@ -251,6 +251,16 @@ def test_pascal_voc_and_context_are_read_by_their_lists(tmp_path, inside, kind):
     assert_holds_pairs(found["trainval"], ["2007_1", "2007_2"])
 
 
+def test_voc_names_may_have_spaces_and_suffixes_capitals_and_arrays_lie_beside_masks(tmp_path):
+    save(tmp_path / "JPEGImages" / "my image.JPG", image_array())
+    save(tmp_path / "SegmentationClass" / "my image.png", mask_array())
+    np.save(tmp_path / "SegmentationClass" / "my image.npy", mask_array())
+    assert_holds_pairs(load_segmentation_datasets(str(tmp_path), splits=["train"])["train"], ["my image"])
+    (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_text('"my image"\n')
+    assert_holds_pairs(load_segmentation_datasets(str(tmp_path), splits=["train"])["train"], ["my image"])
+
+
 def test_a_voc_list_without_masks_is_reported_and_names_existing_images_of_its_own(tmp_path):
     voc(tmp_path, *VOC)
     (tmp_path / "ImageSets" / "Segmentation" / "test.txt").write_text("of_another_task\n")

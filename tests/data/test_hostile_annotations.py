@@ -59,6 +59,30 @@ def draw_labelme(folder: Path, shape: dict[str, Any], **fields: Any) -> np.ndarr
     return np.asarray(draw_mask(mask, LABELS, "a.png"))
 
 
+def test_the_image_that_labelme_names_is_taken(tmp_path) -> None:
+    draw_labelme(tmp_path, {"shape_type": "polygon", "points": CORNERS})
+    save_image(tmp_path / "a.jpg")
+    split = labelme_split(tmp_path, tmp_path)
+    assert split is not None and [path.name for path in split.images.values()] == ["a.png"]
+    (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace("a.png", "b.png"))
+    with pytest.raises(ValueError, match=r"names the image 'b.png', and beside it lie a.jpg, a.png"):
+        labelme_split(tmp_path, tmp_path)
+
+
+def test_of_several_coco_files_the_one_with_images_is_taken(tmp_path) -> None:
+    (tmp_path / "annotations").mkdir()
+    for year in ("2014", "2017"):
+        content = coco([SQUARE])
+        content["images"][0]["file_name"] = f"{year}.png"
+        (tmp_path / "annotations" / f"instances_train{year}.json").write_text(json.dumps(content))
+    save_image(tmp_path / "train2017" / "2017.png")
+    split = coco_split(tmp_path, "train")
+    assert split is not None and list(split.images) == ["2017"]
+    save_image(tmp_path / "train2014" / "2014.png")
+    with pytest.raises(ValueError, match=r"several COCO files.*instances_train2014.json, instances_train2017.json"):
+        coco_split(tmp_path, "train")
+
+
 NUMBERS = [float("nan"), float("inf"), -float("inf"), 1e308, 10**400, -(10**9), "7", None, [1], {}]
 
 

@@ -46,6 +46,23 @@ def test_packaged_label_sets_are_complete(name, num_labels, reduce_labels, first
     assert labels.palette.shape == (num_labels, 3) and labels.palette.dtype == np.uint8
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("labels.json", '[{"id": 2, "name": "sky"}, {"id": 5, "name": "road"}, {"name": "__ignore__"}]'),
+        ("labels.csv", "id,name,r,g,b\n2,sky,1,2,3\n5,road,4,5,6\n"),
+    ],
+)
+def test_the_ids_of_a_file_are_what_masks_store(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert load_label_set(tmp_path / name).label_id_to_train_id == {2: 0, 5: 1}
+    (tmp_path / name).write_text(text.replace("2", "0").replace("5", "1"))
+    assert load_label_set(tmp_path / name).label_id_to_train_id is None
+    (tmp_path / name).write_text(text.replace("5", "2"))
+    with pytest.raises(ValueError, match=rf"{name}: expected an integer of its own as the id"):
+        load_label_set(tmp_path / name)
+
+
 def test_names_are_compared_with_few_others():
     comparisons = []
 

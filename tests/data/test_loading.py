@@ -3,7 +3,9 @@
 import io
 import itertools
 import logging
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -35,6 +37,33 @@ def image_array(seed: int = 0, height: int = HEIGHT, width: int = WIDTH) -> np.n
 
 def mask_array(seed: int = 0, num_labels: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, num_labels, (HEIGHT, WIDTH), dtype=np.uint8)
+
+
+def png(color_type: int, depth: int, rows: bytes, width: int, height: int) -> bytes:
+    """A PNG of any depth, which Pillow does not write."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))]
+    chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_masks_of_other_depths_are_what_they_store_or_refused() -> None:
+    image = encoded(np.zeros((1, 4, 3), np.uint8))
+    for depth, row in ((2, b"\0\x1b"), (4, b"\0\x01\x23")):
+        mask = {"bytes": png(0, depth, row, 4, 1), "path": None}
+        _, ids = decode_example({"image": image, "annotation": mask})
+        assert ids.tolist() == [[0, 1, 2, 3]]
+    deep = {"bytes": png(2, 16, b"\0" + bytes([0, 1] * 12), 4, 1), "path": "deep.png"}
+    with pytest.raises(ValueError, match=r"deep.png: .*16 bits in several channels"):
+        decode_example({"image": image, "annotation": deep})
+
+
+def test_a_saved_dataset_keeps_splits_that_have_names_of_ours(tmp_path) -> None:
+    scenes = load_split("scenes", "validation", max_samples=3)
+    parts = {"train": scenes, "validation": scenes.select([0, 1]), "val": scenes.select([0])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    found = load_segmentation_datasets(str(tmp_path / "saved"), splits=["train", "validation"])
+    assert [len(found[split]) for split in ("train", "validation")] == [3, 2]
 
 
 def encoded(picture: np.ndarray | Image.Image, format: str = "PNG", **options) -> dict:
@@ -275,12 +304,12 @@ def test_a_float_mask_is_refused():
         decode_example(row)
 
 
-def test_grey_images_become_rgb_and_deep_ones_are_scaled():
+def test_grey_images_become_rgb_and_deep_ones_keep_their_depth():
     grey = image_array()[..., 0]
     expected = np.repeat(grey[..., None], 3, axis=2)
     assert np.array_equal(decode_example(example(mask_array(), grey))[0], expected)
-    deep = grey.astype(np.uint16) * 257
-    assert np.array_equal(decode_example(example(mask_array(), deep))[0], expected)
+    deep = grey.astype(np.uint16) * 257  # is not cut: the image processor knows the range
+    assert np.array_equal(decode_example(example(mask_array(), deep))[0], expected.astype(np.uint16) * 257)
     row = {"image": Image.fromarray(grey.astype(np.float32)), "annotation": Image.fromarray(mask_array())}
     with pytest.raises(ValueError, match="8 or 16 bits per channel, got floats"):
         decode_example(row)

@@ -104,7 +104,7 @@ def test_results_on_data_sets_of_the_hub_are_entries_of_their_own(card, tmp_path
 
 def test_facts_are_read_as_they_were_written(tmp_path, model, facts) -> None:
     assert read_card_facts(tmp_path) == CardFacts()
-    facts = facts.with_results([{**RESULT, "per_category_iou": [0.5], "per_category_accuracy": [0.5]}])
+    facts = facts.with_results([{**RESULT, "per_category_iou": [0.5] * 3, "per_category_accuracy": [0.5] * 3}])
     write_model_card(tmp_path, model=model, facts=replace(facts, results=facts.results[:1]))
     assert read_card_facts(tmp_path) == replace(facts, results=facts.results[:1])
     (tmp_path / "model_card.json").write_text('{"colour": "green"}')
@@ -163,10 +163,25 @@ def test_published_and_measured_numbers_stand_side_by_side() -> None:
         "| ade20k | validation | single scale | 48.50 | 51.23 | 7 | 60.00 | 70.00 |",
         "| ade20k | validation | multi-scale + flip | 50.00 |  |  |  |  |",
     ]
+    elsewhere = results_table([measured, {**measured, "dataset": "data/bdd100k", "mean_iou": 0.4}], published)
+    assert "| ade20k | validation | single scale | 48.50 | 51.23 |" in elsewhere
+    assert "| bdd100k | validation | single scale |  | 40.00 |" in elsewhere
+    approximate = {**measured, "dtype": "bfloat16", "patch_size": 32, "token_merging_threshold": 0.9, "mean_iou": 0.3}
+    both = results_table([measured, approximate], published)
+    assert (
+        "48.50 | 51.23" in both
+        and "| single scale, bfloat16, patches of 32, tokens merged above 0.9 |  | 30.00 |" in both
+    )
     other = {**measured, "label_set": "scenes"}
     assert (
         results_table([other], published).splitlines()[-1].startswith("| ade | validation | single scale |  | 51.23")
     )
+
+
+def test_a_result_of_other_classes_is_refused(tmp_path, model) -> None:
+    result = {**RESULT, "per_category_iou": [0.5] * (model.config.num_labels + 1)}
+    with pytest.raises(ValueError, match=r"on .* has 4 classes, and the model 3"):
+        write_model_card(tmp_path, model=model, facts=CardFacts(results=(result,)))
 
 
 def test_a_model_that_cannot_be_the_published_one_is_refused(tmp_path, model) -> None:
@@ -242,7 +257,10 @@ def test_the_examples_of_a_published_card_run(published_cards, tmp_path, monkeyp
 def test_names_of_classes_and_datasets_do_not_break_tables(tmp_path, facts) -> None:
     names = ("a|b", "two\nlines", "<b>", "back\\slash", *(f"class {index}" for index in range(4)))
     model = tiny_model(names)
-    write_model_card(tmp_path, model=model, facts=replace(facts, training={"name | of\nall": "x|y"}))
+    result = {**RESULT, "per_category_iou": [0.5] * 8, "per_category_accuracy": [0.5] * 8}
+    write_model_card(
+        tmp_path, model=model, facts=replace(facts, results=(result,), training={"name | of\nall": "x|y"})
+    )
     text = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)[2]
     assert "| name \\| of all | x\\|y |" in text
     assert "a\\|b, two lines, &lt;b>, back\\\\slash, class 0" in text

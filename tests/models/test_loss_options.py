@@ -137,3 +137,11 @@ def test_a_label_set_of_one_class_gets_a_background() -> None:
 def test_options_out_of_range_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         SegmenterConfig(num_labels=3, **options)
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 2.0, 1.0]])
+def test_a_model_with_weights_of_its_classes_is_loaded_for_others(weights, tmp_path) -> None:
+    make("linear", num_labels=5, semantic_loss_class_weights=[1.0, 2.0, 3.0, 4.0, 5.0]).save_pretrained(tmp_path)
+    fields = {"num_labels": 3, "semantic_loss_class_weights": weights, "ignore_mismatched_sizes": True}
+    found = SegmenterForSemanticSegmentation.from_pretrained(tmp_path, **fields).config
+    assert found.num_labels == 3 and found.semantic_loss_class_weights == weights

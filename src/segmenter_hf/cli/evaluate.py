@@ -10,13 +10,12 @@ images and give exactly the numbers of one:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..data.label_resolution import fit_to_masks
-from ..data.label_sets import LabelSet, load_label_set
-from ..data.loading import AnyDataset, limited_split, load_split
+from ..data.label_resolution import fit_changed_to_masks
+from ..data.label_sets import load_label_set
+from ..data.loading import limited_split, load_split
 from ..evaluation.evaluate import (
     EvaluationDataset,
     as_percent,
@@ -25,6 +24,7 @@ from ..evaluation.evaluate import (
     save_prediction_grid,
     save_results,
 )
+from ..hub.model_card import hub_name
 from ..utils.processes import process_state
 from .errors import cli_main
 from .parsing import build_parser, parse_arguments
@@ -48,11 +48,6 @@ class Arguments:
     num_worst: int = field(default=4, metadata={"help": "Show so many images of the lowest mean IoU in worst.png."})
 
 
-def _fit_label_set(label_set: LabelSet, dataset: AnyDataset, changes: dict[str, Any]) -> LabelSet:
-    """The label set for what the masks of the dataset store, with what was said otherwise."""
-    return fit_to_masks(replace(label_set, **changes), dataset, keep_ignored="ignore_index" in changes)
-
-
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate the model, write the results and print the table."""
@@ -71,12 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     changes = recall_label_changes(prediction_args.model_name_or_path, prediction_args.label_set)
     if args.ignore_index is not None:
         changes["ignore_index"] = args.ignore_index
-    predictor.label_set = label_set = _fit_label_set(predictor.label_set, dataset, changes)
+    predictor.label_set = label_set = fit_changed_to_masks(predictor.label_set, dataset, changes)
     results = evaluate_segmentation(predictor, dataset, num_worst=args.num_worst)
     if not process_state().is_main_process:
         return
     results |= {
         "dataset": args.dataset_name,
+        "hub_dataset": hub_name(args.dataset_name),
         "split": limited_split(data_args.split, data_args.max_samples),
         "model": prediction_args.model_name_or_path,
         **predictor.describe_network(),

@@ -27,7 +27,7 @@ from ..utils.json_files import read_json_object
 from .errors import UsageError, cli_main
 from .parsing import build_parser, parse_arguments
 from .prediction_arguments import EvaluationDataArguments
-from .remembered import recall_data_arguments
+from .remembered import recall_data_arguments, recall_label_changes
 
 
 @dataclass
@@ -142,7 +142,8 @@ def collect_facts(checkpoint_dir: str, card_args: CardArguments, evaluation_args
     )
     facts = facts.with_results([read_recorded_result(path) for path in card_args.results or []])
     if evaluation_args.evaluate is not None:
-        recall_data_arguments(checkpoint_dir, evaluation_args.evaluate, evaluation_args, *vars(evaluation_args))
+        names = vars(EvaluationDataArguments())  # not the label set: the model has its own
+        recall_data_arguments(checkpoint_dir, evaluation_args.evaluate, evaluation_args, *names)
     evaluation_args.split = evaluation_args.split or "validation"
     options = vars(evaluation_args).copy()
     dataset_name = options.pop("evaluate")
@@ -151,6 +152,7 @@ def collect_facts(checkpoint_dir: str, card_args: CardArguments, evaluation_args
         protocols = [InferenceProtocol(**fields)]
         if options.pop("multi_scale_flip"):
             protocols.append(InferenceProtocol.multi_scale_flip(**fields))
+        options["label_changes"] = recall_label_changes(checkpoint_dir, evaluation_args.label_set)
         facts = facts.with_results(measure(checkpoint_dir, dataset_name, protocols=protocols, **options))
         save_card_facts(checkpoint_dir, facts)
         print(f"Recorded in {checkpoint_dir}: from now on the card has these numbers without --evaluate.")

@@ -87,16 +87,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
     state_dict = content[wrapper] if wrapper else content
     if not state_dict or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(f"{path}: expected weights under their names, got the keys {list(state_dict)[:5]}.")
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values() if is_dense(tensor))
+    if path.suffix != ".npz":
+        tensors = filter(is_dense, state_dict.values())
+        _check_sharing(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    meta = content.get("meta") if wrapper else None
+    notes = {key: note for key, note in meta.items() if not torch.is_tensor(note)} if isinstance(meta, dict) else {}
+    return Checkpoint(path, state_dict, wrapper, notes, config)
+
+
+def _check_sharing(path: Path, size: int) -> None:
+    """The tensors of a file do not repeat what is in it: a small file must not fill the memory.
+
+    Raises:
+        ValueError: If they do.
+    """
     num_bytes = sum(part.stat().st_size for part in _parts(path))
-    if path.suffix != ".npz" and size > MAX_SHARING * num_bytes:
+    if size > MAX_SHARING * num_bytes:
         raise ValueError(
             f"{path}: its tensors would fill {size} bytes, expected about the {num_bytes} of the file: they repeat "
             "what is in it. If you trust its author, save clones of the tensors."
         )
-    meta = content.get("meta") if wrapper else None
-    notes = {key: note for key, note in meta.items() if not torch.is_tensor(note)} if isinstance(meta, dict) else {}
-    return Checkpoint(path, state_dict, wrapper, notes, config)
 
 
 def is_dense(value: Any) -> bool:
@@ -230,8 +240,11 @@ class PickledArray:
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, pickled, is_fortran, data = state
-        array = np.frombuffer(data, pickled.dtype).reshape(shape, order="F" if is_fortran else "C")
-        self.array = array.astype(pickled.dtype.newbyteorder("="), order="C")
+        self.array = np.frombuffer(data, pickled.dtype).reshape(shape, order="F" if is_fortran else "C")
+
+    def tensor(self) -> torch.Tensor:
+        """A copy, in the order of bytes of this machine."""
+        return torch.from_numpy(self.array.astype(self.array.dtype.newbyteorder("="), order="C"))
 
 
 class PickledBytes(bytes):
@@ -283,7 +296,8 @@ def _read_pdparams(path: Path) -> Any:
         raise (_refusal(path, [named[1]]) if named else _damaged(path, error)) from error
     if not isinstance(content, dict):
         return content
-    return {key: torch.from_numpy(v.array) if isinstance(v, PickledArray) else v for key, v in content.items()}
+    _check_sharing(path, sum(value.array.nbytes for value in content.values() if isinstance(value, PickledArray)))
+    return {key: value.tensor() if isinstance(value, PickledArray) else value for key, value in content.items()}
 
 
 # ---- NumPy and safetensors ----

@@ -4,7 +4,7 @@ import glob
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -49,10 +49,12 @@ def coco_split(root: Path, name: str | None, config: str | None = None) -> Folde
         ValueError: If there are both kinds and none is chosen, or the file is wrong.
     """
     patterns = _COCO_FILES if name is None else [pattern.format(glob.escape(name)) for pattern in _COCO_SPLIT_FILES]
-    files = dict.fromkeys(
-        file for pattern in patterns for file in sorted(root.glob(pattern)) if not file.name.startswith(".")
-    )
-    found = {file: content for file in files if _is_coco(content := _read_quietly(file))}
+    patterns_of: dict[Path, str] = {}
+    for pattern in patterns:
+        for file in sorted(root.glob(pattern)):
+            if not file.name.startswith("."):
+                patterns_of.setdefault(file, pattern)
+    found = {file: content for file in patterns_of if _is_coco(content := _read_quietly(file))}
     kinds = {file: "panoptic" if _is_panoptic(content) else "instances" for file, content in found.items()}
     if config in COCO_KINDS:
         found = {file: content for file, content in found.items() if kinds[file] == config}
@@ -61,9 +63,24 @@ def coco_split(root: Path, name: str | None, config: str | None = None) -> Folde
             f"{root} holds COCO annotations of instances and panoptic ones ({', '.join(path.name for path in kinds)}): choose "
             "with `dataset_config` instances or panoptic."
         )
-    for file, content in found.items():
-        return _coco_file_split(root, name, file, content)
-    return None
+    first = next(iter(found), None)
+    alike = [file for file in found if first is not None and patterns_of[file] == patterns_of[first]]
+    if len(alike) > 1:  # such as those of 2014 and of 2017, where only the images of one are there
+        alike = [file for file in alike if _has_images(root, name, file, found[file])]
+    if first is not None and len(alike) != 1:
+        shown = ", ".join(file.name for file in found if patterns_of[file] == patterns_of[first])
+        raise ValueError(f"{root} holds several COCO files of one split: {shown}. Merge them, or keep one.")
+    return _coco_file_split(root, name, alike[0], found[alike[0]]) if alike else None
+
+
+def _has_images(root: Path, name: str | None, file: Path, content: dict[str, Any]) -> bool:
+    """Whether the first image of a COCO file is there."""
+    first = content["images"][0] if content["images"] else None
+    try:
+        _coco_image_folder(root, name, file, _entry(first, "file_name", str, f"{file}: image"))
+    except ValueError:
+        return False
+    return True
 
 
 def _read_quietly(file: Path) -> Any:
@@ -209,7 +226,9 @@ def labelme_split(root: Path, folder: Path) -> FolderSplit | None:
     files = [path for path in visible_files(folder, [".json"]) if path.is_file()]
     if not files or not _is_labelme(_read_quietly(files[0])):
         return None
-    beside = {path.with_suffix(""): path for path in image_files(folder)}
+    beside: dict[Path, list[Path]] = {}
+    for path in image_files(folder):
+        beside.setdefault(path.with_suffix(""), []).append(path)
     images: dict[str, Path] = {}
     masks: dict[str, Path | dict[str, Any]] = {}
     names: set[str] = set()
@@ -218,7 +237,7 @@ def labelme_split(root: Path, folder: Path) -> FolderSplit | None:
         if not _is_labelme(content):
             raise ValueError(f"{file}: expected a file of labelme with `shapes` and `imagePath`, as {files[0]} is.")
         stem = file.relative_to(folder).with_suffix("").as_posix()
-        images[stem] = beside.get(file.with_suffix("")) or _named_image(root, file, content["imagePath"])
+        images[stem] = _labelme_image(root, file, content["imagePath"], beside.get(file.with_suffix(""), []))
         objects = []
         for shape in content["shapes"]:
             label = _entry(shape, "label", str, f"{file}: shape")
@@ -226,8 +245,9 @@ def labelme_split(root: Path, folder: Path) -> FolderSplit | None:
             names.add(label)
         size = _labelme_size(file, content, images[stem])
         masks[stem] = describe(str(file), {"size": size, "objects": objects})
-    if left_out := len(beside) - len(set(images.values())):
-        logger.warning("%s: %d images without a JSON file of labelme are left out.", folder, left_out)
+    used = set(images.values())
+    if left_out := [paths for paths in beside.values() if not used.intersection(paths)]:
+        logger.warning("%s: %d images without a JSON file of labelme are left out.", folder, len(left_out))
     return FolderSplit(images, masks, f"JSON files of labelme in {folder}", with_background(sorted(names)))
 
 
@@ -248,7 +268,19 @@ def _labelme_size(file: Path, content: dict[str, Any], image: Path) -> list[int]
     return [_entry(content, key, int, str(file)) for key in ("imageHeight", "imageWidth")]
 
 
-def _named_image(root: Path, file: Path, name: str) -> Path:
-    path = path_inside(root, file.parent, name.replace("\\", "/"), str(file))
+def _labelme_image(root: Path, file: Path, name: str, beside: list[Path]) -> Path:
+    """The image of a file: the one that it names, of those that are called as the file; else the only one of these.
+
+    Raises:
+        ValueError: If there are several, or the image that the file names is missing.
+    """
+    name = name.replace("\\", "/")
+    chosen = [path for path in beside if path.name == PurePosixPath(name).name] or beside
+    if len(chosen) > 1:
+        shown = ", ".join(path.name for path in chosen)
+        raise ValueError(
+            f"{file} names the image {name!r}, and beside it lie {shown}. Keep the one that was labelled."
+        )
+    path = chosen[0] if chosen else path_inside(root, file.parent, name, str(file))
     check_existence(file, [path])
     return path

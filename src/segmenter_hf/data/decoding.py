@@ -48,8 +48,7 @@ def decode_example(
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: the image of shape `(height, width, num_channels)`, uint8 or, where it has more
-        depth and is no gray image for a model of 3 channels, in the dtype that it is stored in; and the mask of shape `(height,
-        width)`: uint8 if all ids fit, else int32.
+        depth, in the dtype that it is stored in; and the mask of shape `(height, width)`: uint8 if all ids fit, else int32.
 
     Raises:
         ValueError: If a file cannot be decoded, is of an unexpected kind, or the sizes of image and mask differ.
@@ -69,10 +68,17 @@ def decode_example(
             "it as .npy, or as TIFF with all channels."
         )
     with translate_decoding_errors(row_name(example, "image")):
-        if num_channels == 1 and image.mode.startswith("I"):
-            return np.asarray(image)[..., None], ids
+        if num_channels in (1, 3) and image.mode.startswith("I"):
+            return np.repeat(gray_values(image)[..., None], num_channels, axis=2), ids
         pixels = np.ascontiguousarray(np.moveaxis(pil_to_array(image, do_convert_rgb=num_channels == 3), 0, -1))
     return pixels, ids
+
+
+def gray_values(image: Image.Image) -> np.ndarray:
+    """The values of a gray image of 16 bits or more: uint16 if they fit."""
+    values = np.asarray(image)
+    fits = values.dtype == np.uint16 or (values.min(initial=0) >= 0 and values.max(initial=0) <= 65535)
+    return values.astype(np.uint16) if fits else values
 
 
 def open_pair(
@@ -141,7 +147,25 @@ def open_image(example: dict[str, Any], column: str, label_set: LabelSet | None 
     except FileNotFoundError as error:
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error
     with translate_decoding_errors(name):
-        return Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        return unstretched(image, name) if column == "annotation" else image
+
+
+def unstretched(mask: Image.Image, name: str) -> Image.Image:
+    """A mask whose pixels are what the file stores: Pillow spreads gray of 2 and 4 bits over 0 to 255.
+
+    Raises:
+        ValueError: If it has 16 bits in each of several channels, of which Pillow drops half.
+    """
+    parameters = mask.tile[0][3] if mask.tile else ""  # type: ignore[attr-defined]  # how it is going to be decoded
+    stored = parameters[0] if isinstance(parameters, tuple) and parameters else parameters
+    if isinstance(stored, str) and stored.startswith(("RGB", "LA")) and "16" in stored:
+        raise ValueError(
+            f"{name}: expected a mask of class ids, got one of 16 bits in several channels, which would be cut to 8. Save it "
+            "as gray of 8 or 16 bits."
+        )
+    step = {"L;2": 85, "L;4": 17}.get(stored) if isinstance(stored, str) else None
+    return mask if step is None else mask.point([value // step for value in range(256)])
 
 
 @contextmanager

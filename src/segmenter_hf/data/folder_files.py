@@ -37,14 +37,16 @@ def image_files(folder: Path) -> list[Path]:
     return visible_files(folder, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
 
 
-def files_by_stem(folder: Path) -> dict[str, Path]:
-    """The images in a folder and below it, by their path there without the suffix.
+def files_by_stem(folder: Path, *, arrays: bool = True) -> dict[str, Path]:
+    """The images in a folder and below it, by their path there without the suffix; with `.npy` or without.
 
     Raises:
         ValueError: If two have one name.
     """
     files: dict[str, Path] = {}
     for path in image_files(folder):
+        if path.suffix.lower() in ARRAY_SUFFIXES and not arrays:
+            continue
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in files:
             raise ValueError(f"{folder}: two files have one name, {files[stem].name} and {path.name}. Keep one.")

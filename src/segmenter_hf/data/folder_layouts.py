@@ -378,11 +378,14 @@ def _voc_split(root: Path, name: str, config: str | None) -> FolderSplit | None:
         )
     ((kind, file),) = present.items()
     with _translate_text_errors(file):
-        stems = dict.fromkeys(file.read_text(encoding="utf-8").split())
-    images = {stem: _voc_image(root, stem, str(file)) for stem in stems}
-    masks = {stem: path_inside(root, root / kind, f"{stem}.png", str(file)) for stem in stems}
+        lines = (line.strip().strip('"') for line in file.read_text(encoding="utf-8").splitlines())
+        stems = dict.fromkeys(filter(None, lines))
+    found, found_masks = files_by_stem(root / "JPEGImages"), files_by_stem(root / kind, arrays=False)
+    images = {
+        stem: found.get(stem) or path_inside(root, root / "JPEGImages", f"{stem}.jpg", str(file)) for stem in stems
+    }
     check_existence(file, images.values())
-    return FolderSplit(images, {stem: path for stem, path in masks.items() if path.is_file()}, str(root / kind))
+    return FolderSplit(images, {stem: found_masks[stem] for stem in stems if stem in found_masks}, str(root / kind))
 
 
 def _voc_list(folder: Path, name: str) -> Path | None:
@@ -395,16 +398,11 @@ def _voc_list(folder: Path, name: str) -> Path | None:
     return files[0] if len(files) == 1 and files[0].stem not in known else None
 
 
-def _voc_image(root: Path, stem: str, where: str) -> Path:
-    paths = [path_inside(root, root / "JPEGImages", f"{stem}{suffix}", where) for suffix in (".jpg", ".jpeg", ".png")]
-    return next((path for path in paths if path.is_file()), paths[0])
-
-
 def _voc_without_lists(root: Path, config: str | None) -> FolderSplit | None:
     """All images of a folder of Pascal VOC that have masks, where no file in ImageSets says which split they are of."""
     images = files_by_stem(root / "JPEGImages")
     for name in _VOC_MASK_FOLDERS:
-        if config in (None, name) and (masks := files_by_stem(root / name)):
+        if config in (None, name) and (masks := files_by_stem(root / name, arrays=False)):  # labelme writes arrays too
             with_mask = {stem: path for stem, path in images.items() if stem in masks}
             return FolderSplit(with_mask, dict(masks), str(root / name)) if images else None
     return None

@@ -1,7 +1,7 @@
 """Which label set fits a dataset: the one that was named, the one that lies beside the data, or one made of its masks."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +101,11 @@ def fit_to_masks(label_set: LabelSet, masks: AnyMasks, *, keep_ignored: bool = F
         label_set.labels[-1],
     )
     return replace(label_set, label_id_to_train_id=dict(BINARY_MASK_IDS))
+
+
+def fit_changed_to_masks(label_set: LabelSet, masks: AnyMasks, changes: Mapping[str, Any]) -> LabelSet:
+    """The label set with what was said otherwise, such as another ignore index, adapted as by [`fit_to_masks`]."""
+    return fit_to_masks(replace(label_set, **changes), masks, keep_ignored="ignore_index" in changes)
 
 
 def _made_of_masks(reader: MaskReader, num_labels: int | None, changes: dict[str, Any]) -> LabelSet:

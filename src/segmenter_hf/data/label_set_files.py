@@ -46,7 +46,8 @@ def read_label_file(path: Path) -> dict[str, Any]:
     Args:
         path (`Path`): `*.json`: a list of names, an object of colors by name, a list of `{"name", "color"}` or
             `{"name", "r", "g", "b"}`, or what `LabelSet.save` writes. `*.csv`: columns name, r, g, b. Anything else: a
-            name per line, alone, as `name:r,g,b` or as `r g b name`. The name `__ignore__` is not a class.
+            name per line, alone, as `name:r,g,b` or as `r g b name`. The name `__ignore__` is not a class. Where each class has
+            an `id`, that is what masks store.
 
     Returns:
         `dict`: Arguments of `LabelSet`.
@@ -62,13 +63,15 @@ def read_label_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected class names in UTF-8, got a file that is not text: {error}") from error
     if path.suffix.lower() == ".csv":
-        return _fields(_csv_entries(text, path), path)
+        return _fields(_csv_entries(text, path), path) | _id_map(_csv_ids(text), path)
     if path.suffix.lower() != ".json":
         return _fields(map(_text_entry, _lines(text)), path)
     content = parse_json(text, path)
     if isinstance(content, dict) and isinstance(content.get("labels"), list):
         return _object_fields(content, path)
-    return _fields(_json_entries(content, path), path)
+    items = content if isinstance(content, list) else []
+    ids = [item.get("id") for item in items if isinstance(item, dict) and item.get("name") != IGNORE_NAME]
+    return _fields(_json_entries(content, path), path) | _id_map(ids, path)
 
 
 def _fields(entries: Iterable[Entry], path: Path) -> dict[str, Any]:
@@ -81,6 +84,30 @@ def _fields(entries: Iterable[Entry], path: Path) -> dict[str, Any]:
         "colors": [color for _, color in classes],
         "ignore_colors": tuple(color for name, color in entries if name == IGNORE_NAME and color is not None),
     }
+
+
+def _id_map(ids: list[Any], path: Path) -> dict[str, Any]:
+    """What masks store for the classes of a file that gives each an id, where that is not the place of the class.
+
+    Raises:
+        ValueError: If the ids are no different integers.
+    """
+    if len(ids) < 2 or any(number is None for number in ids) or ids == list(range(len(ids))):
+        return {}
+    if not all(type(number) is int for number in ids) or len(set(ids)) < len(ids):
+        raise ValueError(f"{path}: expected an integer of its own as the id of each class, got {ids[:10]}.")
+    return {"label_id_to_train_id": {number: place for place, number in enumerate(ids)}}
+
+
+def _csv_ids(text: str) -> list[Any]:
+    """The ids in a column of that name."""
+    header, *rows = [row for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)]
+    names = [cell.strip().lower() for cell in header]
+    if "id" not in names:
+        return []
+    name, place = next(names.index(name) for name in _CSV_COLUMNS["name"] if name in names), names.index("id")
+    ids = [(row[place : place + 1] or [""])[0].strip() for row in rows if row[name].strip() != IGNORE_NAME]
+    return [int(number) if number.lstrip("-").isdecimal() else number for number in ids]
 
 
 def _lines(text: str) -> Iterable[str]:

@@ -31,7 +31,12 @@ def load_saved_dataset(root: Path) -> dict[str, datasets.Dataset]:
     names = [split for split in splits if isinstance(split, str)] if isinstance(splits, list) else []
     if not isinstance(splits, list) or len(names) < len(splits):
         raise ValueError(f"{file}: expected a list of `splits`, got {content!r:.200}.")
-    return {_SPLITS.get(split, split): _load(root, path_inside(root, root, split, str(file))) for split in names}
+    known = {split: split if _SPLITS.get(split) in names else _SPLITS.get(split, split) for split in names}
+    if len(set(known.values())) < len(names):
+        raise ValueError(
+            f"{file}: expected one split for training, validation and test each, got {names}. Rename them."
+        )
+    return {name: _load(root, path_inside(root, root, split, str(file))) for split, name in known.items()}
 
 
 def _load(root: Path, folder: Path) -> datasets.Dataset:

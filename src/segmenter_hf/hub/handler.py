@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 50_000_000  # of all images of a request
 MAX_WINDOW_PIXELS = 150_000_000  # of all their windows: thin images and large scales become many
+MAX_LOGIT_BYTES = 4_000_000_000  # of the scores of all their windows
 MAX_SCALES = 16
 PARAMETERS = ("flip", "format", "scales", "window_batch_size")
 
@@ -126,6 +127,12 @@ class EndpointHandler:
         for first in range(0, len(pairs), window_batch_size):
             part = [source.pixel_values(window) for source, window in pairs[first : first + window_batch_size]]
             logits.append(self.model(pixel_values=torch.stack(part).to(self.device)).logits)
+            num_bytes = logits[0][0].numel() * logits[0].element_size() * len(pairs)
+            if num_bytes > MAX_LOGIT_BYTES:
+                raise ValueError(
+                    f"The scores of the request would take {num_bytes} bytes, expected at most {MAX_LOGIT_BYTES}: send fewer or "
+                    "smaller images, or lower `scales`."
+                )
         offsets = torch.tensor([window for _, window in pairs])
         outputs = ModelOutput(logits=torch.cat(logits), window_offsets=offsets)
         return [found.cpu().numpy() for found in self.processor.post_process_semantic_segmentation(outputs)]

@@ -26,6 +26,14 @@ SAMPLE_IMAGE = "sample.png"
 EVAL_RESULTS_FILE = ".eval_results/semantic_segmentation.yaml"
 
 # Names on the Hub of the datasets that published models were trained on, where one is known.
+# What the name of a folder of a dataset has in it, where that is not the name of its label set.
+_CONTEXT_WORDS = ("context", "voc2010")
+DATASET_WORDS = {
+    "ade20k": ("ade",),
+    "pascal_context_59": _CONTEXT_WORDS,
+    "pascal_context_60": _CONTEXT_WORDS,
+    "pascal_voc": ("voc",),
+}
 HUB_DATASETS = {"ade20k": "zhoubolei/scene_parse_150", "cityscapes": "Chris1/cityscapes_segmentation"}
 # The licence files of these repositories; that of other sources is not known.
 SOURCE_LICENSES = {
@@ -194,13 +202,14 @@ def write_model_card(
         `Path`: The card.
 
     Raises:
-        ValueError: If `facts` name a published model that this one cannot be.
+        ValueError: If `facts` name a published model that this one cannot be, or have results of other classes.
     """
     output_dir, config = Path(output_dir), model.config
     published = None
     if facts.published_model is not None:
         published = get_published_model(facts.published_model, config)
         facts = _with_published(facts, published)
+    _check_classes(facts.results, max(int(config.num_labels or 0), 2))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     card = _render(
         hub_model_id or location or output_dir.as_posix(),
@@ -224,6 +233,19 @@ def write_model_card(
             Image.fromarray(draw_scene(seed=2000)[0]).save(temporary)
     save_card_facts(output_dir, facts)
     return _write_card(output_dir, card, facts.results, published)
+
+
+def _check_classes(results: Sequence[dict[str, Any]], expected: int) -> None:
+    """Results are of a model of so many classes.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for result in results:
+        if (found := len(result["per_category_iou"])) != expected:
+            raise ValueError(
+                f"A result on {result['dataset']} has {found} classes, and the model {expected}: it is of another model."
+            )
 
 
 def write_published_model_cards(output_dir: str | Path) -> list[Path]:
@@ -262,8 +284,9 @@ def results_table(results: Sequence[dict[str, Any]], published: PublishedModel |
             rows[published.dataset, "validation", protocol] = {"published": f"{score:.2f}"}
     for result in results:
         dataset, split, protocol = _result_key(result)
-        if published is not None and result.get("label_set") == published.dataset:
-            dataset = published.dataset
+        if published is not None and _is_of_published(result, published):
+            key = published.dataset, split, protocol
+            dataset = dataset if "measured" in rows.get(key, {}) else published.dataset
         rows.setdefault((dataset, split, protocol), {}).update(
             images=result["num_images"],
             measured=as_percent(result["mean_iou"]),
@@ -284,8 +307,27 @@ def results_table(results: Sequence[dict[str, Any]], published: PublishedModel |
     return "\n".join(f"| {' | '.join(map(markdown_cell, line))} |" for line in cells)
 
 
+def _is_of_published(result: dict[str, Any], published: PublishedModel) -> bool:
+    """Whether a result is on the dataset of a published model, which its label set alone does not say."""
+    known = result.get("hub_dataset") == HUB_DATASETS.get(published.dataset, published.dataset)
+    words, folder = DATASET_WORDS.get(published.dataset, (published.dataset,)), Path(result["dataset"]).name.lower()
+    return result.get("label_set") == published.dataset and (known or any(word in folder for word in words))
+
+
 def _result_key(result: dict[str, Any]) -> tuple[str, str, str]:
-    return Path(result["dataset"]).name, result["split"], result["protocol"]["name"]
+    return Path(result["dataset"]).name, result["split"], result_title(result)
+
+
+def result_title(result: dict[str, Any]) -> str:
+    """The protocol of a result, and in what the network was another one than the model as it is saved."""
+    parts = [result["protocol"]["name"]]
+    parts += ["full resolution"] if result["protocol"].get("full_resolution") else []
+    parts += [str(result[name]) for name in ("runtime", "dtype") if result.get(name) not in (None, "float32")]
+    parts += ["weights in 8 bits"] if result.get("int8_weights") else []
+    parts += [f"patches of {result['patch_size']}"] if result.get("patch_size") else []
+    if (threshold := result.get("token_merging_threshold")) is not None:
+        parts.append(f"tokens merged above {threshold}")
+    return ", ".join(parts)
 
 
 def _published_scores(published: PublishedModel | None) -> dict[str, float]:
@@ -345,7 +387,7 @@ def _model_index(results: Sequence[dict[str, Any]], published: PublishedModel | 
             dataset_type=result.get("hub_dataset") or Path(result["dataset"]).name,
             dataset_name=Path(result["dataset"]).name,
             dataset_split=result["split"],
-            metric_name=f"mean IoU, {result['protocol']['name']}",
+            metric_name=f"mean IoU, {result_title(result)}",
             metric_value=round(result["mean_iou"], 6),
         )
         for result in results
@@ -372,7 +414,7 @@ def eval_result_entries(
             )
     for result in results:
         if result.get("hub_dataset") and result["mean_iou"] is not None:
-            notes = f"mean IoU, {result['protocol']['name']}, {result['split']} split, {result['num_images']} images"
+            notes = f"mean IoU, {result_title(result)}, {result['split']} split, {result['num_images']} images"
             entries.append(
                 EvalResultEntry(
                     dataset_id=result["hub_dataset"],
@@ -411,7 +453,7 @@ def _render(
         widget=[{"src": SAMPLE_IMAGE, "example_title": "Street scene"}],
         eval_results=index or None,
     )
-    protocols = {result["protocol"]["name"]: result["protocol"] for result in facts.results}
+    protocols = {result_title(result): result["protocol"] for result in facts.results}
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),

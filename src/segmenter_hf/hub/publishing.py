@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
+from ..data.label_resolution import fit_changed_to_masks
 from ..data.label_sets import LABEL_SET_FILE, LabelSet, get_model_label_set, list_label_sets, load_label_set
 from ..data.loading import limited_split, load_segmentation_datasets, load_split
 from ..evaluation.evaluate import EvaluationDataset, evaluate_segmentation, save_prediction_grid
@@ -169,6 +170,7 @@ def measure(
     label_set: str | None = None,
     protocols: Sequence[InferenceProtocol] = (InferenceProtocol(),),
     device: str | None = None,
+    label_changes: Mapping[str, Any] | None = None,
     **data_arguments: Any,
 ) -> list[dict[str, Any]]:
     """Evaluate a model for its card, by one or more protocols.
@@ -179,6 +181,7 @@ def measure(
         label_set (`str`, *optional*): Name or JSON file of a label set; by default the one that belongs to the model.
         protocols (`Sequence[InferenceProtocol]`, defaults to single scale): The protocols.
         device (`str`, *optional*): Where the model goes; by default a GPU where there is one.
+        label_changes (`Mapping`, *optional*): Fields of the label set that are otherwise, such as `ignore_index`.
 
     Returns:
         `list[dict]`: Results for [`CardFacts.with_results`].
@@ -188,6 +191,7 @@ def measure(
     """
     predictor = Predictor.from_pretrained(checkpoint_dir, device=device, label_set=label_set)
     dataset = load_split(dataset_name, split, **data_arguments)
+    predictor.label_set = fit_changed_to_masks(predictor.label_set, dataset, label_changes or {})
     return [
         recorded_result(
             evaluate_segmentation(predictor.with_protocol(protocol), dataset),
@@ -211,8 +215,8 @@ def read_recorded_result(path: str | Path) -> dict[str, Any]:
     check_types(path, {"labels": content.get("labels")}, {"labels": list[str]})
     names = tuple(content.pop("labels"))
     label_set = next((name for name in list_label_sets() if load_label_set(name).labels == names), None)
-    kept: dict[str, Any] = {name: content[name] for name in ("hub_dataset", "label_set") if name in content}
-    return {**recorded_result(content, content["dataset"], content["split"], label_set), **kept}
+    found = recorded_result(content, content["dataset"], content["split"], content.get("label_set", label_set))
+    return found | {"hub_dataset": content.get("hub_dataset")}  # where it was measured, that name was a folder or not
 
 
 def _load_whole_model(directory: Path) -> tuple[PreTrainedModel, AnyImageProcessor, LabelSet]:

@@ -165,10 +165,12 @@ class Predictor:
     def describe_network(self) -> dict[str, Any]:
         """Return what to save beside results.
 
-        That is `dtype`, `patch_size`, `runtime` where it is another than torch, and the fields of token merging where
-        the network merges tokens.
+        That is `dtype`; `patch_size` where it was changed; `runtime` where it is another than torch; and the fields of
+        token merging where the network merges tokens.
         """
-        described = {"dtype": self.precision, "patch_size": self.config.patch_size}
+        described: dict[str, Any] = {"dtype": self.precision}
+        if self.config.patch_size != self.config.with_saved_patch_size().patch_size:
+            described["patch_size"] = self.config.patch_size
         if self.runtime != "torch":
             described["runtime"] = self.runtime
         if self.config.token_merging_layers:

@@ -251,7 +251,9 @@ class VitEncoderConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; with `patch_size` the one of [`~VitEncoderConfig.change_patch_size`]."""
-        patch_size = kwargs.pop("patch_size", None)
+        patch_size, weights = kwargs.pop("patch_size", None), "semantic_loss_class_weights"
+        if weights in kwargs:  # transformers checks what is stored with the new `num_labels` first
+            config_dict = {**config_dict, weights: kwargs[weights]}
         loaded = super().from_dict(config_dict, **kwargs)
         if patch_size is not None:
             (loaded[0] if isinstance(loaded, tuple) else loaded).change_patch_size(patch_size)
@@ -293,9 +295,7 @@ class VitEncoderConfig(PreTrainedConfig):
     @property
     def image_height_and_width(self) -> tuple[int, int]:
         """(height, width) in pixels of the grid of position embeddings."""
-        if isinstance(self.image_size, int):
-            return self.image_size, self.image_size
-        height, width = self.image_size
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         return height, width
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.decoding import open_channels, row_name
+from ..data.decoding import gray_values, open_channels, row_name
 from ..data.encoded_images import encoded_bytes
 from ..data.loading import AnyDataset
 from ..data.value_ranges import stored_value_range
@@ -26,8 +26,8 @@ def read_pixels(row: dict[str, Any], num_channels: int) -> np.ndarray:
     image = open_channels(row, num_channels)
     if not isinstance(image, Image.Image):
         return image
-    is_deep = num_channels == 1 and image.mode.startswith("I")
-    return np.asarray(image)[None] if is_deep else pil_to_array(image, do_convert_rgb=num_channels == 3)
+    is_deep = num_channels in (1, 3) and image.mode.startswith("I")
+    return gray_values(image)[None] if is_deep else pil_to_array(image, do_convert_rgb=num_channels == 3)
 
 
 def measure_statistics(dataset: AnyDataset, processor: SegmenterImageProcessor) -> tuple[list[float], list[float]]:
