@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model": prediction_args.model_name_or_path,
         **predictor.describe_network(),
         "int8_weights": prediction_args.int8,
+        "token_merging": prediction_args.token_merging or prediction_args.token_merging_threshold is not None,
     }
     save_results(args.output_dir, results, label_set.labels)
     if args.num_worst:
