@@ -325,7 +325,7 @@ def result_title(result: dict[str, Any]) -> str:
     parts += [str(result[name]) for name in ("runtime", "dtype") if result.get(name) not in (None, "float32")]
     parts += ["weights in 8 bits"] if result.get("int8_weights") else []
     parts += [f"patches of {result['patch_size']}"] if result.get("patch_size") else []
-    parts += [f"tokens merged above {result['token_merging_threshold']}"] if result.get("token_merging") else []
+    parts += [f"tokens merged above {result.get('token_merging_threshold')}"] if result.get("token_merging") else []
     return ", ".join(parts)
 
 
