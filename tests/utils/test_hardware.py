@@ -1,5 +1,7 @@
 """Bfloat16 where the hardware has it, float32 where it would be emulated."""
 
+import logging
+
 import pytest
 import torch
 
@@ -12,8 +14,12 @@ from ..tiny_models import save_tiny_scenes_model
 
 
 @pytest.fixture(params=[False, True], ids=["emulated", "in hardware"])
-def is_fast(request, monkeypatch) -> bool:
-    """A machine without an accelerator, whose CPU has bfloat16 or not."""
+def is_fast(request, monkeypatch, caplog) -> bool:
+    """A machine without an accelerator, whose CPU has bfloat16 or not; warnings are logged, whatever ran before."""
+    for name in (None, "segmenter_hf", "segmenter_hf.training.recipes", "segmenter_hf.utils.hardware"):
+        caplog.set_level(logging.WARNING, logger=name)
+        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param)
     return request.param
