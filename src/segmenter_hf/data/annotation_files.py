@@ -46,7 +46,7 @@ def coco_split(root: Path, name: str | None, config: str | None = None) -> Folde
         `FolderSplit`, *optional*: Nothing if there is no COCO file of the split.
 
     Raises:
-        ValueError: If there are both kinds and none is chosen, or the file is wrong.
+        ValueError: If there are both kinds and none is chosen, several files of a split, or the file is wrong.
     """
     patterns = _COCO_FILES if name is None else [pattern.format(glob.escape(name)) for pattern in _COCO_SPLIT_FILES]
     patterns_of: dict[Path, str] = {}
@@ -63,14 +63,17 @@ def coco_split(root: Path, name: str | None, config: str | None = None) -> Folde
             f"{root} holds COCO annotations of instances and panoptic ones ({', '.join(path.name for path in kinds)}): choose "
             "with `dataset_config` instances or panoptic."
         )
-    first = next(iter(found), None)
-    alike = [file for file in found if first is not None and patterns_of[file] == patterns_of[first]]
+    if not found:
+        return None
+    pattern = patterns_of[next(iter(found))]
+    alike = [file for file in found if patterns_of[file] == pattern]
     if len(alike) > 1:  # such as those of 2014 and of 2017, where only the images of one are there
-        alike = [file for file in alike if _has_images(root, name, file, found[file])]
-    if first is not None and len(alike) != 1:
-        shown = ", ".join(file.name for file in found if patterns_of[file] == patterns_of[first])
-        raise ValueError(f"{root} holds several COCO files of one split: {shown}. Merge them, or keep one.")
-    return _coco_file_split(root, name, alike[0], found[alike[0]]) if alike else None
+        complete = [file for file in alike if _has_images(root, name, file, found[file])]
+        if len(complete) != 1:
+            shown = ", ".join(file.name for file in alike)
+            raise ValueError(f"{root} holds several COCO files of one split: {shown}. Merge them, or keep one.")
+        alike = complete
+    return _coco_file_split(root, name, alike[0], found[alike[0]])
 
 
 def _has_images(root: Path, name: str | None, file: Path, content: dict[str, Any]) -> bool:

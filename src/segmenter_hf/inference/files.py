@@ -215,7 +215,7 @@ def _split_scenes(images: Mapping[str, Path], protocol: InferenceProtocol) -> tu
 def _check_options(
     images: Mapping[str, Path], scenes: Mapping[str, Path], vectorize: bool, of_images: Mapping[str, bool]
 ) -> None:
-    """Refuse options that some of the images or scenes have no results of.
+    """Refuse options that some of the images or scenes have no results of; `of_images` are those of images, if given.
 
     Raises:
         ValueError: If there are such.
@@ -225,7 +225,8 @@ def _check_options(
             f"{next(iter(images.values()))}: polygons are for a GeoTIFF with a coordinate reference system, segmented with "
             "`full_resolution`, by rasterio (`pip install segmenter-hf[geo]`)."
         )
-    for name in [name for name, given in of_images.items() if given and scenes]:
+    name = next((name for name, is_given in of_images.items() if is_given), None)
+    if scenes and name is not None:
         raise ValueError(
             f"{next(iter(scenes.values()))}: `{name}` is for images, not for a scene that is streamed by "
             "`full_resolution`. Leave one of both out."
