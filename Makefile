@@ -63,6 +63,7 @@ test-wheel: build  ## every subcommand, from the wheel, in an environment withou
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
 	$(PY) tests/check_wheel.py $(VENV)-wheel/bin/segmenter-hf
+	rm -rf $(VENV)-wheel
 
 test-sdist: build  ## tests of the source distribution, unpacked elsewhere
 	rm -rf build/sdist && mkdir -p build/sdist

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +137,20 @@ def test_values_of_a_range_become_those_of_8_bits() -> None:
     torch.testing.assert_close(found, torch.full_like(found, (0.25 - 0.5) / 0.5))
     with pytest.raises(ValueError, match="`value_range` must be two numbers in order"):
         processor(values, value_range=[5, 5])
+
+
+def test_a_range_beyond_8_bits_is_refused_where_a_reader_cut_them(tmp_path) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    row = b"\0" + np.full((32, 3), 3000, ">u2").tobytes()
+    header = struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)  # RGB of 16 bits
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 32)) + chunk(b"IEND", b"")
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    processor = SegmenterImageProcessor(size={"shortest_edge": 32}, window_size=32, window_stride=32)
+    assert processor(tmp_path / "deep.png")["pixel_values"].shape == (1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"\[0, 4095\] goes beyond their 255. .* save them as TIFF"):
+        processor(tmp_path / "deep.png", value_range=[0, 4095])
 
 
 def test_augmentation_takes_any_channels_and_16_bits() -> None:

@@ -348,10 +348,18 @@ def scale_values(values: np.ndarray, value_range: "tuple[float, float] | list[fl
 
     Returns:
         `np.ndarray`: Of the same shape: `uint8` of integers without a range, else `float32`.
+
+    Raises:
+        ValueError: If the range goes beyond the 8 bits that the values have, as of 16-bit RGB PNG, which Pillow cuts.
     """
     if value_range is None:
         return values.astype(np.float32) if np.issubdtype(values.dtype, np.floating) else to_uint8(values)
     low, high = value_range
+    if values.dtype == np.uint8 and high > 255:
+        raise ValueError(
+            f"The image was read as 8-bit values, and `value_range` [{low:g}, {high:g}] goes beyond their 255. Colour PNG of 16 "
+            "bits are read as 8: save them as TIFF or .npy. For 8-bit images leave `value_range` out."
+        )
     scaled = values.astype(np.float32)
     scaled -= np.float32(low)
     scaled *= np.float32(255 / (high - low))
