@@ -235,6 +235,12 @@ REFUSED = {
         ("plant0.tif", "got float32", "`--value_range`"),
     ),
     "pickled objects": (two_folders(objects), (), ("plant0.npy", "expected numbers in two or three dimensions")),
+    "no crop": (formats.two_folders, ("--crop_size", "0"), ("`--crop_size` must be at least 1",)),
+    "scales in another order": (
+        formats.two_folders,
+        ("--min_scale", "3"),
+        ("`--min_scale`", "`--max_scale`", "3.0 and 2.0"),
+    ),
     "a wrong range": (formats.two_folders, ("--value_range", "9", "3"), ("`--value_range`", "[9.0, 3.0]", "0, 4095")),
     "a class dictionary without colors": (
         two_folders(lambda root: (root / "class_dict.csv").write_text("name,red\nleaf,3\n"), formats.deepglobe),

@@ -76,8 +76,10 @@ def test_train_is_what_was_trained_on_and_validation_the_rest(folder, tmp_path, 
     assert len(train_ids) == 3 and sorted(train_ids + validation_ids) == [f"plant{seed}" for seed in range(5)]
     assert len(predicted(folder, tmp_path / "all", *data, "--validation_fraction", "0")) == 5
     worst = results(folder, "--split", "train", "--num_worst", "3")
+    assert (folder / "evaluation" / "worst.png").is_file()
     assert worst["num_images"] == 3 and {image["id"] for image in worst["worst_images"]} <= set(train_ids)
     assert results(folder, "--split", "train", "--validation_fraction", "0")["num_images"] == 5
+    assert not (folder / "evaluation" / "worst.png").exists()
 
 
 def test_of_another_dataset_train_is_whole_unless_a_fraction_is_given(folder, tmp_path, capsys) -> None:

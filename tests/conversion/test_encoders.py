@@ -107,6 +107,7 @@ FAMILIES = {
         Dinov2WithRegistersConfig(**SIZES, image_size=56, patch_size=14)
     ),
     "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**DINOV3)),
+    "dinov3_without_registers": lambda: DINOv3ViTModel(DINOv3ViTConfig(**MLP)),
     "dinov3_7b": lambda: DINOv3ViTModel(
         DINOv3ViTConfig(**DINOV3, use_gated_mlp=True, hidden_act="silu", query_bias=False, value_bias=False)
     ),

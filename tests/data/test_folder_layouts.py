@@ -48,6 +48,31 @@ def test_nested_folders_are_paired_by_their_path(tmp_path):
     assert np.array_equal(decode_example(rows[1])[1], mask_array(0))
 
 
+def test_folders_that_are_links_are_entered_once(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "more").symlink_to(tmp_path / name)
+    save_pairs(tmp_path / "images", tmp_path / "masks", ["a", "b"])
+    save_pairs(tmp_path / "data" / "images", tmp_path / "data" / "masks", ["c"])
+    (tmp_path / "images" / "round").symlink_to(tmp_path / "data" / "images")
+    rows = load_segmentation_datasets(str(tmp_path / "data"), splits=["train"])["train"]
+    assert rows["id"][:] == ["c", "a", "b"]  # c, more/a, more/b
+
+
+def test_a_split_under_two_names_is_refused(tmp_path):
+    for name, stems in {"train": ["a", "b"], "training": ["c"]}.items():
+        save_pairs(tmp_path / "images" / name, tmp_path / "masks" / name, stems)
+    with pytest.raises(ValueError, match="one split under two names, 'train' and 'training'"):
+        load_segmentation_datasets(str(tmp_path), splits=["train"])
+
+
+def test_images_of_kinds_that_are_not_read_are_named(tmp_path, caplog):
+    save_pairs(tmp_path / "images", tmp_path / "masks", ["a"])
+    (tmp_path / "images" / "b.HEIC").write_bytes(b"")
+    load_segmentation_datasets(str(tmp_path), splits=["train"])
+    assert "1 images are left out" in caplog.text and "b.HEIC" in caplog.text
+
+
 def test_files_without_a_partner_are_listed_up_to_five(tmp_path):
     save_pairs(tmp_path / "images", tmp_path / "masks", ["a"])
     for i in range(7):

@@ -69,6 +69,17 @@ def test_the_image_that_labelme_names_is_taken(tmp_path) -> None:
         labelme_split(tmp_path, tmp_path)
 
 
+def test_images_in_another_folder_than_the_files_of_labelme_are_used(tmp_path, monkeypatch, caplog) -> None:
+    draw_labelme(tmp_path, {"shape_type": "polygon", "points": CORNERS}, imagePath="../images/a.png")
+    for name, file in {"images": "a.png", "labels": "a.json"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / file).rename(tmp_path / name / file)
+    monkeypatch.chdir(tmp_path.parent)
+    root = Path(tmp_path.name)
+    split = labelme_split(root, root)
+    assert split is not None and len(split.images) == 1 and not caplog.records
+
+
 def test_of_several_coco_files_the_one_with_images_is_taken(tmp_path) -> None:
     (tmp_path / "annotations").mkdir()
     for year in ("2014", "2017"):

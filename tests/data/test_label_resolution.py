@@ -58,6 +58,27 @@ def test_masks_of_colors_are_decoded_through_the_label_set(two_colors, mode):
     assert report.pixels_per_class[1] == sum((each == 1).sum() for each in (*ids, gray))
 
 
+def palette_mask(indices: np.ndarray, *colors: tuple[int, int, int]) -> Image.Image:
+    mask = Image.fromarray(indices)
+    mask.putpalette(np.array(colors, np.uint8).tobytes())
+    return mask
+
+
+def test_palettes_of_another_order_are_masks_of_colors(two_colors, caplog):
+    ids = mask_array(num_labels=2)
+    swapped = [palette_mask(ids, SKY, ROAD), palette_mask(1 - ids, ROAD, SKY)]
+    label_set = resolve_label_set(dataset_of(swapped), two_colors)
+    assert "palettes" in caplog.text and label_set.color_masks
+    assert [decoded(mask, label_set) for mask in swapped] == [ids.tolist()] * 2
+
+
+def test_palettes_in_order_or_of_other_colors_hold_ids(two_colors):
+    ids = mask_array(num_labels=2)
+    for colors in ((SKY, ROAD), (ROAD, (9, 9, 9))):
+        label_set = resolve_label_set(dataset_of([palette_mask(ids, *colors)]), two_colors)
+        assert not label_set.color_masks and decoded(palette_mask(ids, *colors), label_set) == ids.tolist()
+
+
 def test_colors_replace_the_map_of_stored_ids(tmp_path):
     LabelSet("x", "x", ("sky", "road"), (SKY, ROAD), label_id_to_train_id={7: 0, 8: 1}).save(tmp_path / "x.json")
     mask = mask_array(num_labels=2)
@@ -115,6 +136,14 @@ def test_black_and_white_masks_need_no_label_set(mode):
     report = check_masks(dataset_of(masks), 2, label_set, show_progress=False)
     report.raise_if_impossible()
     assert report.num_ignored_pixels == 0
+
+
+def test_bits_and_black_and_white_may_be_mixed():
+    ids = mask_array(num_labels=2)
+    masks = [Image.fromarray(ids * 255).convert("1"), Image.fromarray(ids * 255)]
+    label_set = resolve_label_set(dataset_of(masks))
+    assert label_set.labels == ("background", "foreground")
+    assert [decoded(mask, label_set) for mask in masks] == [ids.tolist()] * 2
 
 
 def test_black_and_white_masks_take_two_names(two_names):

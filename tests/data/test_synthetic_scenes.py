@@ -75,6 +75,9 @@ def test_saved_scenes_are_a_dataset_folder(tmp_path) -> None:
     save_scenes(tmp_path, 2, (48, 64), seed=5)
     (rows,) = load_segmentation_datasets(str(tmp_path), splits=["train"]).values()
     assert len(rows) == 2
+    save_scenes(tmp_path, 2, (32, 32), seed=5)  # again
+    with pytest.raises(ValueError, match="images holds other images, such as scene_05000001.png"):
+        save_scenes(tmp_path, 1, (48, 64), seed=5)
 
 
 def test_a_side_that_is_too_short_is_refused() -> None:

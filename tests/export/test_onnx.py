@@ -266,6 +266,12 @@ def test_the_example_reads_deep_tiff_as_the_image_processor(dtype, value_range, 
     np.testing.assert_allclose(np.moveaxis(found, -1, 0), expected, rtol=1e-6)
 
 
+def test_the_example_refuses_what_it_does_not_do() -> None:
+    settings = SegmenterImageProcessor(do_resize_to_window=True).to_dict()
+    with pytest.raises(SystemExit, match="aspect ratio"):
+        run_onnx.prepare(np.zeros((9, 12, 3), np.uint8), settings)
+
+
 def test_the_example_runs_the_model_it_is_given(exported, tmp_path) -> None:
     _, export = exported("one_class")
     Image.effect_noise((50, 40), 90).save(tmp_path / "image.png")

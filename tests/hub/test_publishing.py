@@ -231,6 +231,8 @@ def test_building_from_a_built_repository_gives_it_again(repository, tmp_path) -
     for name in REPOSITORY - {"README.md"}:
         assert (again / name).read_bytes() == (repository / name).read_bytes(), name
     assert 'hf_hub_download("org/name", "sample.png")' in (again / "README.md").read_text()
+    with pytest.raises(ValueError, match="a/b/c"):
+        build_repository(repository, tmp_path / "unnamed", hub_model_id="a/b/c")
 
 
 def test_a_directory_that_holds_something_is_kept(checkpoint, repository, tmp_path) -> None:

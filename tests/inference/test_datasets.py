@@ -383,6 +383,30 @@ def test_label_maps_of_other_arguments_are_not_mixed(predict, tmp_path, options,
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("output_format", ["parquet", "png"])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_label_maps_of_other_images_are_not_mixed(predict, tmp_path, output_format, streaming) -> None:
+    predict(tmp_path, images(4), output_format=output_format)
+    before = contents(tmp_path)
+    for rows in ([0, 1, 2, 3, 0], [0, 1, 2], [1, 0, 2, 3]):
+        changed = images(4).select(rows)
+        with pytest.raises(ValueError, match=r"train-0000\d.* the dataset was changed since.*`overwrite`"):
+            predict(tmp_path, changed.to_iterable_dataset() if streaming else changed, output_format=output_format)
+        assert contents(tmp_path) == before
+
+
+def test_label_maps_of_other_weights_are_not_mixed(predict, model, tmp_path, monkeypatch) -> None:
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(model, "name_or_path", str(tmp_path / "model"))
+    predict(tmp_path / "out", images(4))
+    assert predict(tmp_path / "out", images(4)).num_skipped == 4
+    weights = bytearray((tmp_path / "model" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "model" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match="another run:\n  weights: "):
+        predict(tmp_path / "out", images(4))
+
+
 def test_a_folder_of_something_else_is_left_alone(predict, tmp_path) -> None:
     (tmp_path / "train-00000.parquet").write_bytes(b"mine")
     for overwrite in (False, True):

@@ -84,7 +84,8 @@ def test_whatever_is_predicted_from_a_folder_can_be_trained_on(tmp_path) -> None
     for suffix in IMAGE_SUFFIXES:
         for folder in ("images", "masks"):
             (tmp_path / folder / "train").mkdir(parents=True, exist_ok=True)
-        image().convert("RGB").save(tmp_path / "images" / "train" / f"a{suffix[1:]}{suffix}")
+        mode = {".pbm": "1", ".pgm": "L"}.get(suffix, "RGB")
+        image().convert(mode).save(tmp_path / "images" / "train" / f"a{suffix[1:]}{suffix}")
         Image.new("L", (52, 40), 1).save(tmp_path / "masks" / "train" / f"a{suffix[1:]}.png")
     dataset = load_segmentation_datasets(str(tmp_path), splits=["train"])["train"]
     assert len(dataset) == len(find_images([tmp_path / "images"])) == len(IMAGE_SUFFIXES)

@@ -63,6 +63,22 @@ def test_a_wrong_value_is_a_value_error_that_names_the_field(arguments: dict, me
         SegmenterConfig(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"id2label": {1: "x", 2: "y"}, "label2id": {"x": 1, "y": 2}}, "`id2label` must name the classes 0, 1, 2"),
+        ({"layer_norm_eps": -1.0}, "`layer_norm_eps` must be positive"),
+        ({"num_attention_heads": 5}, "`hidden_size` must be a multiple of `num_attention_heads`"),
+        ({"drop_path_rate": 2.0}, "`drop_path_rate` must be"),
+        ({"out_indices": [99], "decoder_type": "linear"}, "out_indices"),
+    ],
+)
+def test_a_wrong_value_is_refused_while_loading_too(tmp_path, arguments: dict, message: str) -> None:
+    SegmenterConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        SegmenterConfig.from_pretrained(tmp_path, **arguments)
+
+
 def test_save_and_load_keep_every_field(tmp_path) -> None:
     config = SegmenterConfig(
         image_size=[64, 96], decoder_type="linear", use_distillation_token=True, id2label={0: "road", 1: "sky"}

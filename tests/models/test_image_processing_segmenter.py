@@ -271,8 +271,29 @@ def test_logits_without_windows_are_whole_images(processor) -> None:
     for segmentation, logits in ((first, outputs.logits[0]), (second, outputs.logits[1])):
         plain = interpolate(logits[None], size=segmentation.shape, mode="bilinear")[0].argmax(0)
         assert torch.equal(segmentation, plain)
+    for sizes in (torch.tensor([[30, 41], [5, 6]]), np.array([[30, 41], [5, 6]])):
+        assert torch.equal(processor.post_process_semantic_segmentation(outputs, sizes)[0], first)
     with pytest.raises(ValueError, match="target_sizes"):
         processor.post_process_semantic_segmentation(outputs, [(3, 3)])
+
+
+def test_label_maps_may_have_a_last_axis_of_one(processor) -> None:
+    labels = np.random.default_rng(0).integers(0, 4, (32, 40), dtype=np.uint8)
+    expected = processor(picture(32, 40), labels)["labels"]
+    assert torch.equal(processor(picture(32, 40), labels[..., None])["labels"], expected)
+    assert torch.equal(processor([picture(32, 40)], [labels[..., None]])["labels"], expected)
+
+
+def test_16_bits_of_either_byte_order_are_the_same(processor) -> None:
+    values = picture(32, 40).astype("<u2")
+    expected = processor(values)["pixel_values"]
+    assert torch.equal(processor(values.astype(">u2"))["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("field", [{"do_center_crop": True, "crop_size": 8}, {"do_pad": True, "pad_size": 8}, {"data_format": "channels_last"}])
+def test_steps_of_other_image_processors_are_refused(processor, field) -> None:
+    with pytest.raises(ValueError, match="is no part of the protocol"):
+        processor(picture(32, 40), **field)
 
 
 def test_maps_and_scores_have_the_size_of_each_picture(processor) -> None:

@@ -35,6 +35,21 @@ def batch(num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 3, 16, 24, generator=generator), labels
 
 
+def test_an_ignored_class_is_refused() -> None:
+    model = make("linear", num_labels=300)
+    pixel_values, labels = batch(300)
+    with pytest.raises(ValueError, match="`semantic_loss_ignore_index` 255 is also one of the 300 classes"):
+        model(pixel_values=pixel_values, labels=labels)
+
+
+def test_labels_of_8_bits_may_be_padded_with_any_label() -> None:
+    model = make("linear", num_labels=3, semantic_loss_ignore_index=-100).eval()
+    pixel_values, labels = batch(3)
+    labels = labels.clamp(max=2)[..., :15, :22]
+    losses = [model(pixel_values=pixel_values[..., :15, :22], labels=each).loss for each in (labels, labels.byte())]
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize("use_tiled_loss", [True, False])
 def test_weights_and_smoothing_are_those_of_torch(use_tiled_loss) -> None:
     weights = [0.2, 1.0, 3.0]

@@ -1,5 +1,6 @@
 """The common pipeline tests of transformers, and what `pipeline` does with images of more than one window."""
 
+import base64
 import tempfile
 import unittest
 from pathlib import Path
@@ -7,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 import PIL.Image
+import pytest
 from transformers import Pipeline, pipeline
 
 from segmenter_hf import (
@@ -15,6 +17,7 @@ from segmenter_hf import (
     SegmenterImageProcessor,
     SegmenterModel,
 )
+from segmenter_hf.models.pipeline_segmenter import read_input
 
 from ..transformers_common import PipelineTesterMixin, test_pipeline_mixin
 
@@ -58,6 +61,19 @@ class SegmentationPipelineCheck:
             assert all(region["score"] is None for region in regions)
             assert all(region["mask"].size == image.size for region in regions)
             assert (sum(np.asarray(region["mask"]) // 255 for region in regions) == 1).all()
+
+
+def test_images_in_base64_keep_their_depth(tmp_path) -> None:
+    values = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
+    PIL.Image.fromarray(values).save(tmp_path / "deep.png")
+    text = base64.encodebytes((tmp_path / "deep.png").read_bytes()).decode()
+    assert np.array_equal(np.asarray(read_input(text)), values)
+    random_image(30, 40).convert("RGBA").save(tmp_path / "four.png")
+    text = base64.b64encode((tmp_path / "four.png").read_bytes()).decode()
+    assert read_input(text, num_channels=4).mode == "RGBA"
+    for wrong in ("missing.png", "abcd"):
+        with pytest.raises(ValueError, match=wrong):
+            read_input(wrong)
 
 
 class FeaturePipelineCheck:

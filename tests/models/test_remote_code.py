@@ -64,6 +64,11 @@ for directory in sys.argv[1:]:
     theirs = getattr(model, model.base_model_prefix).state_dict()
     assert encoder.state_dict().keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in encoder.state_dict().items())
+    resized = AutoModelForSemanticSegmentation.from_pretrained(
+        directory, trust_remote_code=True, patch_size=4, ignore_mismatched_sizes=True
+    ).state_dict()
+    expected = type(model).from_pretrained(directory, patch_size=4).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resized.items())
     model.save_pretrained(directory + "/again")
     processor.save_pretrained(directory + "/again")
     again = AutoModelForSemanticSegmentation.from_pretrained(directory + "/again", trust_remote_code=True)

@@ -134,6 +134,17 @@ def test_half_precision_is_computed_in_float32(dtype, tolerance) -> None:
 
 
 @pytest.mark.parametrize("function", [upsampled_cross_entropy, plain_upsampled_cross_entropy])
+def test_the_scale_of_a_gradient_scaler_fits_into_float16(function) -> None:
+    logits, labels = make_inputs(logits_size=(64, 64), size=(128, 128), dtype=torch.float16)
+    _, expected = reference(logits, labels)
+    logits.requires_grad_()
+    (function(logits, labels) * 65536).backward()
+    found = logits.grad.double() / 65536
+    assert (found == 0).double().mean() < 0.01
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("function", [upsampled_cross_entropy, plain_upsampled_cross_entropy])
 def test_a_batch_of_ignored_pixels_gives_zero_and_a_zero_gradient(function) -> None:
     logits, labels = make_inputs()
     for options in ({}, {"class_weights": torch.rand(5), "label_smoothing": 0.1}):
@@ -142,11 +153,12 @@ def test_a_batch_of_ignored_pixels_gives_zero_and_a_zero_gradient(function) -> N
         assert torch.equal(gradient, torch.zeros_like(logits))
 
 
+@pytest.mark.parametrize("function", [upsampled_cross_entropy, plain_upsampled_cross_entropy])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_labels_without_weight_give_zero_and_a_zero_gradient(label_smoothing) -> None:
+def test_labels_without_weight_give_zero_and_a_zero_gradient(function, label_smoothing) -> None:
     logits, labels = make_inputs()
     options = {"class_weights": torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]), "label_smoothing": label_smoothing}
-    loss, gradient = value_and_gradient(upsampled_cross_entropy, logits, labels.where(labels == 255, 0), **options)
+    loss, gradient = value_and_gradient(function, logits, labels.where(labels == 255, 0), **options)
     assert loss == 0
     assert torch.equal(gradient, torch.zeros_like(logits))
 

@@ -80,11 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "token_merging": prediction_args.token_merging or prediction_args.token_merging_threshold is not None,
     }
     save_results(args.output_dir, results, label_set.labels)
+    grid = Path(args.output_dir, "worst.png")
+    grid.unlink(missing_ok=True)  # of an earlier run
     if args.num_worst:
         save_prediction_grid(
             predictor,
             EvaluationDataset(dataset, label_set, predictor.processor.num_channels),
-            Path(args.output_dir) / "worst.png",
+            grid,
             indices=[image["index"] for image in results["worst_images"]],
         )
     print(per_class_table(results, label_set.labels))

@@ -185,8 +185,12 @@ def renames(fields: dict[str, Any]) -> list[Rename]:
 
 
 def add_missing_weights(checkpoint: Checkpoint, fields: dict[str, Any]) -> dict[str, Any]:
-    """The weights with zeros for what the family lacks: a bias of the patches, a class token, and its position."""
-    state_dict, width = dict(checkpoint.state_dict), fields["hidden_size"]
+    """The weights with zeros for what the family lacks: a bias of the patches, a class token, and its position.
+
+    Registers of which there are none are left out.
+    """
+    state_dict = {key: value for key, value in checkpoint.state_dict.items() if value.numel() or "register" not in key}
+    width = fields["hidden_size"]
     prefix = next(key for key in state_dict if "embeddings.patch_embedding" in key).split("embeddings.")[0]
     if f"{prefix}embeddings.patch_embedding.weight" in state_dict:
         state_dict.setdefault(f"{prefix}embeddings.patch_embedding.bias", torch.zeros(width))

@@ -248,8 +248,8 @@ def labelme_split(root: Path, folder: Path) -> FolderSplit | None:
             names.add(label)
         size = _labelme_size(file, content, images[stem])
         masks[stem] = describe(str(file), {"size": size, "objects": objects})
-    used = set(images.values())
-    if left_out := [paths for paths in beside.values() if not used.intersection(paths)]:
+    used = {path.absolute() for path in images.values()}
+    if left_out := [paths for paths in beside.values() if not used.intersection(path.absolute() for path in paths)]:
         logger.warning("%s: %d images without a JSON file of labelme are left out.", folder, len(left_out))
     return FolderSplit(images, masks, f"JSON files of labelme in {folder}", with_background(sorted(names)))
 

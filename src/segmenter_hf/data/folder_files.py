@@ -1,5 +1,6 @@
 """Files of a folder: images by name, paths that must stay inside."""
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +10,10 @@ from ..models.image_io import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from ..utils.folders import visible_files
 
 
-NUM_SHOWN = 5
+logger = logging.getLogger(__name__)
 
+NUM_SHOWN = 5
+UNREAD_SUFFIXES = (".arw", ".avif", ".cr2", ".dng", ".heic", ".heif", ".jxl", ".nef", ".tga")
 
 # A file, or what `described_masks.describe` makes of an annotation.
 Mask = Path | dict[str, Any]
@@ -35,6 +38,17 @@ class FolderSplit(NamedTuple):
 def image_files(folder: Path) -> list[Path]:
     """The images in a folder and those below it, sorted; hidden files and folders are left out."""
     return visible_files(folder, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
+
+
+def warn_of_unread_images(folder: Path) -> None:
+    """Say which files of a folder are images of kinds that are not read, and so left out."""
+    if left_out := visible_files(folder, UNREAD_SUFFIXES):
+        logger.warning(
+            "%s: %d images are left out, for their kind is not read, such as %s. Convert them to JPEG or PNG.",
+            folder,
+            len(left_out),
+            left_out[0].name,
+        )
 
 
 def files_by_stem(folder: Path, *, arrays: bool = True) -> dict[str, Path]:

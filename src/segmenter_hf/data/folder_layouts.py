@@ -26,7 +26,6 @@ A split that has images and no masks is reported, and cannot be loaded; one wher
 """
 
 import csv
-import itertools
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -46,7 +45,16 @@ from ..utils.json_files import parse_json
 from ..utils.messages import one_line
 from .annotation_files import coco_split, labelme_split
 from .encoded_images import RowImage
-from .folder_files import NUM_SHOWN, FolderSplit, Mask, check_existence, files_by_stem, image_files, path_inside
+from .folder_files import (
+    NUM_SHOWN,
+    FolderSplit,
+    Mask,
+    check_existence,
+    files_by_stem,
+    image_files,
+    path_inside,
+    warn_of_unread_images,
+)
 from .label_set_files import find_label_file
 from .label_sets import LabelSet, label_set_from_names, load_label_set
 
@@ -133,6 +141,7 @@ def load_folder(
     columns = (image_column or "image", label_column or "annotation")
     names = {split: _SPLIT_ALIASES.get(split, (split,)) for split in (*_SPLIT_ALIASES, *splits)}
     root, found = _find_layout(root, names, columns, dataset_config)
+    warn_of_unread_images(root)
     loaded, notes = {}, {}
     for split, files in found.items():
         if isinstance(files, list):
@@ -227,24 +236,44 @@ def _parquet_tables(features: datasets.Features, files: list[str]) -> Iterator[t
 def _find_splits(
     root: Path, names: Mapping[str, Sequence[str]], columns: tuple[str, str], config: str | None
 ) -> dict[str, list[Path] | FolderSplit]:
-    """Files of each split that is there under one of its names: parquet files, or images and masks."""
+    """Files of each split that is there under one of its names: parquet files, or images and masks.
+
+    Raises:
+        ValueError: If a split is there under two names, with other images.
+    """
     found: dict[str, list[Path] | FolderSplit] = {}
     for split, aliases in names.items():
         parquet = [file for alias in aliases for file in _parquet_files(root, alias)]
-        files = parquet or _best(_split_layouts(root, alias, columns, config) for alias in aliases)
+        files = parquet or _best_alias(
+            root, {alias: _best(_split_layouts(root, alias, columns, config)) for alias in aliases}
+        )
         if files:
             found[split] = files
     if not any(isinstance(files, list) or files.masks for files in found.values()):
-        single = _best([_whole_layouts(root, columns, config)])
+        single = _best(_whole_layouts(root, columns, config))
         if single and (single.masks or not found):
             found["train"] = single
     return found
 
 
-def _best(candidates: Iterable[Iterable[FolderSplit | None]]) -> FolderSplit | None:
+def _best_alias(root: Path, found: dict[str, FolderSplit | None]) -> FolderSplit | None:
+    """The best of what a split is under each of its names."""
+    with_masks = {
+        alias: set(split.images.values()) for alias, split in found.items() if split is not None and split.masks
+    }
+    first, *others = with_masks or [""]
+    for other in others:
+        if with_masks[other] != with_masks[first]:
+            raise ValueError(
+                f"{root} holds one split under two names, {first!r} and {other!r}: put their files together."
+            )
+    return _best(found.values())
+
+
+def _best(candidates: Iterable[FolderSplit | None]) -> FolderSplit | None:
     """The first that has masks, or else the first that has images."""
     without_masks = None
-    for candidate in itertools.chain.from_iterable(candidates):
+    for candidate in candidates:
         if candidate is not None and candidate.masks:
             return candidate
         without_masks = without_masks or candidate

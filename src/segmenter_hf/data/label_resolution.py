@@ -94,13 +94,17 @@ def fit_to_masks(label_set: LabelSet, masks: AnyMasks, *, keep_ignored: bool = F
         return label_set
     if store_grays(reader, label_set, label_set.ignore_index if keep_ignored else None):
         return replace(label_set, color_masks=True)
+    if palettes_differ(reader, label_set):
+        logger.warning("The palettes of the masks hold the colors of the classes in another order: the colors count.")
+        return replace(label_set, color_masks=True)
     if keep_ignored or label_set.num_labels > 2 or not are_binary(reader):
         return label_set
     logger.warning(
         "All masks hold 0 and 255 only: 255 is the class %r. If it marks pixels without a class, give it as the ignore index.",
         label_set.labels[-1],
     )
-    return replace(label_set, label_id_to_train_id=dict(BINARY_MASK_IDS))
+    has_bits = any(pixels.mode == "1" for pixels, _ in _stored_pixels(reader))
+    return replace(label_set, label_id_to_train_id=BINARY_MASK_IDS | ({1: 1} if has_bits else {}))
 
 
 def fit_changed_to_masks(label_set: LabelSet, masks: AnyMasks, changes: Mapping[str, Any]) -> LabelSet:
@@ -150,13 +154,31 @@ def store_grays(masks: AnyMasks, label_set: LabelSet, ignored: int | None = None
     return not found <= set(range(label_set.num_labels))
 
 
+def palettes_differ(masks: AnyMasks, label_set: LabelSet) -> bool:
+    """Whether palette masks show only colors of a label set, and somewhere another class than their index: so programs that
+    make PNG smaller store masks of colors."""
+    with_colors = {*label_set.colors, *label_set.ignore_colors}
+    if len(with_colors) < len(label_set.colors) + len(label_set.ignore_colors):
+        return False
+    by_color, differ = replace(label_set, color_masks=True), False
+    for pixels, name in _stored_pixels(masks):
+        if pixels.mode != "P":
+            return False
+        try:
+            differ |= bool((stored_ids(pixels, name, by_color) != stored_ids(pixels, name)).any())
+        except ValueError:  # a color of no class
+            return False
+    return differ
+
+
 def are_binary(masks: AnyMasks) -> bool:
-    """Whether the masks of a dataset hold no values but 0 and 255, and one holds 255. Stops at the first other value."""
+    """Whether the masks of a dataset hold no values but 0 and 255, or bits, and one holds 255. Stops at the first other value."""
     found: set[int] = set()
     for pixels, name in _stored_pixels(masks):
-        found.update(stored_ids(pixels, name).ravel().tolist())
-        if not found <= BINARY_MASK_IDS.keys():
+        stored = set(stored_ids(pixels, name).ravel().tolist())
+        if not stored <= BINARY_MASK_IDS.keys() and pixels.mode != "1":
             return False
+        found |= stored
     return 255 in found
 
 

@@ -181,6 +181,10 @@ def _object_fields(content: dict[str, Any], path: Path) -> dict[str, Any]:
     label_map = content.get("label_id_to_train_id")
     if not isinstance(label_map, (dict, type(None))):
         raise ValueError(f"{path}: expected an object as label_id_to_train_id, got {label_map!r:.200}.")
+    if not all(isinstance(label.get("color", []), list) for label in labels):
+        raise ValueError(f"{path}: expected [r, g, b] as the color of each label, or none, got {labels!s:.200}.")
+    if not all(re.fullmatch(r"-?\d{1,10}", key, re.ASCII) for key in label_map or {}):
+        raise ValueError(f"{path}: expected ids as keys of label_id_to_train_id, got {list(label_map or {})[:10]}.")
     ignore_colors = content.get("ignore_colors", [])
     if not isinstance(ignore_colors, list) or not all(isinstance(color, list) for color in ignore_colors):
         raise ValueError(f"{path}: expected a list of [r, g, b] as ignore_colors, got {ignore_colors!r:.200}.")
@@ -189,11 +193,7 @@ def _object_fields(content: dict[str, Any], path: Path) -> dict[str, Any]:
         "name": name,
         "title": content.get("title", name),
         "labels": tuple(label["name"] for label in labels),
-        "colors": [
-            tuple(label["color"]) if "color" in label else None
-            for label in labels
-            if isinstance(label.get("color", []), list)
-        ],
+        "colors": [tuple(label["color"]) if "color" in label else None for label in labels],
         "ignore_index": content.get("ignore_index", 255),
         "reduce_labels": content.get("reduce_labels", False),
         "label_id_to_train_id": None if label_map is None else {int(key): value for key, value in label_map.items()},

@@ -22,7 +22,9 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
+from ..models.image_io import IMAGE_SUFFIXES
 from ..utils.atomic_files import atomic_write
+from ..utils.folders import visible_files
 
 
 SKY, BUILDING, ROAD, PAVEMENT, TREE, CAR, PERSON, SIGN = range(8)
@@ -134,9 +136,20 @@ def save_scenes(output_dir: str | Path, num_images: int, size: tuple[int, int] =
     Args:
         output_dir (`str` or `Path`): The folder.
         num_images (`int`), size (`tuple[int, int]`), seed (`int`): As for `embedded_scenes`.
+
+    Raises:
+        ValueError: If the folder holds other images, which would be part of the dataset.
     """
-    for row in embedded_scenes(num_images, size, seed):
-        for folder, column in (("images", "image"), ("masks", "annotation")):
+    scenes = embedded_scenes(num_images, size, seed)
+    folders = {"images": "image", "masks": "annotation"}
+    names = {f"{name}.png" for name in scenes["id"]}
+    for folder in folders:
+        if others := {path.name for path in visible_files(Path(output_dir, folder), IMAGE_SUFFIXES)} - names:
+            raise ValueError(
+                f"{Path(output_dir, folder)} holds other images, such as {min(others)}: give another `output_dir`."
+            )
+    for row in scenes:
+        for folder, column in folders.items():
             with atomic_write(Path(output_dir) / folder / f"{row['id']}.png") as temporary:
                 row[column].save(temporary)
 

@@ -133,6 +133,10 @@ def prepare(values: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
     if settings["resample"] != Image.Resampling.BILINEAR:
         raise SystemExit("error: this example resizes bilinearly, preprocessor_config.json asks for something else.")
     height, width = values.shape[:2]
+    if settings["do_resize"] and settings.get("do_resize_to_window"):
+        raise SystemExit(
+            "error: this example keeps the aspect ratio of images, preprocessor_config.json asks for another."
+        )
     if settings["do_resize"]:
         size = settings["size"]
         factor = size["shortest_edge"] / min(height, width)

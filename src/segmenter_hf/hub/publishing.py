@@ -129,9 +129,11 @@ def build_repository(
     Raises:
         FileExistsError: If `output_dir` holds anything but a model that is to be overwritten.
         FileNotFoundError: If `checkpoint_dir` lacks a part of the model.
-        ValueError: If it does not hold a whole model of this package, or would be overwritten.
+        ValueError: If it does not hold a whole model of this package, or would be overwritten; or `hub_model_id` is no name.
     """
     checkpoint_dir, output_dir = Path(checkpoint_dir), Path(output_dir)
+    if hub_model_id is not None:
+        validate_repo_id(hub_model_id)
     if lies_within(checkpoint_dir, output_dir):
         raise ValueError(f"{output_dir} holds the checkpoint, which would be lost: give another `output_dir`.")
     check_replaceable(output_dir, overwrite, MODEL_FILES)

@@ -145,7 +145,7 @@ def prepare_folder(folder: Path, record: dict[str, Any], overwrite: bool, *, alo
         )
     if overwrite and path.is_file():
         chunks = list(chunk_files(folder, str(there["split"])))
-        for file in [folder / name for chunk in chunks for name in read_chunk(chunk)[2]] + chunks:
+        for file in [folder / name for chunk in chunks for name in read_chunk(chunk).names] + chunks:
             file.unlink(missing_ok=True)
         (folder / THRESHOLDS_FILE).unlink(missing_ok=True)
     write_json(path, record)
@@ -169,27 +169,61 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_chunk(path: Path) -> tuple[int, list[dict[str, Any]], list[str]]:
-    """A finished chunk: the number of its label maps, its unreadable rows, and the names of its PNG files.
+@dataclass(frozen=True)
+class FinishedChunk:
+    """A chunk that is complete.
+
+    Args:
+        path (`Path`): Its file.
+        labelled (`list[tuple[int, str | None]]`): `index` and `id` of the rows that have a label map.
+        unreadable (`list[dict]`): `index`, `id` and `reason` of the others.
+        names (`list[str]`): The names of its PNG files.
+    """
+
+    path: Path
+    labelled: list[tuple[int, str | None]]
+    unreadable: list[dict[str, Any]]
+    names: list[str]
+
+    def check_rows(self, rows: Iterable[Row]) -> None:
+        """Refuse a dataset that has other rows in its place.
+
+        Raises:
+            ValueError: If one differs in its id, or there are more or fewer.
+        """
+        known = sorted(
+            [*self.labelled, *((row["index"], row["id"]) for row in self.unreadable)], key=lambda row: row[0]
+        )
+        if known != [(row.index, row.id) for row in rows]:
+            raise ValueError(
+                f"{self.path} holds label maps of other images: the dataset was changed since. Give another folder, or start "
+                "again with `overwrite`."
+            )
+
+
+def read_chunk(path: Path) -> FinishedChunk:
+    """Read a finished chunk.
 
     Raises:
         ValueError: If the file is damaged or something else.
     """
     try:
         if path.suffix == ".parquet":
-            metadata = pq.read_metadata(path)
-            num_rows, names, unreadable = metadata.num_rows, [], parse_json(metadata.metadata[b"unreadable"], path)
+            with pq.ParquetFile(path) as file:
+                rows = file.read([name for name in ("index", "id") if name in file.schema_arrow.names]).to_pylist()
+                names, unreadable = [], parse_json(file.metadata.metadata[b"unreadable"], path)
         else:
             content = read_json_object(path)
-            names, unreadable = [row["label_map"] for row in content["rows"]], content["unreadable"]
-            num_rows = len(names)
+            rows, unreadable = content["rows"], content["unreadable"]
+            names = [row["label_map"] for row in rows]
         if not all(Path(name).name == name and name.endswith(".png") for name in names):
             raise ValueError("a label map is no PNG file of the folder")
+        labelled = [(int(row["index"]), optional_text(row.get("id"))) for row in rows]
         texts = [
             {"index": int(row["index"]), "id": optional_text(row["id"]), "reason": str(row["reason"])}
             for row in unreadable
         ]
-        return num_rows, texts, names
+        return FinishedChunk(path, labelled, texts, names)
     except (KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected a chunk of label maps, got a file that is damaged or something else "
@@ -204,15 +238,15 @@ def chunk_files(folder: Path, split: str) -> dict[Path, int]:
     return {file: int(match[1]) for file, match in matches if match}
 
 
-def finished_chunks(folder: Path, split: str, output_format: str) -> dict[int, tuple[int, list[dict[str, Any]]]]:
-    """The chunks that are complete: the number of label maps and the unreadable rows of each, by chunk."""
+def finished_chunks(folder: Path, split: str, output_format: str) -> dict[int, FinishedChunk]:
+    """The chunks that are complete, by their number."""
     present = {file.name for file in folder.iterdir()}
     done = {}
     for path, chunk in chunk_files(folder, split).items():
         if (path.suffix == ".parquet") == (output_format == "parquet"):
-            num_rows, unreadable, names = read_chunk(path)
-            if present.issuperset(names):
-                done[chunk] = num_rows, unreadable
+            finished = read_chunk(path)
+            if present.issuperset(finished.names):
+                done[chunk] = finished
     return done
 
 

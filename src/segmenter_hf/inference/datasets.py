@@ -39,8 +39,9 @@ from ..utils.atomic_files import locked_directory
 from ..utils.folders import visible_files
 from ..utils.http import translate_http_errors
 from ..utils.processes import process_state
-from .dataset_files import OutputLayout, Row, finished_chunks, optional_text, prepare_folder
+from .dataset_files import FinishedChunk, OutputLayout, Row, finished_chunks, optional_text, prepare_folder
 from .files import find_images
+from .model_files import weights_digest
 from .predictor import Predictor, Segmentation
 from .pseudo_labels import (
     NUM_BINS,
@@ -94,7 +95,10 @@ class DatasetPrediction:
             lines.append(f"and {len(self.unreadable) - NUM_SHOWN} more")
         total = self.num_images + self.num_skipped + len(self.unreadable)
         raise ValueError(
-            f"{len(self.unreadable)} of {total} images cannot be read, the others are done:\n  " + "\n  ".join(lines)
+            f"{len(self.unreadable)} of {total} images cannot be read, the others are done:\n  "
+            + "\n  ".join(lines)
+            + "\n"
+            "Where they were repaired, start again with `overwrite`, or without the file of label maps that lacks them."
         )
 
 
@@ -315,8 +319,8 @@ def _predict_chunks(
         gathered = gather_object([(result.num_images, result.unreadable)])
         result.num_images = sum(count for count, _ in gathered)
         result.unreadable = [row for _, of_process in gathered for row in of_process]
-    result.num_skipped = sum(count for count, _ in done.values())
-    result.unreadable += [row for _, of_chunk in done.values() for row in of_chunk]
+    result.num_skipped = sum(len(finished.labelled) for finished in done.values())
+    result.unreadable += [row for finished in done.values() for row in finished.unreadable]
     result.unreadable.sort(key=lambda row: row["index"])
     result.seconds = time.perf_counter() - started
     return result
@@ -361,6 +365,7 @@ def describe_run(predictor: Predictor, layout: OutputLayout, source: dict[str, A
     """What the label maps depend on: the content of `prediction.json`."""
     return {
         "model": predictor.model.name_or_path,
+        "weights": weights_digest(predictor.model.name_or_path, predictor.config),
         **predictor.describe_network(),
         **source,
         "split": layout.split,
@@ -371,21 +376,26 @@ def describe_run(predictor: Predictor, layout: OutputLayout, source: dict[str, A
 
 
 def own_chunks(
-    dataset: AnyDataset, layout: OutputLayout, done: dict[int, Any], state: PartialState
+    dataset: AnyDataset, layout: OutputLayout, done: dict[int, FinishedChunk], state: PartialState
 ) -> Iterator[tuple[int, Iterable[Row]]]:
     """The chunks that fall to this process and are not done: their number and their rows.
 
     Raises:
-        ValueError: If the dataset has no rows at all.
+        ValueError: If the dataset has no rows at all, or other ones than those of the chunks that are done.
     """
     rows = numbered_rows(dataset)
     rows = rows if layout.output_format == "parquet" else named_rows(rows)
-    turn, chunk = itertools.count(), None
+    turn, chunk, left = itertools.count(), None, dict(done)
     for chunk, of_chunk in itertools.groupby(rows, lambda row: row.index // layout.rows_per_file):
-        if chunk not in done and next(turn) % state.num_processes == state.process_index:
+        finished = left.pop(chunk, None)
+        if finished is not None:
+            finished.check_rows(of_chunk)
+        elif next(turn) % state.num_processes == state.process_index:
             yield chunk, of_chunk
     if chunk is None:
         raise ValueError("The split has no images: check the name of the dataset and of the split.")
+    for finished in left.values():
+        finished.check_rows([])
 
 
 def _share(dataset: AnyDataset, rows_per_file: int, done: dict[int, Any], state: PartialState) -> int | None:

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..data.folder_files import image_files, warn_of_unread_images
 from ..data.label_sets import LabelSet
-from ..models.image_io import ARRAY_SUFFIXES, IMAGE_SUFFIXES, read_channels
+from ..models.image_io import IMAGE_SUFFIXES, read_channels
 from ..utils.atomic_files import atomic_write
-from ..utils.folders import visible_files
 from .attention import attention_image, torch_model
 from .predictor import Predictor, Segmentation
 from .protocol import InferenceProtocol
@@ -44,7 +44,8 @@ def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            files = visible_files(path, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
+            files = image_files(path)
+            warn_of_unread_images(path)
             names = [file.relative_to(path).with_suffix("") for file in files]
         else:
             files, names = [path] if path.is_file() else [], [Path(path.stem)]

@@ -1,5 +1,6 @@
 """The files of a model before they are read: regular ones of a size that fits."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -92,4 +93,17 @@ def count_weights(config: PreTrainedConfig) -> int:
     return sum(weight.numel() for weight in model.state_dict().values())
 
 
-__all__ = ["REMEDY", "check_model_files", "check_stored_config", "count_weights"]
+def weights_digest(name_or_path: str | Path | None, config: PreTrainedConfig) -> str | None:
+    """What changes with the weights of a model: the SHA-256 of the files of a directory, or the commit on the Hub, where known."""
+    folder = Path(name_or_path or "")
+    if not name_or_path or not folder.is_dir():
+        return getattr(config, "_commit_hash", None)
+    digest = hashlib.sha256()
+    for pattern in ("*.safetensors", "onnx/*", "openvino/*"):
+        for path in sorted(filter(Path.is_file, folder.glob(pattern))):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+__all__ = ["REMEDY", "check_model_files", "check_stored_config", "count_weights", "weights_digest"]

@@ -1,7 +1,8 @@
 """The fields of the plain ViT / DeiT encoder that Segmenter and SETR share, and their validation."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, TypeVar
 
@@ -46,6 +47,14 @@ def with_background_name(id2label: Mapping[int, str] | Mapping[str, str]) -> dic
     return {0: "background" if name != "background" else "foreground", 1: name}
 
 
+@contextmanager
+def _invalid_fields_as_value_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"{name}: {error.__cause__ or error}") from error
+
+
 def strict_config(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Make `cls` a strict data class whose constructor reports every invalid field as `ValueError`."""
     cls = strict(cls)
@@ -54,10 +63,8 @@ def strict_config(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     @wraps(original_init)
     def __init__(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         check_labels(cls.__name__, kwargs.get("id2label"), kwargs.get("num_labels"))
-        try:
+        with _invalid_fields_as_value_errors(cls.__name__):
             original_init(self, *args, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(f"{cls.__name__}: {error.__cause__ or error}") from error
 
     setattr(cls, "__init__", __init__)  # noqa: B010 - an assignment is no valid override for type checkers
     return cls
@@ -255,8 +262,12 @@ class VitEncoderConfig(PreTrainedConfig):
         if weights in kwargs:  # transformers checks what is stored with the new `num_labels` first
             config_dict = {**config_dict, weights: kwargs[weights]}
         loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_labels(cls.__name__, config.id2label, None)
+        with _invalid_fields_as_value_errors(cls.__name__):  # transformers sets `kwargs` after the constructor
+            config.validate()
         if patch_size is not None:
-            (loaded[0] if isinstance(loaded, tuple) else loaded).change_patch_size(patch_size)
+            config.change_patch_size(patch_size)
         return loaded
 
     def change_patch_size(self, patch_size: int) -> None:

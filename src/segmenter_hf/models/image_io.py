@@ -21,7 +21,11 @@ PIXELS_AT_ONCE = 2**22
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 TIFF_PREFIXES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # What files in folders end in, in lower case, that are predicted and trained on.
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *(".bmp", ".gif", ".png", ".tif", ".tiff", ".webp"),
+    *(".jfif", ".jpe", ".jpeg", ".jpg", ".j2k", ".jp2"),
+    *(".pbm", ".pgm", ".pnm", ".ppm"),
+)
 ARRAY_SUFFIXES = (".npy",)
 MAX_DOWNLOAD_BYTES = 2**28
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
@@ -37,7 +41,7 @@ def to_uint8(values: np.ndarray, is_16_bit: bool = False) -> np.ndarray:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise ValueError(f"Integer images must hold values from 0 to 65535, got {low} to {high}.")
-    if is_16_bit or values.dtype == np.uint16 or high > 255:
+    if is_16_bit or (values.dtype.kind, values.dtype.itemsize) == ("u", 2) or high > 255:  # of either byte order
         return np.round(values / 257.0).astype(np.uint8)
     return values.astype(np.uint8)
 
@@ -378,8 +382,8 @@ def _open_image(file: BinaryIO) -> PIL.Image.Image:
     raise ValueError(f"no image begins with {prefix[:8]!r}")
 
 
-def download(url: str, name: str) -> bytes:
-    """The bytes at an address.
+def download(url: str, name: str, seconds: float | None = None) -> bytes:
+    """The bytes at an address, which have come after `seconds`, by default `DOWNLOAD_SECONDS`.
 
     Raises:
         OSError: If it cannot be reached, does not answer in time, or holds too much to be an image.
@@ -397,7 +401,7 @@ def download(url: str, name: str) -> bytes:
     # A server can keep every single read short and never end: only another thread can give up on all of them.
     threading.Thread(target=fetch, daemon=True).start()
     try:
-        content = answer.result(DOWNLOAD_SECONDS)
+        content = answer.result(DOWNLOAD_SECONDS if seconds is None else seconds)
     except (OSError, ValueError, http.client.HTTPException, concurrent.futures.TimeoutError) as error:
         raise OSError(
             f"{name}: expected an image at this address, but it cannot be had ({type(error).__name__}: {error}). Check the "
@@ -436,6 +440,7 @@ __all__ = [
     "check_channels",
     "decode_channels",
     "decode_image",
+    "download",
     "image_to_array",
     "label_map_to_array",
     "load_array",

@@ -180,17 +180,20 @@ def check_label_maps(image_sizes: Sequence[Sequence[int]], map_sizes: Sequence[S
 
 
 def _read_maps(maps: Any) -> Any:
-    """Read label maps that are given as paths; others pass through."""
+    """Read label maps that are given as paths; others lose a last axis of one channel."""
     if isinstance(maps, (list, tuple)):
         return [_read_maps(labels) for labels in maps]
-    return read_image(maps) if isinstance(maps, (str, os.PathLike)) else maps
+    if isinstance(maps, (str, os.PathLike)):
+        return read_image(maps)
+    return maps[..., 0] if getattr(maps, "ndim", 0) == 3 and maps.shape[-1] == 1 else maps
 
 
 def scale_image(image: torch.Tensor, labels: torch.Tensor | None, fields: dict[str, Any]) -> list[ScaledImage]:
     """An image (channels, height, width) and its labels (height, width) at each scale."""
     if fields["do_rescale"] and fields["value_range"] is None and image.is_floating_point() and 0 < image.max() <= 1:
         raise ValueError(
-            "The image holds floats up to 1, but `do_rescale=True` expects 0 to 255: pass `do_rescale=False`."
+            "The image holds floats from 0 to 1, and 0 to 255 is expected: multiply it by 255, save files with 8 or 16 bits, or "
+            "pass `do_rescale=False` to the image processor."
         )
     normalize = Normalization(
         fields["rescale_factor"] if fields["do_rescale"] else None,
@@ -320,6 +323,10 @@ class _SegmenterImageProcessing(BaseImageProcessor):
         names = ("do_resize", "size", "window_size", "window_stride", "patch_size", "padding", "scales")
         check_window_fields(**{name: kwargs[name] for name in names})
         check_value_range(kwargs["value_range"])
+        unused = {"do_center_crop": (None, False), "do_pad": (None, False), "data_format": (None, "channels_first")}
+        for name, usual in unused.items():
+            if kwargs.get(name) not in usual:
+                raise ValueError(f"`{name}` is no part of the protocol of this image processor: leave it out.")
         used = ["rescale_factor"] if kwargs["do_rescale"] else []
         used += ["image_mean", "image_std"] if kwargs["do_normalize"] else []
         check_pixel_fields(kwargs["resample"], {name: kwargs[name] for name in used})

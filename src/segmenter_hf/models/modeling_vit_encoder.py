@@ -468,7 +468,8 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
         """
         patch_size = kwargs.pop("patch_size", None)
         config = kwargs.get("config")
-        if isinstance(config, VitEncoderConfig):  # as the Auto classes pass it, with the new patch size in it
+        # As the Auto classes pass it, with the new patch size in it. Remote code has several classes of one name.
+        if config is not None and hasattr(config, "with_saved_patch_size"):
             kwargs["config"] = config.with_saved_patch_size()
             patch_size = config.patch_size if patch_size is None else patch_size
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -539,7 +540,12 @@ class VitEncoderPreTrainedModel(PreTrainedModel):
                 f"{tuple(labels.shape[-2:])}. Resize masks with nearest, as the image processor does."
             )
         ignore_index = self.config.semantic_loss_ignore_index
-        num_pixels = labels.numel()
+        if 0 <= ignore_index < max(self.config.num_labels, 2):
+            raise ValueError(
+                f"`semantic_loss_ignore_index` {ignore_index} is also one of the {self.config.num_labels} classes, which would "
+                "never be learnt: set it to -100, and so the pixels without a class."
+            )
+        num_pixels, labels = labels.numel(), labels.long()
         if self.config.padding == "end":
             labels = pad_to_patches(labels, self.config.patch_size, "end", value=ignore_index)
         logits = with_background(logits)

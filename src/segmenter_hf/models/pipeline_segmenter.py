@@ -1,5 +1,7 @@
 """The image segmentation pipeline of transformers, with batches of images of several windows, and images of any depth."""
 
+import base64
+import io
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +14,7 @@ from transformers.image_utils import load_image
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from transformers.utils import ModelOutput
 
-from .image_io import read_channels
+from .image_io import decode_channels, download, read_channels
 
 
 class SegmenterPipeline(ImageSegmentationPipeline):
@@ -96,10 +98,17 @@ def read_input(image: Any, timeout: float | None = None, num_channels: int = 3) 
         return PIL.ImageOps.exif_transpose(image)
     if not isinstance(image, (str, os.PathLike)):
         return image
-    is_address = str(image).startswith(("http://", "https://", "data:"))
-    if (is_address and timeout is not None) or not (is_address or os.path.exists(image)):
-        return load_image(str(image), timeout=timeout)  # strings in base64, and the message for what is no image
-    return read_channels(image, num_channels)
+    text = str(image)
+    name = text if len(text) <= 200 else f"{text[:200]}..."
+    if text.startswith(("http://", "https://", "data:")):
+        return decode_channels(io.BytesIO(download(text, name, timeout)), name, num_channels)
+    if os.path.exists(image):
+        return read_channels(image, num_channels)
+    try:
+        content = base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return load_image(text)  # which says what is expected
+    return decode_channels(io.BytesIO(content), name, num_channels)
 
 
 __all__ = ["SegmenterPipeline"]

@@ -80,14 +80,16 @@ def plain_upsampled_cross_entropy(
     check_arguments(logits, labels, class_weights, label_smoothing)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     upsampled = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    total = total_label_weight(labels, ignore_index, class_weights).to(upsampled.dtype)
     loss = nn.functional.cross_entropy(
         upsampled,
         labels.long(),
         weight=None if class_weights is None else class_weights.to(upsampled),
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        reduction="sum",
     )
-    return torch.where((labels != ignore_index).any(), loss, upsampled.sum() * 0.0)
+    return loss * (total > 0) / total.where(total > 0, 1.0)
 
 
 def upsampled_hard_pixel_loss(
@@ -325,7 +327,7 @@ class _TiledLoss:
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         gradient = self.logits.new_empty(0)
         if needs_gradient:
-            gradient = torch.empty_like(self.logits, memory_format=torch.contiguous_format)
+            gradient = self.logits.new_empty(self.logits.shape, dtype=_gradient_dtype(self.logits))
         for image in range(len(self.logits)):
             loss_of_band = partial(self._band, image, needs_gradient=needs_gradient)
             bands = run_in_threads(loss_of_band, self.rows, self.device)
@@ -420,13 +422,19 @@ def _shapes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the operator returns, without values, for the compiler."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    gradient = logits.new_empty(logits.shape if needs_gradient else 0)
+    gradient = logits.new_empty(logits.shape, dtype=_gradient_dtype(logits)) if needs_gradient else logits.new_empty(0)
     return logits.new_empty((), dtype=dtype), gradient
+
+
+def _gradient_dtype(logits: torch.Tensor) -> torch.dtype:
+    """What holds the gradient of the unscaled loss, most of which is too small for float16."""
+    return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
+    ctx.logits_dtype = inputs[0].dtype
 
 
 def _multiply_gradient(
@@ -435,7 +443,8 @@ def _multiply_gradient(
     if torch.is_grad_enabled():
         raise RuntimeError("The tiled loss is differentiable once: set `use_tiled_loss=False` for second derivatives.")
     (gradient,) = ctx.saved_tensors
-    return loss_gradient.to(gradient.dtype) * gradient, None, None, None, None, None
+    product = loss_gradient.to(gradient.dtype) * gradient
+    return product.to(ctx.logits_dtype), None, None, None, None, None
 
 
 def _operator_name() -> str:

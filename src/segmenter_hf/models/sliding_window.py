@@ -368,17 +368,20 @@ def merge_windows(
     windows = [Window(*row) for row in window_offsets.tolist()]
     for index, window in enumerate(windows):
         images[window.image].append(index)
-    if target_sizes is not None and len(target_sizes) != len(images):
+    sizes = (
+        None if target_sizes is None else [[int(side) for side in size] for size in target_sizes]
+    )  # perhaps a tensor
+    if sizes is not None and len(sizes) != len(images):
         raise ValueError(
-            f"`target_sizes` must have one (height, width) for each of the {len(images)} images, got {len(target_sizes)}."
+            f"`target_sizes` must have one (height, width) for each of the {len(images)} images, got {len(sizes)}."
         )
-    if any(len(size) != 2 or min(size) < 1 for size in target_sizes or ()):
+    if any(len(size) != 2 or min(size) < 1 for size in sizes or ()):
         raise ValueError(f"`target_sizes` must be (height, width) of at least one pixel each, got {target_sizes}.")
     merged: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for position, image in enumerate(sorted(images)):
         indices = images[image]
         of_image = [windows[index] for index in indices]
-        size = None if target_sizes is None else target_sizes[position]
+        size = None if sizes is None else (sizes[position][0], sizes[position][1])
         merger = WindowMerger(of_image, patch_size, size, return_scores, padding=padding)
         merger.add(of_image, logits if len(images) == 1 else logits[indices])
         if merger.segmentation is not None:  # it is, for every image has windows and logits

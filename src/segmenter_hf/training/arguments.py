@@ -238,6 +238,13 @@ class DataArguments:
     def __post_init__(self) -> None:
         check_finite(self)
         check_choices(self)
+        for name in ("image_size", "crop_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.min_scale <= self.max_scale:
+            raise ValueError(
+                f"`min_scale` and `max_scale` must be positive and in order, got {self.min_scale} and {self.max_scale}."
+            )
 
 
 @dataclass

@@ -14,11 +14,15 @@ def visible_files(folder: str | Path, endings: Collection[str]) -> list[Path]:
         endings (`Collection[str]`): How their names end, in lower case, such as `.png`; the case of a name does not matter.
 
     Returns:
-        `list[Path]`: Their paths, sorted. Folders that are links are not entered.
+        `list[Path]`: Their paths, sorted. Folders that are links are entered, each folder once.
     """
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    found, entered = [], {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        below = {
+            name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders) if not name.startswith(".")
+        }
+        folders[:] = [name for name, place in below.items() if place not in entered]
+        entered.update(below.values())
         visible = [name for name in names if not name.startswith(".")]
         found += [Path(parent, name) for name in visible if name.lower().endswith(tuple(endings))]
     return sorted(found)
