@@ -290,7 +290,10 @@ def test_16_bits_of_either_byte_order_are_the_same(processor) -> None:
     assert torch.equal(processor(values.astype(">u2"))["pixel_values"], expected)
 
 
-@pytest.mark.parametrize("field", [{"do_center_crop": True, "crop_size": 8}, {"do_pad": True, "pad_size": 8}, {"data_format": "channels_last"}])
+@pytest.mark.parametrize(
+    "field",
+    [{"do_center_crop": True, "crop_size": 8}, {"do_pad": True, "pad_size": 8}, {"data_format": "channels_last"}],
+)
 def test_steps_of_other_image_processors_are_refused(processor, field) -> None:
     with pytest.raises(ValueError, match="is no part of the protocol"):
         processor(picture(32, 40), **field)

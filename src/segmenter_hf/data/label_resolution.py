@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from .decoding import has_colors, stored_ids
-from .label_sets import BINARY_MASK_IDS, LabelSet, label_set_from_names, load_label_set
+from .label_sets import BINARY_MASK_IDS, BINARY_OR_BIT_IDS, LabelSet, label_set_from_names, load_label_set
 from .loading import AnyDataset
 from .mask_checks import infer_num_labels
 from .mask_values import AnyMasks, MaskReader, as_reader
@@ -104,7 +104,7 @@ def fit_to_masks(label_set: LabelSet, masks: AnyMasks, *, keep_ignored: bool = F
         label_set.labels[-1],
     )
     has_bits = any(pixels.mode == "1" for pixels, _ in _stored_pixels(reader))
-    return replace(label_set, label_id_to_train_id=BINARY_MASK_IDS | ({1: 1} if has_bits else {}))
+    return replace(label_set, label_id_to_train_id=dict(BINARY_OR_BIT_IDS if has_bits else BINARY_MASK_IDS))
 
 
 def fit_changed_to_masks(label_set: LabelSet, masks: AnyMasks, changes: Mapping[str, Any]) -> LabelSet:

@@ -17,6 +17,7 @@ from .label_set_files import read_label_file
 LABEL_SET_FILE = "label_set.json"  # beside a model: the label set it was trained with
 MAX_TABLE = 2**20  # entries of a table of ids; a map with ids further apart is looked up one by one
 BINARY_MASK_IDS = {0: 0, 255: 1}  # class ids of black and white masks, as `label_id_to_train_id`
+BINARY_OR_BIT_IDS = BINARY_MASK_IDS | {1: 1}  # the same where some masks are bits
 _FOLDER = Path(__file__).parent / "label_sets"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..utils.messages import one_line
 from .decoding import class_ids
-from .label_sets import BINARY_MASK_IDS, LabelSet
+from .label_sets import BINARY_MASK_IDS, BINARY_OR_BIT_IDS, LabelSet
 from .mask_values import AnyMasks, MaskValues, as_reader
 
 
@@ -188,7 +188,8 @@ def check_masks(
         ignore_index = label_set.ignore_index
     counts = np.zeros((2, num_labels), dtype=np.int64)
     report = MaskReport(num_labels, ignore_index, pixels_per_class=counts[0], images_per_class=counts[1])
-    is_binary = label_set is not None and label_set.label_id_to_train_id == BINARY_MASK_IDS
+    id_map = None if label_set is None else label_set.label_id_to_train_id
+    binary_ids = id_map.keys() if id_map in (BINARY_MASK_IDS, BINARY_OR_BIT_IDS) else None
     mapped_ids: set[int] = set()
     reader = as_reader(masks, max_images, show_progress)
     for i, (name, ids, mapped, problem) in enumerate(
@@ -199,7 +200,7 @@ def check_masks(
         mapped_ids.update(mapped)
         if wrong := report.count(ids):
             problem = f"{name}: ids {sorted(wrong)[:20]} in {sum(wrong.values())} pixels"
-        if is_binary and (others := sorted(set(mapped) - BINARY_MASK_IDS.keys())):
+        if binary_ids is not None and (others := sorted(set(mapped) - binary_ids)):
             problem = (
                 f"{name}: ids {others[:20]} in a mask of 0 and 255. Save it as PNG of these two, without smooth edges"
             )

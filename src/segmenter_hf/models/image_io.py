@@ -202,7 +202,10 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> PI
 
 
 def read_channels(
-    source: "str | os.PathLike[str]", num_channels: int = 3, max_pixels: int | None = None
+    source: "str | os.PathLike[str]",
+    num_channels: int = 3,
+    max_pixels: int | None = None,
+    timeout: float | None = None,
 ) -> PIL.Image.Image | np.ndarray:
     """Read an image file with the channels that a model takes, and the depth that it is stored with.
 
@@ -211,6 +214,7 @@ def read_channels(
             channels, or of a `.npy` array.
         num_channels (`int`, defaults to 3): Channels of the model.
         max_pixels (`int`, *optional*): Larger images are refused before they are decoded.
+        timeout (`float`, *optional*): Seconds for the whole download of an address; `DOWNLOAD_SECONDS` by default.
 
     Returns:
         `PIL.Image.Image` or `np.ndarray` of shape `(channels, height, width)`: What Pillow reads, or else the array.
@@ -221,7 +225,7 @@ def read_channels(
     """
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
         name = source if len(source) <= 200 else f"{source[:200]}..."
-        return decode_channels(io.BytesIO(download(source, name)), name, num_channels, max_pixels)
+        return decode_channels(io.BytesIO(download(source, name, timeout)), name, num_channels, max_pixels)
     if not os.path.isfile(source):
         read_image(source)  # says what is there instead
     with open(source, "rb") as file:
@@ -361,7 +365,7 @@ def scale_values(values: np.ndarray, value_range: "tuple[float, float] | list[fl
     low, high = value_range
     if values.dtype == np.uint8 and high > 255:
         raise ValueError(
-            f"The image was read as 8-bit values, and `value_range` [{low:g}, {high:g}] goes beyond their 255. Colour PNG of 16 "
+            f"The image was read as 8-bit values, and `value_range` [{low:g}, {high:g}] goes beyond their 255. Color PNG of 16 "
             "bits are read as 8: save them as TIFF or .npy. For 8-bit images leave `value_range` out."
         )
     scaled = values.astype(np.float32)
@@ -382,8 +386,8 @@ def _open_image(file: BinaryIO) -> PIL.Image.Image:
     raise ValueError(f"no image begins with {prefix[:8]!r}")
 
 
-def download(url: str, name: str, seconds: float | None = None) -> bytes:
-    """The bytes at an address, which have come after `seconds`, by default `DOWNLOAD_SECONDS`.
+def download(url: str, name: str, timeout: float | None = None) -> bytes:
+    """The bytes at an address, all of which have come after `timeout` seconds, by default `DOWNLOAD_SECONDS`.
 
     Raises:
         OSError: If it cannot be reached, does not answer in time, or holds too much to be an image.
@@ -401,7 +405,7 @@ def download(url: str, name: str, seconds: float | None = None) -> bytes:
     # A server can keep every single read short and never end: only another thread can give up on all of them.
     threading.Thread(target=fetch, daemon=True).start()
     try:
-        content = answer.result(DOWNLOAD_SECONDS if seconds is None else seconds)
+        content = answer.result(DOWNLOAD_SECONDS if timeout is None else timeout)
     except (OSError, ValueError, http.client.HTTPException, concurrent.futures.TimeoutError) as error:
         raise OSError(
             f"{name}: expected an image at this address, but it cannot be had ({type(error).__name__}: {error}). Check the "
@@ -440,7 +444,6 @@ __all__ = [
     "check_channels",
     "decode_channels",
     "decode_image",
-    "download",
     "image_to_array",
     "label_map_to_array",
     "load_array",

@@ -14,7 +14,7 @@ from transformers.image_utils import load_image
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from transformers.utils import ModelOutput
 
-from .image_io import decode_channels, download, read_channels
+from .image_io import decode_channels, read_channels
 
 
 class SegmenterPipeline(ImageSegmentationPipeline):
@@ -99,16 +99,13 @@ def read_input(image: Any, timeout: float | None = None, num_channels: int = 3) 
     if not isinstance(image, (str, os.PathLike)):
         return image
     text = str(image)
-    name = text if len(text) <= 200 else f"{text[:200]}..."
-    if text.startswith(("http://", "https://", "data:")):
-        return decode_channels(io.BytesIO(download(text, name, timeout)), name, num_channels)
-    if os.path.exists(image):
-        return read_channels(image, num_channels)
+    if text.startswith(("http://", "https://", "data:")) or os.path.exists(image):
+        return read_channels(image, num_channels, timeout=timeout)
     try:
         content = base64.b64decode("".join(text.split()), validate=True)
     except ValueError:
         return load_image(text)  # which says what is expected
-    return decode_channels(io.BytesIO(content), name, num_channels)
+    return decode_channels(io.BytesIO(content), text[:200], num_channels)
 
 
 __all__ = ["SegmenterPipeline"]

@@ -368,9 +368,7 @@ def merge_windows(
     windows = [Window(*row) for row in window_offsets.tolist()]
     for index, window in enumerate(windows):
         images[window.image].append(index)
-    sizes = (
-        None if target_sizes is None else [[int(side) for side in size] for size in target_sizes]
-    )  # perhaps a tensor
+    sizes = None if target_sizes is None else [list(map(int, size)) for size in target_sizes]  # of numbers or tensors
     if sizes is not None and len(sizes) != len(images):
         raise ValueError(
             f"`target_sizes` must have one (height, width) for each of the {len(images)} images, got {len(sizes)}."
