@@ -350,7 +350,7 @@ def test_an_impossible_configuration_is_a_value_error_that_names_the_field(confi
         ({"label_id_to_train_id": {str(10**12): 0}}, "must map integers of 32 bits"),
         ({"name": 5}, "name and title must be strings"),
         ({"title": ["x"]}, "name and title must be strings"),
-        ({"labels": [{"id": 0, "name": "a", "color": 5}]}, "expected 1 colors"),
+        ({"labels": [{"id": 0, "name": "a", "color": 5}]}, r"expected \[r, g, b\] as the color of each label"),
         ({"labels": [{"id": 0, "name": "a", "color": ["1", 2, 3]}]}, "must be 3 integers"),
         ({"labels": [{"id": 0, "name": {}, "color": [1, 2, 3]}]}, "only strings"),
     ],

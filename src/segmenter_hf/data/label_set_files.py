@@ -183,7 +183,7 @@ def _object_fields(content: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected an object as label_id_to_train_id, got {label_map!r:.200}.")
     if not all(isinstance(label.get("color", []), list) for label in labels):
         raise ValueError(f"{path}: expected [r, g, b] as the color of each label, or none, got {labels!s:.200}.")
-    if not all(re.fullmatch(r"-?\d{1,10}", key, re.ASCII) for key in label_map or {}):
+    if not all(re.fullmatch(r"-?\d{1,20}", key, re.ASCII) for key in label_map or {}):
         raise ValueError(f"{path}: expected ids as keys of label_id_to_train_id, got {list(label_map or {})[:10]}.")
     ignore_colors = content.get("ignore_colors", [])
     if not isinstance(ignore_colors, list) or not all(isinstance(color, list) for color in ignore_colors):

@@ -214,7 +214,13 @@ def label_map_agreement(
     height, width = CHECKED_IMAGE_SIZE
     blocks = np.random.default_rng(0).integers(0, 256, (height // 10, width // 10, model.config.num_channels))
     image = np.kron(blocks, np.ones((10, 10, 1))).astype(np.uint8)
-    arguments: dict[str, Any] = {"input_data_format": "channels_last", "scales": [1.0], "do_flip": False}
+    # Of 8 bits, whatever the model's images have.
+    arguments: dict[str, Any] = {
+        "input_data_format": "channels_last",
+        "value_range": None,
+        "scales": [1.0],
+        "do_flip": False,
+    }
     inputs = processor(image, **arguments)
     expected, found = [], []
     for pixel_values in inputs["pixel_values"].split(WINDOWS_AT_ONCE):

@@ -111,16 +111,14 @@ def build_repository(
 ) -> Path:
     """Write the directory that would be pushed, and nothing else than what belongs there.
 
-    It holds the weights as safetensors, the configuration, the image processor, the label set, the model files,
-    `handler.py` for Inference Endpoints, the card, and images: `sample.png` for its examples, and `predictions.png` if the
-    model was trained here or on the embedded scenes.
+    It holds the weights as safetensors, configuration, image processor, label set, model files, `handler.py` for Inference
+    Endpoints, the card, and `sample.png`; `predictions.png` if the model was trained here or on the embedded scenes.
 
     Args:
         checkpoint_dir (`str` or `Path`): Directory of a trained or converted model with its image processor.
         output_dir (`str` or `Path`): The directory to write; appears when it is complete.
         facts (`CardFacts`, *optional*): What the card says; by default what `model_card.json` in the directory says.
-        hub_model_id (`str`, *optional*): Name on the Hub for the card's examples; `output_dir` by default.
-        revision (`str`, *optional*): Branch for them; the main one by default.
+        hub_model_id, revision (`str`, *optional*): Name on the Hub for the card's examples, `output_dir` by default; and branch.
         overwrite (`bool`, defaults to `False`): Whether to replace a model that `output_dir` holds.
 
     Returns:
@@ -129,7 +127,7 @@ def build_repository(
     Raises:
         FileExistsError: If `output_dir` holds anything but a model that is to be overwritten.
         FileNotFoundError: If `checkpoint_dir` lacks a part of the model.
-        ValueError: If it does not hold a whole model of this package, or would be overwritten; or `hub_model_id` is no name.
+        ValueError: If it does not hold a whole model of this package or would be overwritten, or `hub_model_id` is no name.
     """
     checkpoint_dir, output_dir = Path(checkpoint_dir), Path(output_dir)
     if hub_model_id is not None:

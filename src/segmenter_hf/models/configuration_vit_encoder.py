@@ -55,6 +55,14 @@ def _invalid_fields_as_value_errors(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error.__cause__ or error}") from error
 
 
+def check_fields(config: Any) -> Any:
+    """Return a strict configuration whose fields were set one by one, once they are checked as its constructor does."""
+    check_labels(type(config).__name__, config.id2label, None)
+    with _invalid_fields_as_value_errors(type(config).__name__):
+        config.validate()
+    return config
+
+
 def strict_config(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Make `cls` a strict data class whose constructor reports every invalid field as `ValueError`."""
     cls = strict(cls)
@@ -212,8 +220,7 @@ class VitEncoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # As `from_pretrained(..., id2label={0: "leaf"}, label2id={"leaf": 0})` sets them, after the constructor, which sets
-        # the names before the fields of this class.
+        # As `from_pretrained(..., id2label={0: "leaf"}, label2id={"leaf": 0})` sets them, after the constructor.
         if "use_single_logit" in vars(self) and name in ("id2label", "label2id") and value and len(value) == 1:
             names = with_background_name(value if name == "id2label" else {0: next(iter(value))})
             value = names if name == "id2label" else {label: index for index, label in names.items()}
@@ -262,10 +269,7 @@ class VitEncoderConfig(PreTrainedConfig):
         if weights in kwargs:  # transformers checks what is stored with the new `num_labels` first
             config_dict = {**config_dict, weights: kwargs[weights]}
         loaded = super().from_dict(config_dict, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        check_labels(cls.__name__, config.id2label, None)
-        with _invalid_fields_as_value_errors(cls.__name__):  # transformers sets `kwargs` after the constructor
-            config.validate()
+        config = check_fields(loaded[0] if isinstance(loaded, tuple) else loaded)
         if patch_size is not None:
             config.change_patch_size(patch_size)
         return loaded

@@ -342,8 +342,7 @@ def merge_windows(
         logits (`torch.FloatTensor` of shape `(num_windows, num_labels, patch_height, patch_width)`): The model's output.
         window_offsets (`torch.LongTensor` of shape `(num_windows, 11)`): A [`Window`] per row, in any order.
         patch_size (`int`): Side in pixels to whose multiple the model pads its input.
-        target_sizes (`Sequence[tuple[int, int]]`, *optional*): (height, width) in pixels of each map; the original
-            sizes by default.
+        target_sizes (`Sequence[tuple[int, int]]`, *optional*): (height, width) of each map; the original sizes by default.
         return_scores (`bool`, defaults to `False`): Whether class probabilities are wanted too.
         padding (`"end"` or `"center"`, defaults to `"end"`): As for [`WindowMerger`].
 
