@@ -1,5 +1,6 @@
 """Which label set fits a dataset: the one that was named, the one that lies beside the data, or one made of its masks."""
 
+import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from .mask_values import AnyMasks, MaskReader, as_reader
 logger = logging.getLogger(__name__)
 
 BINARY_NAMES = ("background", "foreground")
+NUM_PALETTES = 100  # that are compared with the colors of the classes
 
 
 def resolve_label_set(
@@ -155,13 +157,15 @@ def store_grays(masks: AnyMasks, label_set: LabelSet, ignored: int | None = None
 
 
 def palettes_differ(masks: AnyMasks, label_set: LabelSet) -> bool:
-    """Whether palette masks show only colors of a label set, and somewhere another class than their index: so programs that
-    make PNG smaller store masks of colors."""
-    with_colors = {*label_set.colors, *label_set.ignore_colors}
-    if len(with_colors) < len(label_set.colors) + len(label_set.ignore_colors):
+    """Whether palette masks show only colors of a label set, and one of the first another class than its index.
+
+    So programs that make PNG smaller store masks of colors.
+    """
+    colors = [*label_set.colors, *label_set.ignore_colors]
+    if len(set(colors)) < len(colors):
         return False
     by_color, differ = replace(label_set, color_masks=True), False
-    for pixels, name in _stored_pixels(masks):
+    for pixels, name in itertools.islice(_stored_pixels(masks), NUM_PALETTES):
         if pixels.mode != "P":
             return False
         try:
