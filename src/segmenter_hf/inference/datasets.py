@@ -94,10 +94,9 @@ class DatasetPrediction:
         if len(self.unreadable) > NUM_SHOWN:
             lines.append(f"and {len(self.unreadable) - NUM_SHOWN} more")
         total = self.num_images + self.num_skipped + len(self.unreadable)
+        listed = "\n  ".join(lines)
         raise ValueError(
-            f"{len(self.unreadable)} of {total} images cannot be read, the others are done:\n  "
-            + "\n  ".join(lines)
-            + "\n"
+            f"{len(self.unreadable)} of {total} images cannot be read, the others are done:\n  {listed}\n"
             "Where they were repaired, start again with `overwrite`, or without the file of label maps that lacks them."
         )
 
