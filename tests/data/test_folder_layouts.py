@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from segmenter_hf.data.decoding import decode_example
+from segmenter_hf.data.folder_layouts import split_images
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.data.mask_checks import check_masks
@@ -71,6 +72,8 @@ def test_images_of_kinds_that_are_not_read_are_named(tmp_path, caplog):
     (tmp_path / "images" / "b.HEIC").write_bytes(b"")
     load_segmentation_datasets(str(tmp_path), splits=["train"])
     assert "1 images are left out" in caplog.text and "b.HEIC" in caplog.text
+    caplog.clear()
+    assert list(split_images(tmp_path, "train")) == ["a"] and "b.HEIC" in caplog.text
 
 
 def test_files_without_a_partner_are_listed_up_to_five(tmp_path):

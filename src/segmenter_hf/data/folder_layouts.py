@@ -190,7 +190,10 @@ def split_images(root: Path, split: str, dataset_config: str | None = None) -> d
     """The images of a split of a folder of images and masks by name; none where the folder has none of the layouts."""
     names = {split: _SPLIT_ALIASES.get(split, (split,))}
     found = _find_splits(root, names, ("image", "annotation"), dataset_config).get(split)
-    return found.images if isinstance(found, FolderSplit) and found.masks else {}
+    if not isinstance(found, FolderSplit) or not found.masks:
+        return {}
+    warn_of_unread_images(root)
+    return found.images
 
 
 def folder_label_set(root: Path, found: Iterable[list[Path] | FolderSplit] = ()) -> LabelSet | None:
