@@ -436,7 +436,7 @@ def loss_gradient(
 
 
 def train_step(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
-    """A step of training without the optimiser."""
+    """A step of training without the optimizer."""
     labels = torch.randint(NUM_LABELS, (4, 512, 512), device=bench.device)
     pixel_values = torch.randn(4, 3, 512, 512, device=bench.device, dtype=bench.dtype)
     for size in sizes:
@@ -527,7 +527,7 @@ def metric(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
 
 
 def preprocess(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
-    """A photograph of 1024x1366 to normalised pixels with the short side at 512."""
+    """A photograph of 1024x1366 to normalized pixels with the short side at 512."""
     image = make_image().repeat(2, 0).repeat(2, 1)
     ours = SegmenterImageProcessor(do_split_windows=False)
     height, width = ours(image)["pixel_values"].shape[-2:]
@@ -535,7 +535,7 @@ def preprocess(bench: Bench, sizes: Sequence[str]) -> Iterator[Row]:
     theirs = SegformerImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     yield bench.compare(
         "preprocess",
-        "1024x1366 uint8 to 512x683 normalised (ours without antialiasing, as the protocol wants)",
+        "1024x1366 uint8 to 512x683 normalized (ours without antialiasing, as the protocol wants)",
         "transformers' SegformerImageProcessor to 512x683, with antialiasing",
         lambda: ours(image, return_tensors="pt")["pixel_values"],
         lambda: theirs(image, return_tensors="pt")["pixel_values"],

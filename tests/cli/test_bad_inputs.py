@@ -38,7 +38,7 @@ from ..tiny_models import tiny_scenes_config
 
 
 FIELDS = {"size": {"shortest_edge": 40}, "window_size": 32, "window_stride": 16, "patch_size": 8}
-COLOUR = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+COLOR = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 ZEROS = np.zeros((40, 56), np.uint8)
 NAN = float("nan")
 
@@ -54,10 +54,10 @@ def processor() -> SegmenterImageProcessor:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (Image.fromarray(COLOUR), r"\(40, 56, 3\). Convert color-coded masks to class ids"),
-        (Image.fromarray(COLOUR).convert("RGBA"), r"\(40, 56, 4\)"),
-        (Image.fromarray(COLOUR).convert("LA"), r"\(40, 56, 2\)"),
-        (Image.fromarray(COLOUR).convert("F"), "must hold integers, got float32"),
+        (Image.fromarray(COLOR), r"\(40, 56, 3\). Convert color-coded masks to class ids"),
+        (Image.fromarray(COLOR).convert("RGBA"), r"\(40, 56, 4\)"),
+        (Image.fromarray(COLOR).convert("LA"), r"\(40, 56, 2\)"),
+        (Image.fromarray(COLOR).convert("F"), "must hold integers, got float32"),
         (ZEROS.astype(float), "must hold integers, got float64"),
         (np.full((40, 56), NAN), "must hold integers, got float64"),
         (ZEROS.astype(complex), "must hold integers, got complex128"),
@@ -75,7 +75,7 @@ def processor() -> SegmenterImageProcessor:
 )
 def test_what_is_no_label_map_is_refused_by_the_processor(processor, mask, message) -> None:
     with pytest.raises(ValueError, match=message):
-        processor(COLOUR, mask)
+        processor(COLOR, mask)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_what_is_no_label_map_is_refused_by_the_processor(processor, mask, messa
     ],
 )
 def test_label_maps_of_every_kind_hold_their_ids(processor, mask) -> None:
-    assert processor(COLOUR, mask)["labels"].unique().tolist() == [7]
+    assert processor(COLOR, mask)["labels"].unique().tolist() == [7]
 
 
 @pytest.mark.parametrize("value", [-1, 8, 254, 2**31])
 def test_labels_that_are_no_class_do_not_become_a_loss(processor, value) -> None:
-    labels = processor(COLOUR, np.full((40, 56), value))["labels"]
+    labels = processor(COLOR, np.full((40, 56), value))["labels"]
     with pytest.raises((ValueError, RuntimeError, IndexError), match=f"{value}"):
         upsampled_cross_entropy(torch.zeros(len(labels), 8, 4, 4), labels)
 
@@ -117,16 +117,16 @@ def row(image: Image.Image | bytes, mask: Image.Image | bytes, name: str = "phot
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (Image.fromarray(COLOUR), "RGB image with colors, .* pixels.*Give the classes of the colors"),
-        (Image.fromarray(COLOUR).convert("RGBA"), "RGB image with colors"),
-        (Image.fromarray(COLOUR).convert("F"), "class ids in gray or palette mode, got mode F"),
+        (Image.fromarray(COLOR), "RGB image with colors, .* pixels.*Give the classes of the colors"),
+        (Image.fromarray(COLOR).convert("RGBA"), "RGB image with colors"),
+        (Image.fromarray(COLOR).convert("F"), "class ids in gray or palette mode, got mode F"),
         (Image.fromarray(ZEROS.T.copy()), "mask of the size of the image"),
         (b"", "cannot be read as an image"),
         (b"\x89PNG\r\n\x1a\n", "cannot be read as an image"),
     ],
 )
 def test_what_is_no_mask_is_refused_when_decoded_and_counted(mask, message) -> None:
-    example = row(Image.fromarray(COLOUR), mask)
+    example = row(Image.fromarray(COLOR), mask)
     with pytest.raises(ValueError, match=f"photo 7.*{message}"):
         decode_example(example)
     report = check_masks([example], 8, show_progress=False)
@@ -150,9 +150,7 @@ def test_what_is_no_mask_is_refused_when_decoded_and_counted(mask, message) -> N
 def test_masks_of_wrong_ids_end_in_a_remedy(value, message) -> None:
     mask = np.full((40, 56), value, np.uint16 if value > 255 else np.uint8)
     with pytest.raises(ValueError, match=message):
-        check_masks(
-            [row(Image.fromarray(COLOUR), Image.fromarray(mask))], 8, show_progress=False
-        ).raise_if_impossible()
+        check_masks([row(Image.fromarray(COLOR), Image.fromarray(mask))], 8, show_progress=False).raise_if_impossible()
 
 
 # ---- arguments of the image processor and of what follows the model ----
@@ -217,7 +215,7 @@ def test_an_impossible_field_is_a_value_error_that_names_it(processor_class, fie
     with pytest.raises(ValueError, match=name):
         processor_class(**{**FIELDS, **fields})
     with pytest.raises(ValueError, match=name):
-        processor_class(**FIELDS)(COLOUR, **fields)
+        processor_class(**FIELDS)(COLOR, **fields)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +235,7 @@ def test_an_impossible_field_is_a_value_error_that_names_it(processor_class, fie
     ],
 )
 def test_outputs_that_are_not_of_the_inputs_are_refused(processor, change, target_sizes, message) -> None:
-    windows = processor(COLOUR)["window_offsets"]
+    windows = processor(COLOR)["window_offsets"]
     logits, windows = change(torch.zeros(len(windows), 5, 4, 4), windows)
     outputs = SimpleNamespace(logits=logits, window_offsets=windows)
     with pytest.raises(ValueError, match=message):
@@ -426,7 +424,7 @@ def folder(tmp_path) -> Path:
     """A model and a picture."""
     SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(tmp_path / "model")
     SegmenterImageProcessor(**FIELDS).save_pretrained(tmp_path / "model")
-    Image.fromarray(COLOUR).save(tmp_path / "a.png")
+    Image.fromarray(COLOR).save(tmp_path / "a.png")
     (tmp_path / "file").write_text("not a folder")
     return tmp_path
 
@@ -500,7 +498,7 @@ def test_advice_about_masks_names_options_of_training(values, num_labels, capsys
     mask = np.resize(np.array(values, np.uint16), (40, 56))
     mask = mask if max(values) > 255 else mask.astype(np.uint8)
     report = check_masks(
-        [row(Image.fromarray(COLOUR), Image.fromarray(mask))], num_labels, ignore_index=254, show_progress=False
+        [row(Image.fromarray(COLOR), Image.fromarray(mask))], num_labels, ignore_index=254, show_progress=False
     )
     with pytest.raises(ValueError, match="give|set") as error:
         report.raise_if_impossible()

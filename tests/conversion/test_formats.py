@@ -263,7 +263,7 @@ def test_encoders_that_transformers_saves_are_converted(model_class, tmp_path) -
     assert AutoImageProcessor.from_pretrained(output_dir).image_mean[0] == (0.5 if model_class is ViTModel else 0.485)
 
 
-def test_the_preprocessor_config_of_a_directory_gives_its_normalisation(tmp_path) -> None:
+def test_the_preprocessor_config_of_a_directory_gives_its_normalization(tmp_path) -> None:
     shutil.copytree(FIXTURES / "backbones" / "hf_vit_s", tmp_path / "source")
     normalization = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (tmp_path / "source" / "preprocessor_config.json").write_text(json.dumps(normalization))

@@ -133,7 +133,7 @@ def test_encoders_that_mmsegmentation_converted_have_their_place(tmp_path) -> No
     assert not without_bias.embeddings.patch_embeddings.projection.bias.any()
 
 
-def test_names_and_colours_of_the_checkpoint_become_the_label_set(tmp_path) -> None:
+def test_names_and_colors_of_the_checkpoint_become_the_label_set(tmp_path) -> None:
     content = torch.load(MMSEG)
     content["meta"]["PALETTE"] = [[index, 0, 200] for index in range(7)]
     torch.save(content, tmp_path / "checkpoint.pth")
@@ -143,11 +143,11 @@ def test_names_and_colours_of_the_checkpoint_become_the_label_set(tmp_path) -> N
     assert label_set.colors[3] == (3, 0, 200)
     content["meta"]["PALETTE"] = [[index, 0, 999] for index in range(7)]
     torch.save(content, tmp_path / "checkpoint.pth")
-    output_dir = convert_checkpoint(tmp_path / "checkpoint.pth", tmp_path / "without_colours")
+    output_dir = convert_checkpoint(tmp_path / "checkpoint.pth", tmp_path / "without_colors")
     assert len(load_label_set(output_dir / "label_set.json").colors) == 7
 
 
-def test_names_of_a_packaged_label_set_are_recognised(tmp_path) -> None:
+def test_names_of_a_packaged_label_set_are_recognized(tmp_path) -> None:
     content = torch.load(MMSEG)
     names = load_label_set("scenes").labels[:7]
     content["meta"]["CLASSES"] = names

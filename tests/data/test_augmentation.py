@@ -202,7 +202,7 @@ def test_padding_of_8_bits_holds_any_ignore_index(ignore_index):
     assert np.unique(mask).tolist() == sorted([255, ignore_index])
 
 
-def test_padding_goes_right_and_down_with_the_given_colour_and_the_ignore_index():
+def test_padding_goes_right_and_down_with_the_given_color_and_the_ignore_index():
     image, mask = noise_image(5, 8), blocks_mask(5, 8)
     padded_image, padded_mask = pad_to_crop(image, mask, (7, 12), (124, 116, 104), 254)
     assert np.array_equal(padded_image[:5, :8], image) and np.array_equal(padded_mask[:5, :8], mask)
@@ -220,7 +220,7 @@ def test_levels_are_scaled_shifted_and_cut():
 @pytest.mark.parametrize(("factor", "degrees"), [(1.3, 0), (0.6, 0), (1, 30), (1, -36), (1.5, 25), (0, 0), (1, 180)])
 def test_saturation_and_hue_equal_a_loop_over_colorsys(factor, degrees):
     image = noise_image(12, 15)
-    image[0] = image[0, :, :1]  # grey pixels have no hue
+    image[0] = image[0, :, :1]  # gray pixels have no hue
     image[1] = image[1].max(axis=1, keepdims=True) * np.array([1, 0, 1], np.uint8)
     result = adjust_saturation_and_hue(image, factor, degrees)
     for pixel, new in zip(image.reshape(-1, 3), result.reshape(-1, 3)):
@@ -276,7 +276,7 @@ def test_distortion_keeps_shape_and_dtype_and_often_leaves_grey_alone():
         result = photometric_distortion(image, rng)
         assert result.shape == image.shape and result.dtype == np.uint8
         unchanged += np.array_equal(result, image)
-    assert 60 < unchanged < 140  # a quarter: grey has no hue and no saturation, so only brightness and contrast show
+    assert 60 < unchanged < 140  # a quarter: gray has no hue and no saturation, so only brightness and contrast show
 
 
 def test_only_the_image_is_distorted():

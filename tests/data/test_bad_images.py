@@ -25,8 +25,8 @@ from ..tiny_models import spread_weights, tiny_scenes_config
 
 
 FIELDS = {"size": {"shortest_edge": 40}, "window_size": 32, "window_stride": 16, "patch_size": 8}
-COLOUR = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
-GREY = COLOUR[..., 0]
+COLOR = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+GRAY = COLOR[..., 0]
 
 
 @pytest.fixture
@@ -45,19 +45,19 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def png(width: int, height: int, bits: int = 8, colour: int = 2, pixels: bytes = b"") -> bytes:
+def png(width: int, height: int, bits: int = 8, color: int = 2, pixels: bytes = b"") -> bytes:
     """A PNG with this header and these rows of pixels, each after a byte for its filter."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
 
 def with_dimension(kind: str) -> bytes:
     """The same file as `encoded`, whose header says 60000 x 60000."""
-    content = bytearray(encoded(Image.fromarray(COLOUR), kind))
+    content = bytearray(encoded(Image.fromarray(COLOR), kind))
     if kind == "BMP":
         content[18:26] = struct.pack("<ii", 60000, 60000)
     else:  # GIF: the screen, and the picture on it
@@ -67,7 +67,7 @@ def with_dimension(kind: str) -> bytes:
     return bytes(content)
 
 
-JPEG, PNG = (encoded(Image.fromarray(COLOUR), kind) for kind in ("JPEG", "PNG"))
+JPEG, PNG = (encoded(Image.fromarray(COLOR), kind) for kind in ("JPEG", "PNG"))
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 BAD_FILES = {
     "empty.png": (b"", "damaged or something else"),
@@ -87,9 +87,9 @@ BAD_FILES = {
     "bomb.gif": (with_dimension("GIF"), "60000 x 60000 pixels are more than"),
     "script.eps": (EPS, "expected an image .BMP, GIF"),
     "script.png": (EPS, "expected an image .BMP, GIF"),
-    "nan.tif": (encoded(Image.fromarray(np.where(GREY > 9, GREY, np.nan).astype(np.float32)), "TIFF"), "NaN"),
-    "unit.tif": (encoded(Image.fromarray(GREY.astype(np.float32) / 255), "TIFF"), "do_rescale=False"),
-    "deep.tif": (encoded(Image.fromarray(GREY.astype(np.int32) * 1000), "TIFF"), "0 to 65535"),
+    "nan.tif": (encoded(Image.fromarray(np.where(GRAY > 9, GRAY, np.nan).astype(np.float32)), "TIFF"), "NaN"),
+    "unit.tif": (encoded(Image.fromarray(GRAY.astype(np.float32) / 255), "TIFF"), "do_rescale=False"),
+    "deep.tif": (encoded(Image.fromarray(GRAY.astype(np.int32) * 1000), "TIFF"), "0 to 65535"),
 }
 
 
@@ -111,7 +111,7 @@ def test_bad_files_do_not_keep_the_others_from_being_segmented(processor, model,
     (tmp_path / "in").mkdir()
     for name, (content, _) in BAD_FILES.items():
         (tmp_path / "in" / name).write_bytes(content)
-    Image.fromarray(COLOUR).save(tmp_path / "in" / "good.png")
+    Image.fromarray(COLOR).save(tmp_path / "in" / "good.png")
     with pytest.raises(ValueError, match=r"18 of 19 images cannot be read") as caught:
         predict_files(make_predictor(model, processor), [tmp_path / "in"], tmp_path / "out", show_progress=False)
     pictures = [name for name in BAD_FILES if not name.endswith((".svg", ".eps"))]
@@ -179,8 +179,8 @@ def server(tmp_path):
 def test_an_address_gives_what_the_file_gives(processor, server, tmp_path, monkeypatch) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    Image.fromarray(COLOUR).save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(COLOR).save(tmp_path / "turned.jpg", exif=exif)
     for name in ("deep.png", "turned.jpg"):
         expected = processor(tmp_path / name)["pixel_values"]
         assert torch.equal(processor(f"{server}/{name}")["pixel_values"], expected)
@@ -254,12 +254,12 @@ UNIT = np.random.default_rng(1).random((40, 56, 3))
         ([], "got none"),
         ([[]], "got none"),
         ([[1, 2], [3, 4]], "got int"),
-        (COLOUR[:0], "at least one pixel"),
-        (COLOUR[:, :0], "at least one pixel"),
+        (COLOR[:0], "at least one pixel"),
+        (COLOR[:, :0], "at least one pixel"),
         (Image.new("RGB", (0, 5)), "at least one pixel"),
         (torch.zeros(3, 0, 5), "at least one pixel"),
-        (COLOUR[0, 0], "images"),
-        (COLOUR[None, None], "images"),
+        (COLOR[0, 0], "images"),
+        (COLOR[None, None], "images"),
         (np.zeros((40, 56, 5), np.uint8), r"Expected an image of 3 channels.*\(40, 56, 5\).*do_convert_rgb=False"),
         (np.zeros((40, 56, 2), np.uint8), r"Expected an image of 3 channels.*\(40, 56, 2\)"),
         (np.full((40, 56, 3), np.nan), "NaN"),
@@ -293,11 +293,11 @@ def test_images_of_any_shape_get_a_map_of_their_size(processor, model, height, w
 @pytest.mark.parametrize("height", [1, 3, 4])
 def test_low_images_are_not_taken_for_ones_with_the_channels_first(processor, height) -> None:
     if height == 3:  # both ends have three: the first one it is, as everywhere in transformers
-        assert processor(COLOUR[:3])["window_offsets"][0, 9:].tolist() == [56, 3]
-        assert processor(COLOUR[:3], input_data_format="channels_last")["window_offsets"][0, 9:].tolist() == [3, 56]
+        assert processor(COLOR[:3])["window_offsets"][0, 9:].tolist() == [56, 3]
+        assert processor(COLOR[:3], input_data_format="channels_last")["window_offsets"][0, 9:].tolist() == [3, 56]
         return
-    expected = processor(Image.fromarray(COLOUR[:height]))
-    got = processor(COLOUR[:height])
+    expected = processor(Image.fromarray(COLOR[:height]))
+    got = processor(COLOR[:height])
     assert torch.equal(got["pixel_values"], expected["pixel_values"])
     assert got["window_offsets"][0, 9:].tolist() == [height, 56]
 
@@ -308,13 +308,13 @@ def test_what_would_fill_the_memory_is_refused_before_it_does() -> None:
         processor(np.zeros((1, 5000, 3), np.uint8))
     for fields in ({"size": {"shortest_edge": 10**9}}, {"size": {"shortest_edge": 2**14}, "scales": [16.0]}):
         with pytest.raises(ValueError, match="pixels would become one of .*expected at most 1073741824 pixels"):
-            processor(COLOUR, **fields)
+            processor(COLOR, **fields)
     with pytest.raises(ValueError, match="windows, expected at most 1048576: raise `window_stride`"):
-        processor(COLOUR, size={"shortest_edge": 2000}, window_size=16, window_stride=1)
+        processor(COLOR, size={"shortest_edge": 2000}, window_size=16, window_stride=1)
 
 
 def test_mirrored_views_of_arrays_are_seen_as_they_are(processor) -> None:
-    for image in (COLOUR, COLOUR[:, :1], COLOUR[:1]):
+    for image in (COLOR, COLOR[:, :1], COLOR[:1]):
         for view in (image[:, ::-1], image[::-1], image[::-1, ::-1]):
             expected = processor(Image.fromarray(view.copy()))["pixel_values"]
             assert torch.equal(processor(view)["pixel_values"], expected)
@@ -322,8 +322,8 @@ def test_mirrored_views_of_arrays_are_seen_as_they_are(processor) -> None:
 
 
 def test_tensors_of_any_kind_are_seen_as_images(processor) -> None:
-    expected = processor(COLOUR)["pixel_values"]
-    floats = torch.from_numpy(COLOUR).permute(2, 0, 1).float()
+    expected = processor(COLOR)["pixel_values"]
+    floats = torch.from_numpy(COLOR).permute(2, 0, 1).float()
     for image in (floats.bfloat16().float(), floats.requires_grad_()):
         assert processor(image)["pixel_values"].shape == expected.shape
     assert torch.equal(processor(floats.detach().half())["pixel_values"], expected)
@@ -331,24 +331,24 @@ def test_tensors_of_any_kind_are_seen_as_images(processor) -> None:
 
 def test_every_depth_of_a_file_gives_the_map_of_its_rgb_form(processor, model, tmp_path) -> None:
     spread_weights(model)
-    grey, colour = Image.fromarray(GREY), Image.fromarray(COLOUR)
-    palette = colour.quantize(32)
-    transparent = colour.copy()
-    transparent.putalpha(grey)
+    gray, color = Image.fromarray(GRAY), Image.fromarray(COLOR)
+    palette = color.quantize(32)
+    transparent = color.copy()
+    transparent.putalpha(gray)
     pairs = {
-        "grey.png": (grey, grey.convert("RGB")),
+        "gray.png": (gray, gray.convert("RGB")),
         "palette.png": (palette, palette.convert("RGB")),
-        "transparent.png": (transparent, colour),
-        "grey16.png": (Image.fromarray(GREY.astype(np.uint16) * 257), grey.convert("RGB")),
-        "grey16.tif": (Image.fromarray(GREY.astype(np.uint16) * 257), grey.convert("RGB")),
-        "cmyk.tif": (colour.convert("CMYK"), colour.convert("CMYK").convert("RGB")),
-        "bits.png": (grey.convert("1"), grey.convert("1").convert("RGB")),
+        "transparent.png": (transparent, color),
+        "gray16.png": (Image.fromarray(GRAY.astype(np.uint16) * 257), gray.convert("RGB")),
+        "gray16.tif": (Image.fromarray(GRAY.astype(np.uint16) * 257), gray.convert("RGB")),
+        "cmyk.tif": (color.convert("CMYK"), color.convert("CMYK").convert("RGB")),
+        "bits.png": (gray.convert("1"), gray.convert("1").convert("RGB")),
     }
     for name, (image, _) in pairs.items():
         image.save(tmp_path / name)
-    rows = np.repeat(COLOUR, 2, axis=-1).astype(np.uint8)  # 65535 for 255
-    (tmp_path / "colour16.png").write_bytes(png(56, 40, 16, 2, b"".join(b"\0" + row.tobytes() for row in rows)))
-    pairs["colour16.png"] = (None, colour)
+    rows = np.repeat(COLOR, 2, axis=-1).astype(np.uint8)  # 65535 for 255
+    (tmp_path / "color16.png").write_bytes(png(56, 40, 16, 2, b"".join(b"\0" + row.tobytes() for row in rows)))
+    pairs["color16.png"] = (None, color)
     for name, (_, rgb) in pairs.items():
         (expected,), (got,) = (segment_images(model, processor, [image]) for image in (rgb, str(tmp_path / name)))
         assert torch.equal(got, expected), name
@@ -361,7 +361,7 @@ def test_files_are_upright_wherever_they_are_read(processor, model, orientation,
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if suffix == "webp" else {}
-    image = Image.fromarray(COLOUR)
+    image = Image.fromarray(COLOR)
     image.save(tmp_path / f"turned.{suffix}", exif=exif, **options)
     image.save(tmp_path / f"plain.{suffix}", **options)
     turned = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # numbers of PIL.Image.Transpose
@@ -380,16 +380,16 @@ def test_files_are_upright_wherever_they_are_read(processor, model, orientation,
 def test_an_orientation_that_is_none_leaves_the_image_as_it_is(value, tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
-    Image.fromarray(COLOUR).save(tmp_path / "picture.png", exif=exif)
-    assert np.array_equal(np.asarray(read_image(tmp_path / "picture.png")), COLOUR)
+    Image.fromarray(COLOR).save(tmp_path / "picture.png", exif=exif)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "picture.png")), COLOR)
 
 
 def test_the_first_image_of_several_is_read_whatever_the_file_is_called(tmp_path) -> None:
-    first, second = Image.fromarray(COLOUR), Image.fromarray(COLOUR[::-1].copy())
+    first, second = Image.fromarray(COLOR), Image.fromarray(COLOR[::-1].copy())
     for kind, name in (("PNG", "a.jpg"), ("TIFF", "b.png"), ("WEBP", "c")):
         options = {"lossless": True} if kind == "WEBP" else {}
         first.save(tmp_path / name, kind, save_all=True, append_images=[second], **options)
-        assert np.array_equal(np.asarray(read_image(tmp_path / name)), COLOUR), kind
+        assert np.array_equal(np.asarray(read_image(tmp_path / name)), COLOR), kind
     first.save(tmp_path / "d.gif", save_all=True, append_images=[second])
     shown = np.asarray(Image.open(tmp_path / "d.gif").convert("RGB"))
     assert np.array_equal(np.asarray(read_image(tmp_path / "d.gif").convert("RGB")), shown)
@@ -397,7 +397,7 @@ def test_the_first_image_of_several_is_read_whatever_the_file_is_called(tmp_path
 
 def test_the_limit_of_pixels_is_that_of_the_call_and_else_of_pillow(tmp_path, monkeypatch) -> None:
     path = tmp_path / "a.png"
-    Image.fromarray(COLOUR).save(path)
+    Image.fromarray(COLOR).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1119)
     with pytest.raises(ValueError, match="56 x 40 pixels are more than 2238"):
         read_image(path)
@@ -412,7 +412,7 @@ def test_the_limit_of_pixels_is_that_of_the_call_and_else_of_pillow(tmp_path, mo
 
 def test_the_overlay_of_16_bits_is_scaled_and_not_clipped(processor, model, tmp_path) -> None:
     overlays = {}
-    for name, image in {"deep": Image.fromarray(GREY.astype(np.uint16) * 257), "plain": Image.fromarray(GREY)}.items():
+    for name, image in {"deep": Image.fromarray(GRAY.astype(np.uint16) * 257), "plain": Image.fromarray(GRAY)}.items():
         image.save(tmp_path / f"{name}.png")
         predict_files(
             make_predictor(model, processor), [tmp_path / f"{name}.png"], tmp_path / "out", show_progress=False

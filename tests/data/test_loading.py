@@ -305,12 +305,12 @@ def test_a_float_mask_is_refused():
 
 
 def test_grey_images_become_rgb_and_deep_ones_keep_their_depth():
-    grey = image_array()[..., 0]
-    expected = np.repeat(grey[..., None], 3, axis=2)
-    assert np.array_equal(decode_example(example(mask_array(), grey))[0], expected)
-    deep = grey.astype(np.uint16) * 257  # is not cut: the image processor knows the range
+    gray = image_array()[..., 0]
+    expected = np.repeat(gray[..., None], 3, axis=2)
+    assert np.array_equal(decode_example(example(mask_array(), gray))[0], expected)
+    deep = gray.astype(np.uint16) * 257  # is not cut: the image processor knows the range
     assert np.array_equal(decode_example(example(mask_array(), deep))[0], expected.astype(np.uint16) * 257)
-    row = {"image": Image.fromarray(grey.astype(np.float32)), "annotation": Image.fromarray(mask_array())}
+    row = {"image": Image.fromarray(gray.astype(np.float32)), "annotation": Image.fromarray(mask_array())}
     with pytest.raises(ValueError, match="8 or 16 bits per channel, got floats"):
         decode_example(row)
 

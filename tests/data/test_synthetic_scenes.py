@@ -1,4 +1,4 @@
-"""The embedded street scenes: exact, repeatable, and not to be told apart by colour alone."""
+"""The embedded street scenes: exact, repeatable, and not to be told apart by color alone."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_people_and_signs_are_not_vanishingly_small(scenes) -> None:
     assert shares[[PERSON, SIGN]].min() > 0.01
 
 
-def test_colour_alone_does_not_tell_the_classes_apart(scenes) -> None:
+def test_color_alone_does_not_tell_the_classes_apart(scenes) -> None:
     counts = np.ones((8**3, NUM_LABELS))
 
     def bins(image: np.ndarray) -> np.ndarray:

@@ -73,19 +73,19 @@ class Arguments:
 def image_files() -> dict[str, bytes]:
     """Small images in every format, mode and kind of compression."""
     values = np.random.default_rng(0).integers(0, 256, (24, 33, 3), dtype=np.uint8)
-    colour = Image.fromarray(values)
+    color = Image.fromarray(values)
     exif = Image.Exif()
     exif[0x0112] = 6
-    pictures = {f"image.{suffix}": (colour, options) for suffix, options in IMAGES.items()}
+    pictures = {f"image.{suffix}": (color, options) for suffix, options in IMAGES.items()}
     pictures |= {
-        "turned.jpg": (colour, {"exif": exif}),
-        "turned.png": (colour, {"exif": exif}),
-        "cmyk.jpg": (colour.convert("CMYK"), {}),
-        "palette.png": (colour.quantize(16), {"transparency": 3}),
+        "turned.jpg": (color, {"exif": exif}),
+        "turned.png": (color, {"exif": exif}),
+        "cmyk.jpg": (color.convert("CMYK"), {}),
+        "palette.png": (color.quantize(16), {"transparency": 3}),
         "deep.png": (Image.fromarray(values[..., 0].astype(np.uint16) * 257), {}),
         "float.tif": (Image.fromarray(values[..., 0].astype(np.float32)), {}),
-        "lzw.tif": (colour, {"compression": "tiff_lzw"}),
-        "several.tif": (colour, {"save_all": True, "append_images": [colour]}),
+        "lzw.tif": (color, {"compression": "tiff_lzw"}),
+        "several.tif": (color, {"save_all": True, "append_images": [color]}),
     }
     files = {}
     for name, (picture, options) in pictures.items():

@@ -107,8 +107,8 @@ def test_facts_are_read_as_they_were_written(tmp_path, model, facts) -> None:
     facts = facts.with_results([{**RESULT, "per_category_iou": [0.5] * 3, "per_category_accuracy": [0.5] * 3}])
     write_model_card(tmp_path, model=model, facts=replace(facts, results=facts.results[:1]))
     assert read_card_facts(tmp_path) == replace(facts, results=facts.results[:1])
-    (tmp_path / "model_card.json").write_text('{"colour": "green"}')
-    with pytest.raises(ValueError, match="colour.*Delete the file"):
+    (tmp_path / "model_card.json").write_text('{"color": "green"}')
+    with pytest.raises(ValueError, match="color.*Delete the file"):
         read_card_facts(tmp_path)
 
 

@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 
 from segmenter_hf.data.decoding import decode_example
+from segmenter_hf.data.image_loading import load_image_dataset
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.inference import datasets as dataset_prediction
 from segmenter_hf.inference.dataset_files import OutputLayout, Row
-from segmenter_hf.inference.datasets import load_image_dataset, named_rows, predict_dataset
+from segmenter_hf.inference.datasets import named_rows, predict_dataset
 from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.utils import http
 

@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 
-from segmenter_hf.inference.datasets import load_image_dataset
-from segmenter_hf.inference.files import find_images
+from segmenter_hf.data.image_loading import find_images, load_image_dataset
 
 from ..data import formats
 

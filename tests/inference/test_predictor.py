@@ -9,13 +9,14 @@ from PIL import Image
 
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.data.decoding import decode_example
+from segmenter_hf.data.image_loading import find_images
 from segmenter_hf.data.label_sets import LABEL_SET_FILE, get_model_label_set, label_set_from_names, load_label_set
 from segmenter_hf.data.loading import load_segmentation_datasets
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation, per_class_table, save_results
 from segmenter_hf.evaluation.metrics import MeanIoU
 from segmenter_hf.inference import files as prediction
 from segmenter_hf.inference.attention import class_attention
-from segmenter_hf.inference.files import find_images, predict_files
+from segmenter_hf.inference.files import predict_files
 from segmenter_hf.inference.predictor import Predictor
 from segmenter_hf.inference.protocol import MULTI_SCALES, InferenceProtocol
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from segmenter_hf.data.image_loading import find_images
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.data.loading import load_segmentation_datasets
-from segmenter_hf.inference.files import find_images
 from segmenter_hf.inference.predictor import Predictor, Segmentation
 from segmenter_hf.inference.protocol import InferenceProtocol
 from segmenter_hf.models.image_io import IMAGE_SUFFIXES

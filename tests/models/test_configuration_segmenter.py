@@ -1,4 +1,4 @@
-"""Fields of the Segmenter configuration: defaults, validation, serialisation."""
+"""Fields of the Segmenter configuration: defaults, validation, serialization."""
 
 import pytest
 from transformers import AutoConfig

@@ -188,9 +188,9 @@ def test_rotary_positions_are_those_of_a_loop() -> None:
     rotated = rotate(states, cosines, sines)
     assert torch.equal(rotated[:2], states[:2])
     for index in range(rows * columns):
-        centre = (2 * (index // columns + 0.5) / rows - 1, 2 * (index % columns + 0.5) / columns - 1)
+        center = (2 * (index // columns + 0.5) / rows - 1, 2 * (index % columns + 0.5) / columns - 1)
         for half in range(head_dim // 2):
-            angle = torch.tensor(2 * torch.pi * centre[half // 4] / theta ** (half % 4 / 4))
+            angle = torch.tensor(2 * torch.pi * center[half // 4] / theta ** (half % 4 / 4))
             first, second = states[2 + index, half], states[2 + index, half + head_dim // 2]
             expected = first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()
             got = rotated[2 + index, half], rotated[2 + index, half + head_dim // 2]

@@ -69,7 +69,7 @@ def test_windows_scales_and_flips_are_described_in_order(processor) -> None:
     assert torch.equal(inputs["pixel_values"][first_flipped], inputs["pixel_values"][0].flip(-1))
 
 
-def test_pixels_are_resized_without_antialiasing_rounded_and_normalised(processor) -> None:
+def test_pixels_are_resized_without_antialiasing_rounded_and_normalized(processor) -> None:
     image = picture(64, 64)
     pixels = interpolate(torch.from_numpy(image).permute(2, 0, 1)[None].float(), size=(32, 32), mode="bilinear")
     expected = (pixels.round() / 255 - 0.5) / 0.5
@@ -111,7 +111,7 @@ def test_windows_made_one_at_a_time_are_those_of_the_whole(processor, size, fiel
         processor.lazy_windows(image, scales=[])
 
 
-def test_images_shorter_than_the_window_are_enlarged_after_normalisation(processor) -> None:
+def test_images_shorter_than_the_window_are_enlarged_after_normalization(processor) -> None:
     inputs = processor(picture(20, 50), do_resize=False)
     assert {(row.view_height, row.view_width) for row in windows_of(inputs)} == {(32, int(50 / 20 * 32))}
     small = torch.from_numpy(picture(20, 50)).permute(2, 0, 1)[None].float()
@@ -151,23 +151,23 @@ def test_training_crops_pass_whole_with_their_labels(processor) -> None:
 
 
 def as_rgb_and_as(mode: str) -> tuple[Image.Image, Image.Image]:
-    colour = Image.fromarray(picture(32, 40))
+    color = Image.fromarray(picture(32, 40))
     if mode == "palette":
-        return colour.quantize(64).convert("RGB"), colour.quantize(64)
+        return color.quantize(64).convert("RGB"), color.quantize(64)
     if mode == "transparent palette":
-        quantized = colour.quantize(64)
+        quantized = color.quantize(64)
         other = quantized.copy()
         other.info["transparency"] = bytes(range(0, 128, 2))
         return quantized.convert("RGB"), other
     if mode in ("I;16", "I"):
-        grey = np.asarray(colour.convert("L"))
-        wide = Image.fromarray(grey.astype(np.uint16) * 257)
-        return Image.fromarray(grey).convert("RGB"), wide if mode == "I;16" else wide.convert("I")
+        gray = np.asarray(color.convert("L"))
+        wide = Image.fromarray(gray.astype(np.uint16) * 257)
+        return Image.fromarray(gray).convert("RGB"), wide if mode == "I;16" else wide.convert("I")
     if mode == "RGBA":
-        other = colour.copy()
+        other = color.copy()
         other.putalpha(Image.fromarray(picture(32, 40, 1)[..., 0]))
-        return colour, other
-    return colour.convert(mode).convert("RGB"), colour.convert(mode)
+        return color, other
+    return color.convert(mode).convert("RGB"), color.convert(mode)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "LA", "RGBA", "CMYK", "palette", "transparent palette", "I;16", "I"])
@@ -188,8 +188,8 @@ def test_arrays_and_tensors_of_any_layout_are_seen_as_images(processor) -> None:
         image.astype(np.uint16) * 257,
     ):
         assert torch.equal(processor(other)["pixel_values"], expected)
-    grey = picture(32, 40, 1)[..., 0]
-    assert torch.equal(processor(grey)["pixel_values"], processor(Image.fromarray(grey))["pixel_values"])
+    gray = picture(32, 40, 1)[..., 0]
+    assert torch.equal(processor(gray)["pixel_values"], processor(Image.fromarray(gray))["pixel_values"])
     unit = processor(image.astype(np.float32) / 255, do_rescale=False)["pixel_values"]
     torch.testing.assert_close(unit, expected, rtol=0, atol=1e-2)  # floats are not rounded after the resize
 

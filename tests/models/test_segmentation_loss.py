@@ -115,7 +115,7 @@ def test_logits_may_have_any_spread(scale, label_smoothing) -> None:
     assert_equal(got, reference(logits, labels, label_smoothing=label_smoothing), 1e-4)
 
 
-def test_neighbours_may_contradict_each_other_by_any_spread() -> None:
+def test_neighbors_may_contradict_each_other_by_any_spread() -> None:
     """Between them no class is near the best one of either."""
     logits = torch.tensor([[1000.0, -1000.0, 1000.0], [-1000.0, 1000.0, -1000.0]])[None, :, None].requires_grad_()
     labels = torch.arange(15).view(1, 1, 15) % 2

@@ -1,4 +1,4 @@
-"""What the Segmenter models promise beyond the common tests: sizes, loss, precision, loading, initialisation."""
+"""What the Segmenter models promise beyond the common tests: sizes, loss, precision, loading, initialization."""
 
 from pathlib import Path
 
@@ -413,7 +413,7 @@ def test_an_encoder_loads_under_a_new_initialised_head(tmp_path: Path, decoder_t
     assert not info["mismatched_keys"]
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(model.segmenter.state_dict()[name], tensor), name
-    check_initialisation(model.decode_head)
+    check_initialization(model.decode_head)
 
 
 def test_a_model_loads_with_another_number_of_labels(tmp_path: Path) -> None:
@@ -432,10 +432,10 @@ def test_a_model_loads_with_another_number_of_labels(tmp_path: Path) -> None:
     assert torch.equal(loaded.decode_head.mask_norm.weight, torch.ones(150))
 
 
-# Initialisation
+# Initialization
 
 
-def check_initialisation(module: nn.Module, width: int = 64) -> None:
+def check_initialization(module: nn.Module, width: int = 64) -> None:
     """Norms are the identity, biases 0, the products of the mask decoder normal with width^-0.5, the rest with 0.02."""
     for name, parameter in module.named_parameters():
         if "norm" in name or name.endswith("bias"):
@@ -451,7 +451,7 @@ def check_initialisation(module: nn.Module, width: int = 64) -> None:
 
 @pytest.mark.parametrize("decoder_type", DECODER_TYPES)
 def test_new_weights_have_the_statistics_of_the_original(decoder_type: str) -> None:
-    check_initialisation(
+    check_initialization(
         SegmenterForSemanticSegmentation(
             tiny_config(decoder_type=decoder_type, hidden_size=64, num_labels=150, use_distillation_token=True)
         )

@@ -9,7 +9,6 @@ import torch
 from segmenter_hf import SegmenterModel
 from segmenter_hf.cli.train import parse_training_arguments
 from segmenter_hf.training.features import FEATURES_FOLDER, encoder_replaced_by
-from segmenter_hf.training.freezing import get_encoder
 from segmenter_hf.training.run import train_segmenter
 
 from ..run_training import TINY, words
@@ -80,7 +79,7 @@ def test_an_interrupted_run_repeats_the_same_features(tmp_path) -> None:
 def test_the_model_sees_the_features_in_place_of_its_encoder(fields) -> None:
     model, example = tiny_model(**fields).eval(), Crops()[0]
     pixel_values, labels = example["pixel_values"][None], example["labels"][None]
-    encoder = get_encoder(model)
+    encoder = model.base_model
     with torch.no_grad():
         expected = model(pixel_values=pixel_values, labels=labels)
         outputs = encoder(pixel_values)

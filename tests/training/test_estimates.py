@@ -33,7 +33,7 @@ def test_memory_grows_with_the_batch_by_what_a_crop_keeps() -> None:
     )  # norms, q, k, v, their product, the MLP's two wide ones; probabilities are not among them
 
 
-def test_setr_is_estimated_too_and_other_optimisers_are_refused() -> None:
+def test_setr_is_estimated_too_and_other_optimizers_are_refused() -> None:
     config = SetrConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=4, image_size=64, decoder_type="pup")
     assert estimate_training(config, 64, steps=1, per_device_batch_size=1).forward_flops > 0
     with pytest.raises(ValueError, match="must be one of"):

@@ -17,7 +17,6 @@ from segmenter_hf.training.arguments import SegmentationTrainingArguments
 from segmenter_hf.training.averaging import AVERAGE_FILE, WeightAverage
 from segmenter_hf.training.callbacks import StopEarly
 from segmenter_hf.training.datasets import build_augmentation
-from segmenter_hf.training.freezing import get_encoder
 from segmenter_hf.training.model_building import build_model_and_processor
 from segmenter_hf.training.optimization import decays, depth_from_top
 from segmenter_hf.training.run import train_segmenter
@@ -127,7 +126,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_has_no_dropout(tmp_path) -> None:
     model = tiny_model()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     seen = []
-    get_encoder(model).register_forward_hook(
+    model.base_model.register_forward_hook(
         lambda module, arguments, output: seen.append((module.training, output.last_hidden_state.requires_grad))
     )
     trainer = make_trainer(tmp_path, model, freeze_encoder=True, max_steps=3)
@@ -136,13 +135,13 @@ def test_a_frozen_encoder_stays_as_it_is_and_has_no_dropout(tmp_path) -> None:
     names = changed(model, before)
     assert names and all(name.startswith("decode_head.") for name in names)
     held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
-    assert not held & {id(parameter) for parameter in get_encoder(model).parameters()}
+    assert not held & {id(parameter) for parameter in model.base_model.parameters()}
 
 
 def test_an_encoder_is_trained_from_the_step_at_which_it_thaws(tmp_path) -> None:
     model, trained = tiny_model(), []
     trainer = make_trainer(tmp_path, model, freeze_encoder=True, unfreeze_at_step=2, max_steps=4, layer_decay=0.75)
-    encoder = get_encoder(model)
+    encoder = model.base_model
     encoder.register_forward_hook(
         lambda module, arguments, output: trained.append((module.training, output.last_hidden_state.requires_grad))
     )

@@ -1,4 +1,4 @@
-"""Trainer as it optimises, stops and saves: the losses of the original, whole checkpoints, and what ends a run."""
+"""Trainer as it optimizes, stops and saves: the losses of the original, whole checkpoints, and what ends a run."""
 
 import errno
 import gc
@@ -256,7 +256,7 @@ def test_what_feeds_a_run_finds_its_place_again(tmp_path, monkeypatch, kind) -> 
 
 
 def test_a_full_disk_stops_with_what_is_left_and_what_to_do(tmp_path) -> None:
-    limit = 2**17  # bytes that a file may have; the weights are smaller, the optimiser's state is larger
+    limit = 2**17  # bytes that a file may have; the weights are smaller, the optimizer's state is larger
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

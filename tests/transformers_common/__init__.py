@@ -69,7 +69,7 @@ def replace_module(name: str, **attributes: object) -> None:
 
 
 def drawn_picture(url: str) -> Image.Image:
-    """Stands for a photograph of the Hub: colour gradients with seeded noise."""
+    """Stands for a photograph of the Hub: color gradients with seeded noise."""
     rows, columns = np.mgrid[:480, :640]
     gradients = np.stack([rows / 2, columns / 3, (rows + columns) / 5], axis=-1)
     noise = np.random.default_rng(0).uniform(-8, 8, gradients.shape)

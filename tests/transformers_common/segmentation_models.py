@@ -114,7 +114,7 @@ class SegmentationModelTestMixin(ModelTesterMixin, TrainingTesterMixin):
         return self.all_model_classes[-1]
 
     def _create_text_training_batch(self, batch_size: int, **kwargs: object) -> dict[str, torch.Tensor]:
-        """Labels at the four pixels in the middle of each patch; upsampling mixes in neighbours at the others."""
+        """Labels at the four pixels in the middle of each patch; upsampling mixes in neighbors at the others."""
         height, width = self.model_tester.image_size
         patch_size = self.model_tester.patch_size
         classes = torch.randint(self.model_tester.num_labels, (batch_size, height // patch_size, width // patch_size))

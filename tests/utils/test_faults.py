@@ -21,7 +21,7 @@ from PIL import Image
 
 from segmenter_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.cli.errors import TRACEBACK_VARIABLE, cli_main
-from segmenter_hf.inference.files import find_images
+from segmenter_hf.data.image_loading import find_images
 from segmenter_hf.utils.atomic_files import atomic_directory, write_text
 
 from ..hub_server import TOKEN, Handler, running_hub

@@ -5,8 +5,8 @@
     segmenter-hf models
 
 `--model` downloads one of the published models that `segmenter-hf models` lists. Files of rstrudel/segmenter (with variant.yml beside
-them), mmsegmentation, its DeiT reproduction and PaddleViT become models; AugReg, timm, DeiT and Hugging Face ViTs become
-encoders to train from.
+them), mmsegmentation, its DeiT reproduction, PaddleViT, SETR's authors and DINOv2's heads become models; AugReg, timm, DeiT and Hugging
+Face ViTs become encoders to train from.
 """
 
 import logging
@@ -56,7 +56,7 @@ class ConversionArguments:
     label_set: str | None = field(
         default=None,
         metadata={
-            "help": "Names of the classes, such as ade20k, or a JSON file with them; those of the dataset for --model."
+            "help": "Names of the classes, such as ade20k, or a file with them (JSON, text, CSV); those of the dataset for --model."
         },
     )
     model_type: str | None = field(
@@ -66,7 +66,7 @@ class ConversionArguments:
         default=None, metadata={"help": "Side in pixels to which the position embeddings are resized."}
     )
     num_channels: int | None = field(
-        default=None, metadata={"help": "Channels of the images, to which the patch embedding is inflated."}
+        default=None, metadata={"help": "Channels of the images, to which the patch embedding is adapted."}
     )
     verify: bool = field(default=False, metadata={"help": "Load the result and compare it with the source."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is already in output_dir."})
@@ -145,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Wrote {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
     print(f"{architecture} from {config.provenance['source']}, sha256 {config.provenance['sha256']}")
     if published is not None:
-        print(f"mIoU published, not measured: {published_scores(published)} ({published.reported_in})")
+        scores = ", ".join(f"{score:.2f} % {protocol}" for protocol, score in published.scores.items()) or "none"
+        print(f"mIoU published, not measured: {scores} ({published.reported_in})")
     if architecture.endswith("ForSemanticSegmentation"):
         print(f"{config.num_labels} classes: {', '.join(map(one_line, list(config.id2label.values())[:5]))}, ...")
         call = f"pipeline('image-segmentation', '{output_dir}')('image.jpg')"
@@ -154,10 +155,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"Next: train from it, with AutoModelForSemanticSegmentation.from_pretrained('{output_dir}', num_labels=...)"
         )
-
-
-def published_scores(model: PublishedModel) -> str:
-    """The published mIoU in words, in percent."""
-    protocols = {"single scale": model.miou_single_scale, "multi-scale + flip": model.miou_multi_scale_flip}
-    scores = [f"{score:.2f} % {name}" for name, score in protocols.items() if score is not None]
-    return ", ".join(scores) or "none"

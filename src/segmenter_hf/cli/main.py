@@ -16,7 +16,7 @@ SUBCOMMANDS = {
     "predict": "segment images, or label a whole dataset",
     "convert": "convert a checkpoint of another system",
     "publish": "push a model with its card to the Hub",
-    "export": "write a model as ONNX",
+    "export": "write a model as ONNX or for OpenVINO",
     "demo": "serve a web page that segments images",
     "models": "list the published models and how to get them",
     "estimate": "estimate memory and time of a training",

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..data.image_loading import load_image_dataset
 from ..inference.dataset_files import OutputLayout
-from ..inference.datasets import load_image_dataset, predict_dataset
+from ..inference.datasets import predict_dataset
 from ..inference.files import SAMPLE_IMAGE, predict_files
 from ..inference.protocol import MAX_IMAGE_PIXELS
 from ..inference.pseudo_labels import ConfidenceRule

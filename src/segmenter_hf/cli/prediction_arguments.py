@@ -18,7 +18,9 @@ class PredictionArguments:
     model_name_or_path: str = field(metadata={"help": "Directory or Hub name of the model."})
     label_set: str | None = field(
         default=None,
-        metadata={"help": "Name or JSON file: names, colors, and how stored labels map to the model's classes."},
+        metadata={
+            "help": "Name or file (JSON, text, CSV): names, colors, and how stored labels map to the model's classes."
+        },
     )
     multi_scale_flip: bool = field(default=False, metadata={"help": "Average over six scales, each also mirrored."})
     scales: list[float] | None = field(default=None, metadata={"help": "Average over these scales instead."})

@@ -79,7 +79,8 @@ class EvaluationArguments(EvaluationDataArguments):
         default=None, metadata={"help": "Hub name, folder or scenes: measure the mIoU on it."}
     )
     label_set: str | None = field(
-        default=None, metadata={"help": "Name or JSON file; says how stored labels map to the model's classes."}
+        default=None,
+        metadata={"help": "Name or file (JSON, text, CSV); says how stored labels map to the model's classes."},
     )
     multi_scale_flip: bool = field(default=False, metadata={"help": "Measure multi-scale + flip too."})
     window_batch_size: int = field(default=8, metadata={"help": "Windows at once through the network."})

@@ -98,8 +98,8 @@ def adapt_input_conv(conversion: Conversion, weights: dict[str, Weight], num_cha
     name = next(name for name in weights if name.endswith(PATCHES))
     kernel, old = weights[name].tensor.float(), conversion.config["num_channels"]
     order = [channel % old for channel in range(num_channels)]
-    inflated = kernel.sum(1, keepdim=True) if num_channels == 1 else kernel[:, order] * (old / num_channels)
-    weights[name] = weights[name]._replace(tensor=inflated)
+    adapted = kernel.sum(1, keepdim=True) if num_channels == 1 else kernel[:, order] * (old / num_channels)
+    weights[name] = weights[name]._replace(tensor=adapted)
     processor: dict[str, Any] = {**conversion.processor, "do_convert_rgb": num_channels == 3}
     for statistic in ("image_mean", "image_std"):
         values = list(processor[statistic])

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.label_sets import LABEL_SET_FILE, LabelSet, label_set_from_names, list_label_sets, load_label_set
+from ..inference.model_files import MODEL_FILES, check_replaceable
 from ..models.image_processing_segmenter import SegmenterImageProcessor
-from ..utils.atomic_files import MODEL_FILES, atomic_directory, check_replaceable
+from ..utils.atomic_files import atomic_directory
 from ..utils.folders import lies_within
 from ..utils.messages import one_line
 from . import dinov2_heads, mmsegmentation, paddlevit, rstrudel, setr, vit_checkpoints
@@ -90,7 +91,7 @@ def convert_checkpoint(
             the checkpoint for rstrudel/segmenter, `..._config.py` for a head of DINOv2.
         encoder_path (`str` or `os.PathLike`, *optional*): The encoder of a checkpoint that is a head alone.
         source_format (`str`, defaults to `"auto"`): One of `SOURCE_FORMATS`, or `"auto"` to tell by the keys.
-        label_set (`str`, *optional*): Name of a label set, or path of a JSON file with one. By default the checkpoint
+        label_set (`str`, *optional*): Name of a label set, or path of a file with one. By default the checkpoint
             and the name of its dataset say what the classes are called.
         image_size (`int`, *optional*): Side in pixels of the grid to which the position embeddings are resized.
         num_channels (`int`, *optional*): Channels of the images, to which the patch embedding is adapted.
@@ -281,7 +282,7 @@ def resolve_labels(conversion: Conversion, label_set: LabelSet | None) -> LabelS
     if len(names) != count:
         raise ValueError(
             f"Expected the names of {count} classes, as many as the checkpoint has, got {len(names)}: {list(names)[:3]}... "
-            "Give a fitting label_set: a name, or a JSON file with a list of names."
+            "Give a fitting label_set: a name, or a file with a list of names."
         )
     label_set = label_set or next(
         (known for known in map(load_label_set, list_label_sets()) if known.labels == names), None

@@ -1,4 +1,4 @@
-"""Heads that facebookresearch/dinov2 publishes for its frozen encoders: batch normalisation and a linear layer.
+"""Heads that facebookresearch/dinov2 publishes for its frozen encoders: batch normalization and a linear layer.
 
 Such a head is a file beside the encoder's, and says of itself only its weights: the layers that it sees and the windows stand in
 a configuration of mmsegmentation 0.x, which is read as text and never run.
@@ -38,7 +38,7 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
         config_path (`Path`, *optional*): The configuration; by default the one beside the head.
 
     Returns:
-        `Conversion`: A Segmenter with the linear decoder, centred padding and the windows of the configuration.
+        `Conversion`: A Segmenter with the linear decoder, centered padding and the windows of the configuration.
 
     Raises:
         ValueError: If the encoder or the configuration is missing, or they do not fit together.

@@ -118,7 +118,7 @@ def encoder_config(backbone: dict[str, Any], state_dict: dict[str, Any], path: P
 def processor_config(config: dict[str, Any], where: str, is_deit: bool) -> dict[str, Any]:
     """Arguments of the image processor, from the test pipeline of mmsegmentation 0.x or 1.x.
 
-    Where the text has no normalisation it is that of the pretrained encoder; where it has no resize, the short side is
+    Where the text has no normalization it is that of the pretrained encoder; where it has no resize, the short side is
     the window and the long side at most 4 times that, as for ADE20K.
     """
     sequence = (list, tuple)

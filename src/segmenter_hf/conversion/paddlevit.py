@@ -15,7 +15,6 @@ from .state_dicts import (
     count_layers,
     get_tensor,
     infer_num_heads,
-    qkv,
     square_image_size,
     timm_layers,
 )
@@ -28,16 +27,9 @@ LABEL_SETS = {
 }
 
 
-def layer_renames(source: str, target: str) -> list[Rename]:
+def vit_layers(source: str, target: str) -> list[Rename]:
     """Table of the layers of PaddleViT's ViT; `source` is a regular expression."""
-    source, target = source + r"\.(\d+)\.", target + r".\1."
-    return [
-        Rename(source + r"attn_norm\.(weight|bias)", target + r"layernorm_before.\2"),
-        Rename(source + r"attn\.qkv\.(weight|bias)", qkv(target + r"attention.{}_proj.\2")),
-        Rename(source + r"attn\.out\.(weight|bias)", target + r"attention.o_proj.\2"),
-        Rename(source + r"mlp_norm\.(weight|bias)", target + r"layernorm_after.\2"),
-        Rename(source + r"mlp\.(fc1|fc2)\.(weight|bias)", target + r"mlp.\2.\3"),
-    ]
+    return timm_layers(source, target, norms=("attn_norm", "mlp_norm"), out="out")
 
 
 VIT = r"encoder\.transformer\.embeddings"
@@ -45,7 +37,7 @@ RENAMES = [
     Rename(VIT + r"\.cls_token", "segmenter.embeddings.cls_token"),
     Rename(VIT + r"\.position_embeddings", "segmenter.embeddings.position_embeddings"),
     Rename(VIT + r"\.patch_embeddings\.(weight|bias)", r"segmenter.embeddings.patch_embeddings.projection.\1"),
-    *layer_renames(r"encoder\.transformer\.encoder\.layers", "segmenter.layers"),
+    *vit_layers(r"encoder\.transformer\.encoder\.layers", "segmenter.layers"),
     Rename(r"encoder\.class_token", "segmenter.embeddings.cls_token"),
     Rename(r"encoder\.distill_token", "segmenter.embeddings.distillation_token"),
     Rename(r"encoder\.pos_embed", "segmenter.embeddings.position_embeddings"),
@@ -55,7 +47,7 @@ RENAMES = [
     Rename(r"decoder\.head\.(weight|bias)", r"decode_head.classifier.\1"),
     Rename(r"decoder\.mask_tokens", "decode_head.class_embeddings"),
     Rename(r"decoder\.proj_decoder\.(weight|bias)", r"decode_head.projection.\1"),
-    *layer_renames(r"decoder\.layers", "decode_head.layers"),
+    *vit_layers(r"decoder\.layers", "decode_head.layers"),
     Rename(r"decoder\.decoder_norm\.(weight|bias)", r"decode_head.layernorm.\1"),
     Rename(r"decoder\.proj_patch\.weight", "decode_head.patch_projection.weight"),
     Rename(r"decoder\.proj_class\.weight", "decode_head.class_projection.weight"),
@@ -73,7 +65,7 @@ def convert(checkpoint: Checkpoint, config_path: Path | None) -> Conversion:
 
     Args:
         checkpoint (`Checkpoint`): The weights.
-        config_path (`Path`, *optional*): The YAML of the training run. It knows the dataset, the normalisation, the
+        config_path (`Path`, *optional*): The YAML of the training run. It knows the dataset, the normalization, the
             windows and the heads, which otherwise are those that PaddleViT has for an encoder and a crop of this size.
 
     Returns:

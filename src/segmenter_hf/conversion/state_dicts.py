@@ -69,19 +69,23 @@ def qkv(target: str) -> tuple[str, ...]:
     return tuple(target.replace("{}", letter) for letter in "qkv")
 
 
-def timm_layers(source: str, target: str) -> list[Rename]:
+def timm_layers(
+    source: str, target: str, norms: tuple[str, str] = ("norm1", "norm2"), out: str = "proj"
+) -> list[Rename]:
     """Table of the layers of timm's ViT, whose names rstrudel/segmenter, DeiT and PaddleViT's DeiT share.
 
     Args:
         source (`str`): Regular expression of the list of layers, as in `r"encoder\\.blocks"`.
         target (`str`): The new name of the list.
+        norms (`tuple[str, str]`): Names of the LayerNorms before attention and MLP, where they are others.
+        out (`str`): Name of the output projection of the attention.
     """
     source, target = source + r"\.(\d+)\.", target + r".\1."
     return [
-        Rename(source + r"norm1\.(weight|bias)", target + r"layernorm_before.\2"),
+        Rename(source + rf"{norms[0]}\.(weight|bias)", target + r"layernorm_before.\2"),
         Rename(source + r"attn\.qkv\.(weight|bias)", qkv(target + r"attention.{}_proj.\2")),
-        Rename(source + r"attn\.proj\.(weight|bias)", target + r"attention.o_proj.\2"),
-        Rename(source + r"norm2\.(weight|bias)", target + r"layernorm_after.\2"),
+        Rename(source + rf"attn\.{out}\.(weight|bias)", target + r"attention.o_proj.\2"),
+        Rename(source + rf"{norms[1]}\.(weight|bias)", target + r"layernorm_after.\2"),
         Rename(source + r"mlp\.(fc1|fc2)\.(weight|bias)", target + r"mlp.\2.\3"),
     ]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 
-from ..models.resampling import linear_taps
+from ..models.resampling import linear_taps, resized_size
 
 
 CropBox = tuple[int, int, int, int]  # top, left, height, width, in pixels
@@ -40,7 +40,7 @@ class SegmentationAugmentation:
             at random.
         ignore_index (`int`, defaults to 255): Label of pixels without a class, and of the padding.
         pad_value (`int` or `tuple[int, ...]`, defaults to 127): Color of the padding on the right and at the bottom.
-            The original pads with 0 after the normalisation, which is the mean color before it: give
+            The original pads with 0 after the normalization, which is the mean color before it: give
             `255 * image_mean`, rounded. The default fits a mean of 0.5 (127.5).
         vertical_flip_probability (`float`, defaults to 0.0): Probability of a flip from top to bottom, for images
             without an up, such as those from above or of tissue.
@@ -143,10 +143,7 @@ def rescaled_size(image_size: tuple[int, int], size: int, max_ratio: float, rati
     Returns:
         `tuple[int, int]`: new height and width, the aspect ratio kept up to rounding (half up), each at least 1.
     """
-    long_side, short_side = int(int(max_ratio * size) * ratio), int(size * ratio)
-    scale = min(long_side / max(image_size), short_side / min(image_size))
-    height, width = (max(int(side * scale + 0.5), 1) for side in image_size)
-    return height, width
+    return resized_size(*image_size, int(size * ratio), int(int(max_ratio * size) * ratio))
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], window: CropBox | None = None) -> np.ndarray:
@@ -174,7 +171,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int], window: CropBox | Non
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int], window: CropBox | None = None) -> np.ndarray:
-    """Resize a mask to the nearest label (pixel centres aligned, as PIL), and return a window of the result.
+    """Resize a mask to the nearest label (pixel centers aligned, as PIL), and return a window of the result.
 
     Args:
         mask (`np.ndarray` of shape `(height, width)`): Labels of any dtype.

@@ -34,7 +34,7 @@ def decode_example(
 
     Args:
         example (`dict`):
-            A row with `image` and `annotation`, each encoded (`{"bytes", "path"}`) or a PIL image. Masks may be grey in 1,
+            A row with `image` and `annotation`, each encoded (`{"bytes", "path"}`) or a PIL image. Masks may be gray in 1,
             8, 16 or 32 bits, palette images (the index counts), or RGB with three equal channels; with the `color_masks` of
             a label set, images of its colors in any mode.
         label_set (`LabelSet`, *optional*):

@@ -15,6 +15,12 @@ logger = logging.getLogger(__name__)
 NUM_SHOWN = 5
 UNREAD_SUFFIXES = (".arw", ".avif", ".cr2", ".dng", ".heic", ".heif", ".jxl", ".nef", ".tga")
 
+SPLIT_ALIASES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+
 # A file, or what `described_masks.describe` makes of an annotation.
 Mask = Path | dict[str, Any]
 

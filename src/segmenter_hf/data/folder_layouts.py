@@ -47,6 +47,7 @@ from .annotation_files import coco_split, labelme_split
 from .encoded_images import RowImage
 from .folder_files import (
     NUM_SHOWN,
+    SPLIT_ALIASES,
     FolderSplit,
     Mask,
     check_existence,
@@ -66,11 +67,6 @@ TRAIN_IDS_ENDING = "_labelTrainIds.png"  # so Cityscapes names masks that hold c
 ROWS_AT_ONCE = 8  # of a parquet file, unpacked
 READ_AT_ONCE = 2**20  # bytes of a parquet file, as they are
 
-_SPLIT_ALIASES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
 _IMAGE_FOLDERS = ("images", "imgs", "image", "img")
 _MASK_FOLDERS = ("masks", "annotations", "labels", "mask", "annotation", "label", "gt")
 # What follows the name of a split in the name of the folder of its masks, in capitals or not.
@@ -139,7 +135,7 @@ def load_folder(
             not exist or lies outside of the folder.
     """
     columns = (image_column or "image", label_column or "annotation")
-    names = {split: _SPLIT_ALIASES.get(split, (split,)) for split in (*_SPLIT_ALIASES, *splits)}
+    names = {split: SPLIT_ALIASES.get(split, (split,)) for split in (*SPLIT_ALIASES, *splits)}
     root, found = _find_layout(root, names, columns, dataset_config)
     warn_of_unread_images(root)
     loaded, notes = {}, {}
@@ -188,7 +184,7 @@ def _find_layout(
 
 def split_images(root: Path, split: str, dataset_config: str | None = None) -> dict[str, Path]:
     """The images of a split of a folder of images and masks by name; none where the folder has none of the layouts."""
-    names = {split: _SPLIT_ALIASES.get(split, (split,))}
+    names = {split: SPLIT_ALIASES.get(split, (split,))}
     found = _find_splits(root, names, ("image", "annotation"), dataset_config).get(split)
     if not isinstance(found, FolderSplit) or not found.masks:
         return {}
@@ -426,7 +422,7 @@ def _voc_list(folder: Path, name: str) -> Path | None:
     if file.is_file():
         return file
     files = list(folder.glob("[!.]*.txt")) if name == "train" else []
-    known = {alias for aliases in _SPLIT_ALIASES.values() for alias in aliases}
+    known = {alias for aliases in SPLIT_ALIASES.values() for alias in aliases}
     return files[0] if len(files) == 1 and files[0].stem not in known else None
 
 

@@ -6,10 +6,10 @@ import datasets
 
 from ..utils.json_files import read_json
 from ..utils.messages import one_line
-from .folder_files import check_existence, path_inside
+from .folder_files import SPLIT_ALIASES, check_existence, path_inside
 
 
-_SPLITS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
+_SPLITS = {alias: split for split, aliases in SPLIT_ALIASES.items() for alias in aliases if alias != split}
 
 
 def is_saved_dataset(root: Path) -> bool:

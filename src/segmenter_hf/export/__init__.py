@@ -1,1 +1,1 @@
-"""Exported models: ONNX."""
+"""Exported models: ONNX and OpenVINO."""

@@ -13,12 +13,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.label_sets import LABEL_SET_FILE, LabelSet
-from ..inference.model_files import RECIPE_FILE
+from ..inference.model_files import RECIPE_FILE, check_replaceable
 from ..inference.model_loading import load_model
 from ..inference.runtimes import EXPORT_FIELD
 from ..models.image_processing_segmenter import AnyImageProcessor
 from ..models.sliding_window import merge_windows
-from ..utils.atomic_files import atomic_directory, check_replaceable, write_json
+from ..utils.atomic_files import atomic_directory, write_json
 from ..utils.versions import require_version
 from .dtypes import (
     DEFAULT_DTYPES,

@@ -129,7 +129,7 @@ def read_image(path: Path, settings: dict[str, Any]) -> np.ndarray:
 
 
 def prepare(values: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
-    """Resize and normalise pixels: float32 (height, width, channels), no side shorter than a window."""
+    """Resize and normalize pixels: float32 (height, width, channels), no side shorter than a window."""
     if settings["resample"] != Image.Resampling.BILINEAR:
         raise SystemExit("error: this example resizes bilinearly, preprocessor_config.json asks for something else.")
     height, width = values.shape[:2]

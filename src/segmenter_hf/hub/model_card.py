@@ -25,7 +25,6 @@ FACTS_FILE = "model_card.json"  # beside a model: what its card says and the mod
 SAMPLE_IMAGE = "sample.png"
 EVAL_RESULTS_FILE = ".eval_results/semantic_segmentation.yaml"
 
-# Names on the Hub of the datasets that published models were trained on, where one is known.
 # What the name of a folder of a dataset has in it, where that is not the name of its label set.
 _CONTEXT_WORDS = ("context", "voc2010")
 DATASET_WORDS = {
@@ -34,8 +33,9 @@ DATASET_WORDS = {
     "pascal_context_60": _CONTEXT_WORDS,
     "pascal_voc": ("voc",),
 }
+# Names on the Hub of the datasets that published models were trained on, where one is known.
 HUB_DATASETS = {"ade20k": "zhoubolei/scene_parse_150", "cityscapes": "Chris1/cityscapes_segmentation"}
-# The licence files of these repositories; that of other sources is not known.
+# The license files of these repositories; that of other sources is not known.
 SOURCE_LICENSES = {
     "rstrudel/segmenter": "mit",
     "open-mmlab/mmsegmentation": "apache-2.0",
@@ -86,7 +86,7 @@ class CardFacts:
         datasets (`tuple[str, ...]`): Names on the Hub of the datasets it was trained on.
         base_model (`str`, *optional*): Name on the Hub of the model that training started from.
         published_model (`str`, *optional*): The model of `published_models.json` whose weights these are.
-        license (`str`, *optional*): Licence of the weights, as the Hub names it; it is not stated by default.
+        license (`str`, *optional*): License of the weights, as the Hub names it; it is not stated by default.
         speed (`dict[str, Any]`): What a recorded run measured, name by name.
         picture (`str`, *optional*): File name of the image of predictions beside the model.
 
@@ -280,7 +280,7 @@ def results_table(results: Sequence[dict[str, Any]], published: PublishedModel |
     """Markdown table with a row for each split and protocol, in percent; what was not measured is empty."""
     rows = {}
     if published is not None:
-        for protocol, score in _published_scores(published).items():
+        for protocol, score in published.scores.items():
             rows[published.dataset, "validation", protocol] = {"published": f"{score:.2f}"}
     for result in results:
         dataset, split, protocol = _result_key(result)
@@ -329,17 +329,6 @@ def result_title(result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _published_scores(published: PublishedModel | None) -> dict[str, float]:
-    """mIoU in percent by protocol, of those that the source reports."""
-    if published is None:
-        return {}
-    scores = {
-        "single scale": published.miou_single_scale,
-        "multi-scale + flip": published.miou_multi_scale_flip,
-    }
-    return {protocol: score for protocol, score in scores.items() if score is not None}
-
-
 def _repository(published: PublishedModel) -> str:
     """`owner/name` on GitHub of the source, which a remark may follow."""
     return published.source.split()[0]
@@ -378,7 +367,7 @@ def _model_index(results: Sequence[dict[str, Any]], published: PublishedModel | 
                 source_name=published.source,
                 source_url=f"https://github.com/{_repository(published)}",
             )
-            for protocol, score in _published_scores(published).items()
+            for protocol, score in published.scores.items()
         ]
     return [
         EvalResult(
@@ -400,7 +389,7 @@ def eval_result_entries(
     """The mIoU, a share of 1, on datasets of the Hub: published and measured, each with where it comes from."""
     entries = []
     if published is not None and published.dataset in HUB_DATASETS:
-        for protocol, score in _published_scores(published).items():
+        for protocol, score in published.scores.items():
             entries.append(
                 EvalResultEntry(
                     dataset_id=HUB_DATASETS[published.dataset],

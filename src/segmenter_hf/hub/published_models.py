@@ -53,6 +53,12 @@ class PublishedModel:
     device: str | None = None
     note: str | None = None
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """mIoU in percent by protocol, of those that the source reports."""
+        scores = {"single scale": self.miou_single_scale, "multi-scale + flip": self.miou_multi_scale_flip}
+        return {protocol: score for protocol, score in scores.items() if score is not None}
+
 
 @cache
 def load_published_models() -> dict[str, PublishedModel]:

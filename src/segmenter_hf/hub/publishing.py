@@ -18,11 +18,12 @@ from ..data.label_resolution import fit_changed_to_masks
 from ..data.label_sets import LABEL_SET_FILE, LabelSet, get_model_label_set, list_label_sets, load_label_set
 from ..data.loading import limited_split, load_segmentation_datasets, load_split
 from ..evaluation.evaluate import EvaluationDataset, evaluate_segmentation, save_prediction_grid
+from ..inference.model_files import MODEL_FILES, check_replaceable
 from ..inference.model_loading import load_model_and_processor
 from ..inference.predictor import Predictor
 from ..inference.protocol import InferenceProtocol
 from ..models.image_processing_segmenter import AnyImageProcessor
-from ..utils.atomic_files import MODEL_FILES, atomic_directory, check_replaceable
+from ..utils.atomic_files import atomic_directory
 from ..utils.folders import lies_within
 from ..utils.json_files import check_types, read_json_object
 from .model_card import SAMPLE_IMAGE, CardFacts, check_result, read_card_facts, recorded_result, write_model_card
@@ -178,7 +179,7 @@ def measure(
     Args:
         checkpoint_dir (`str` or `Path`): The directory of the model.
         dataset_name (`str`), split (`str`), data_arguments (`Any`): The data: see `load_split`.
-        label_set (`str`, *optional*): Name or JSON file of a label set; by default the one that belongs to the model.
+        label_set (`str`, *optional*): Name or file of a label set; by default the one that belongs to the model.
         protocols (`Sequence[InferenceProtocol]`, defaults to single scale): The protocols.
         device (`str`, *optional*): Where the model goes; by default a GPU where there is one.
         label_changes (`Mapping`, *optional*): Fields of the label set that are otherwise, such as `ignore_index`.

@@ -41,7 +41,7 @@ def attention_rows(
 
     Args:
         model (`PreTrainedModel`): A semantic segmentation model of this package, in evaluation mode.
-        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images.
+        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalized images.
         queries (`Sequence[int]`, *optional*): The tokens that attend; all by default. In the encoder the class token and, for
             DeiT, the distillation token come first, then the register tokens and then the patches, row by row; in the
             decoder the patches come first and then the classes.
@@ -236,7 +236,7 @@ def attention_image(
 
 
 def central_pixel(mask: np.ndarray) -> tuple[int, int]:
-    """The pixel `(x, y)` of a non-empty boolean mask (height, width) that is nearest to its centre of mass."""
+    """The pixel `(x, y)` of a non-empty boolean mask (height, width) that is nearest to its center of mass."""
     y, x = np.nonzero(mask)
     nearest = np.argmin((y - y.mean()) ** 2 + (x - x.mean()) ** 2)
     return int(x[nearest]), int(y[nearest])

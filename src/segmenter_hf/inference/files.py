@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.folder_files import image_files, warn_of_unread_images
+from ..data.image_loading import find_images
 from ..data.label_sets import LabelSet
-from ..models.image_io import IMAGE_SUFFIXES, read_channels
+from ..models.image_io import read_channels
 from ..utils.atomic_files import atomic_write
 from .attention import attention_image, torch_model
 from .predictor import Predictor, Segmentation
@@ -25,41 +25,6 @@ from .visualization import as_rgb, label_map_image, overlay, preview, with_legen
 SAMPLE_IMAGE = Path(__file__).parent / "sample.jpg"  # a drawn street scene, for whoever has no image yet
 MAX_NAME_BYTES = 255  # of a file, on nearly all file systems
 MAX_OVERLAY_SIDE = 4096  # pixels; larger images are reduced before they are painted
-
-
-def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
-    """The images among files and below folders, by the name that their results get.
-
-    Args:
-        paths (`Sequence` of `str` or `Path`): Image files, which may have any suffix, and folders of images.
-            Hidden files and hidden folders in them are left out.
-
-    Returns:
-        `dict[str, Path]`: The file of each name. A name is the path below its folder without the suffix, and is made
-        unique with a number where two files share it.
-
-    Raises:
-        FileNotFoundError: If a path does not exist or a folder holds no image.
-    """
-    found: dict[str, Path] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = image_files(path)
-            warn_of_unread_images(path)
-            names = [file.relative_to(path).with_suffix("") for file in files]
-        else:
-            files, names = [path] if path.is_file() else [], [Path(path.stem)]
-        if not files:
-            raise FileNotFoundError(
-                f"{path}: no image there. Expected an image, or a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files."
-            )
-        for file, name in zip(files, names):
-            unique, number = name.as_posix(), 1
-            while unique in found:
-                number += 1
-                unique = f"{name.as_posix()}-{number}"
-            found[unique] = file
-    return found
 
 
 def plan_results(images: Mapping[str, Path], output_dir: Path, endings: Sequence[str]) -> dict[str, list[Path]]:
@@ -309,4 +274,4 @@ def save_results(
             shown.save(temporary)
 
 
-__all__ = ["SAMPLE_IMAGE", "find_images", "predict_files"]
+__all__ = ["SAMPLE_IMAGE", "predict_files"]

@@ -1,6 +1,8 @@
-"""The files of a model before they are read: regular ones of a size that fits."""
+"""The files of a model: which ones there are, and before they are read: regular ones of a size that fits."""
 
 import hashlib
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -21,6 +23,22 @@ RECIPE_FILE = "recipe.json"  # beside a model: the arguments that it was trained
 SPARE_WEIGHTS = 2**28  # of heads that a file lacks; weights that are missing are named one by one later
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 REMEDY = "Download or save it again, or convert the checkpoint with `convert_checkpoint`."
+MODEL_TYPES = ("segmenter", "setr")
+# What the directory of a saved or published model holds.
+MODEL_FILES = (
+    *("README.md", "config.json", "label_set.json", "model_card.json", "preprocessor_config.json"),
+    *("model*.safetensors", "model.safetensors.index.json", "sample.png", "predictions.png", ".eval_results"),
+    *(
+        "configuration_*.py",
+        "handler.py",
+        "modeling_*.py",
+        "image_*.py",
+        "pipeline_*.py",
+        "segmentation_loss.py",
+        "sliding_window.py",
+    ),
+    *sorted(path.name for path in (Path(__file__).parents[1] / "models").glob("[a-z]*.py")),
+)
 
 
 def check_model_files(name_or_path: str | Path) -> None:
@@ -106,4 +124,47 @@ def weights_digest(name_or_path: str | Path | None, config: PreTrainedConfig) ->
     return digest.hexdigest()
 
 
-__all__ = ["REMEDY", "check_model_files", "check_stored_config", "count_weights", "weights_digest"]
+def check_replaceable(directory: Path, overwrite: bool, names: Sequence[str]) -> None:
+    """Refuse to write over anything but a directory of a model of this package, and that only when told to.
+
+    Args:
+        directory (`Path`): The directory to write.
+        overwrite (`bool`): Whether it may be replaced.
+        names (`Sequence[str]`): Patterns of all names that such a directory holds.
+
+    Raises:
+        FileExistsError: If it must not be written.
+    """
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not directory.is_dir():
+        raise FileExistsError(f"{directory} is not the directory of a model but a file: give a directory.")
+    if not overwrite:
+        raise FileExistsError(
+            f"{directory} exists and is not empty: give a new directory, or set `overwrite` to replace it."
+        )
+    held = sorted(path.name for path in directory.iterdir())
+    others = [name for name in held if not any(fnmatch(name, pattern) for pattern in names)]
+    if others or not _is_model(directory):
+        raise FileExistsError(
+            f"{directory} is not the directory of a model of this package alone: it holds {(others or held)[0]}, which would "
+            "be lost. Give a new directory."
+        )
+
+
+def _is_model(directory: Path) -> bool:
+    try:
+        return read_json_object(directory / "config.json").get("model_type") in MODEL_TYPES
+    except (OSError, ValueError):
+        return False
+
+
+__all__ = [
+    "MODEL_FILES",
+    "REMEDY",
+    "check_model_files",
+    "check_replaceable",
+    "check_stored_config",
+    "count_weights",
+    "weights_digest",
+]

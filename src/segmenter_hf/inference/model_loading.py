@@ -66,7 +66,7 @@ def load_model(
 
     Args:
         name_or_path (`str` or `Path`): Directory or Hub name of the model.
-        label_set (`str`, *optional*): Name or JSON file of a label set; by default the one that belongs to the model.
+        label_set (`str`, *optional*): Name or file of a label set; by default the one that belongs to the model.
         device (`str`, *optional*): Where the model goes; by default a GPU where there is one.
         revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
         dtype (`torch.dtype`, defaults to `torch.float32`): Type of the weights. `torch.bfloat16` is approximate, and

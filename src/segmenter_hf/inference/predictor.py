@@ -188,7 +188,7 @@ class Predictor:
         """Run the network; the only place where that happens.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_windows, num_channels, height, width)`): Normalised windows in
+            pixel_values (`torch.FloatTensor` of shape `(num_windows, num_channels, height, width)`): Normalized windows in
                 float32 on the CPU.
 
         Returns:
@@ -200,7 +200,7 @@ class Predictor:
         return self.model(pixel_values=pixel_values, return_dict=True).logits
 
     def prepare(self, image: "InputImage | ImageWindows") -> ImageWindows:
-        """Return the windows of an image by the protocol, which are cut and normalised when they are asked for.
+        """Return the windows of an image by the protocol, which are cut and normalized when they are asked for.
 
         Args:
             image (path, PIL image, array, tensor or [`ImageWindows`]): The image; windows are taken as they are.
@@ -260,7 +260,7 @@ class Predictor:
     ) -> Iterator[Segmentation]:
         """Segment images of any sizes one after the other.
 
-        Windows of all scales, flips and images go through the network in batches. They are cut and normalised for their
+        Windows of all scales, flips and images go through the network in batches. They are cut and normalized for their
         batch only, and rows of a map are merged as soon as the windows over them are through. Besides the image and its
         map the memory holds a batch, and the patch logits of about two rows of windows for each scale and flip.
 

@@ -87,7 +87,7 @@ class RuntimeNetwork:
         """Compute the patch logits.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch, num_channels, height, width)`): Normalised windows.
+            pixel_values (`torch.FloatTensor` of shape `(batch, num_channels, height, width)`): Normalized windows.
 
         Returns:
             `torch.FloatTensor` of shape `(batch, num_labels, patch_height, patch_width)`: Patch logits, on the CPU.
@@ -121,7 +121,7 @@ def load_network(
         name_or_path (`str` or `Path`): Directory or Hub name of an export.
         runtime (`str`): `"onnxruntime"` or `"openvino"`.
         precision (`str`, *optional*): One of those that were exported; by default the one that was named first.
-        label_set (`str`, *optional*): Name or JSON file of a label set; by default the one that belongs to the model.
+        label_set (`str`, *optional*): Name or file of a label set; by default the one that belongs to the model.
         device (`str`, *optional*): `"cpu"`, which is also the default.
         revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
 
@@ -298,29 +298,21 @@ def check_onnx_graph(model: "onnx.ModelProto", path: Path, weights: str) -> None
             )
 
 
+@functools.cache
 def openvino_core() -> Any:
-    """The `openvino.Core` of the process.
+    """The `openvino.Core` of the process, which lives as long as it does.
+
+    Each core that uses the CPU gives its thread a stack for signals and takes it back when it goes. Where two go in the order in which
+    they came, the thread is left with one that is freed, and the next signal, such as Ctrl-C, ends the process with a segmentation
+    fault (seen with OpenVINO 2026.4; the stack is that of https://github.com/openvinotoolkit/openvino/pull/11894).
 
     Raises:
         ImportError: If OpenVINO is missing.
     """
     try:
-        import openvino  # noqa: F401
+        import openvino
     except ImportError as error:
         raise ImportError(f"OpenVINO is not installed: `pip install segmenter-hf[openvino]` ({error}).") from error
-    return _only_core()
-
-
-@functools.cache
-def _only_core() -> Any:
-    """A core that lives as long as the process.
-
-    Each core that uses the CPU gives its thread a stack for signals and takes it back when it goes. Where two go in the order in which
-    they came, the thread is left with one that is freed, and the next signal, such as Ctrl-C, ends the process with a segmentation
-    fault (seen with OpenVINO 2026.4; the stack is that of https://github.com/openvinotoolkit/openvino/pull/11894).
-    """
-    import openvino
-
     core = openvino.Core()
     core.get_property("CPU", "FULL_DEVICE_NAME")  # from here on it uses the CPU: before the cores that nncf makes
     return core

@@ -78,7 +78,7 @@ class SceneWindows(ImageWindows):
         self._scene, self._processor = scene, processor
 
     def pixel_values(self, window: Window) -> torch.Tensor:
-        """The normalised pixels (channels, height, width) of a window, float32."""
+        """The normalized pixels (channels, height, width) of a window, float32."""
         from rasterio.windows import Window as RasterWindow
 
         processor = self._processor

@@ -22,9 +22,9 @@ from .legend import (
 
 
 ImageOrArray = Image.Image | np.ndarray
-Segmentation = np.ndarray | torch.Tensor
+LabelMap = np.ndarray | torch.Tensor
 
-# Black over red and orange to white, 256 steps: readable in grey too, as its brightness only rises.
+# Black over red and orange to white, 256 steps: readable in gray too, as its brightness only rises.
 _HEAT = np.stack([np.clip(np.arange(256) * 3 - 255 * channel, 0, 255) for channel in range(3)], 1).astype(np.uint8)
 _SMALLEST_SIDE = 400  # pixels, geometric mean of width and height of an image beside a legend
 
@@ -64,7 +64,7 @@ def preview(image: Image.Image | np.ndarray, channels_first: bool = False) -> Im
     return Image.fromarray(np.ascontiguousarray(shown))
 
 
-def colorize(segmentation: Segmentation, palette: np.ndarray, ignore_index: int = 255) -> Image.Image:
+def colorize(segmentation: LabelMap, palette: np.ndarray, ignore_index: int = 255) -> Image.Image:
     """Paint every pixel in the color of its class.
 
     Args:
@@ -85,7 +85,7 @@ def colorize(segmentation: Segmentation, palette: np.ndarray, ignore_index: int 
     return Image.fromarray(colors)
 
 
-def label_map_image(segmentation: Segmentation, palette: np.ndarray) -> Image.Image:
+def label_map_image(segmentation: LabelMap, palette: np.ndarray) -> Image.Image:
     """Make an image that stores the class ids themselves, for saving as PNG.
 
     Args:
@@ -117,7 +117,7 @@ def label_map_image(segmentation: Segmentation, palette: np.ndarray) -> Image.Im
 
 def overlay(
     image: ImageOrArray,
-    segmentation: Segmentation,
+    segmentation: LabelMap,
     palette: np.ndarray,
     alpha: float = 0.5,
     boundaries: bool = True,
@@ -160,7 +160,7 @@ def overlay(
 
 def with_legend(
     image: ImageOrArray,
-    segmentation: Segmentation,
+    segmentation: LabelMap,
     id2label: Mapping[int, str],
     palette: np.ndarray,
     max_entries: int = 20,
@@ -204,7 +204,7 @@ def with_legend(
 
 
 def prediction_grid(
-    rows: Sequence[tuple[ImageOrArray, Segmentation | None, Segmentation]],
+    rows: Sequence[tuple[ImageOrArray, LabelMap | None, LabelMap]],
     palette: np.ndarray,
     id2label: Mapping[int, str],
     column_titles: tuple[str, str, str] = ("image", "ground truth", "prediction"),
@@ -254,7 +254,7 @@ def prediction_grid(
 def _draw_grid(
     images: Sequence[Image.Image],
     overlays: Sequence[Sequence[Image.Image | None]],
-    segmentations: Sequence[Segmentation],
+    segmentations: Sequence[LabelMap],
     titles: Sequence[str],
     palette: np.ndarray,
     id2label: Mapping[int, str],
@@ -403,7 +403,7 @@ def _draw_cross(image: Image.Image, point: tuple[int, int]) -> None:
         draw.line((x, y - arm, x, y + arm), fill=color, width=width)
 
 
-def _map_array(segmentation: Segmentation) -> np.ndarray:
+def _map_array(segmentation: LabelMap) -> np.ndarray:
     if isinstance(segmentation, torch.Tensor):
         segmentation = segmentation.detach().cpu()
         segmentation = segmentation.float() if segmentation.dtype == torch.bfloat16 else segmentation
@@ -415,7 +415,7 @@ def _map_array(segmentation: Segmentation) -> np.ndarray:
     return array
 
 
-def _class_ids(segmentation: Segmentation, num_labels: int, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
+def _class_ids(segmentation: LabelMap, num_labels: int, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the class ids, 0 at ignored pixels, and where those are."""
     array = _map_array(segmentation)
     ignored = array == ignore_index
@@ -466,7 +466,7 @@ def _boundaries(ids: np.ndarray, thickness: int) -> np.ndarray:
     return marked
 
 
-def _count_classes(segmentations: Sequence[Segmentation], num_labels: int, ignore_index: int) -> np.ndarray:
+def _count_classes(segmentations: Sequence[LabelMap], num_labels: int, ignore_index: int) -> np.ndarray:
     """Pixels of each class (num_labels,) in all segmentations together."""
     counts = np.zeros(num_labels, dtype=np.int64)
     for segmentation in segmentations:

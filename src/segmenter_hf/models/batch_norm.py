@@ -1,4 +1,4 @@
-"""Batch normalisation over all processes of a training."""
+"""Batch normalization over all processes of a training."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class VitEncoderAllReduce(torch.autograd.Function):
 
 
 class VitEncoderBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation whose statistics in training are those of the batches of all processes together.
+    """Batch normalization whose statistics in training are those of the batches of all processes together.
 
     torch's `SyncBatchNorm` does the same on GPUs alone, and only after a conversion of the model.
     """
@@ -43,14 +43,14 @@ class VitEncoderBatchNorm(nn.BatchNorm2d):
         sums = VitEncoderAllReduce.apply(torch.cat([values.sum((0, 2, 3)), count[None]]))
         count = sums[-1].detach()
         mean = sums[:-1] / count
-        centred = values - mean[:, None, None]
-        variance = VitEncoderAllReduce.apply(centred.square().sum((0, 2, 3))) / count
+        centered = values - mean[:, None, None]
+        variance = VitEncoderAllReduce.apply(centered.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(features.dtype)
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(features.dtype)
 
 
 __all__ = ["VitEncoderBatchNorm"]

@@ -16,7 +16,7 @@ class SegmenterConfig(VitEncoderConfig):
         out_indices (`list[int]`, *optional*): Layers, counted from 0 and ascending, whose patch tokens the linear decoder
             sees: each through the final norm, side by side. The last layer by default.
         decoder_norm (`"none"` or `"batch_norm"`, defaults to `"none"`): What comes before the linear layer. Features of
-            DINO want batch normalisation.
+            DINO want batch normalization.
         decoder_num_hidden_layers (`int`, defaults to 2): Layers of the mask transformer.
         decoder_num_attention_heads (`int`, *optional*): Heads of its attention; the encoder's by default.
         decoder_hidden_size (`int`, *optional*): Width of its tokens; the encoder's by default.

@@ -91,7 +91,7 @@ class VitEncoderConfig(PreTrainedConfig):
         hidden_dropout_prob (`float`, defaults to 0.0): Dropout after the embeddings, attention and both MLP layers.
         attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout of the attention probabilities.
         drop_path_rate (`float`, defaults to 0.1): Stochastic depth of the last layer; rises linearly from 0.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialisation.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialization.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of the encoder's LayerNorms.
         image_size (`int` or `[height, width]`, defaults to 512): Pixels of the grid of position embeddings. Other input
             sizes work too: the position embeddings are resized.

@@ -408,7 +408,7 @@ def download(url: str, name: str, timeout: float | None = None) -> bytes:
         content = answer.result(DOWNLOAD_SECONDS if timeout is None else timeout)
     except (OSError, ValueError, http.client.HTTPException, concurrent.futures.TimeoutError) as error:
         raise OSError(
-            f"{name}: expected an image at this address, but it cannot be had ({type(error).__name__}: {error}). Check the "
+            f"{name}: expected an image at this address, but it is not available ({type(error).__name__}: {error}). Check the "
             "address and the network, or give a file."
         ) from error
     if len(content) > MAX_DOWNLOAD_BYTES:

@@ -1,4 +1,4 @@
-"""Image processor of Segmenter and SETR: resize, windows, normalisation, and the merge of the model's outputs."""
+"""Image processor of Segmenter and SETR: resize, windows, normalization, and the merge of the model's outputs."""
 
 import io
 import math
@@ -130,7 +130,7 @@ def check_window_fields(
 
 
 def check_pixel_fields(resample: PILImageResampling, factors: dict[str, Any]) -> None:
-    """Check that resampling and normalisation are possible; `factors` are those that are used.
+    """Check that resampling and normalization are possible; `factors` are those that are used.
 
     Raises:
         ValueError: If they are not.
@@ -264,7 +264,7 @@ class _SegmenterImageProcessing(BaseImageProcessor):
 
         Args:
             images (`ImageInput`): One image or a list of them, of any sizes: paths or URLs, PIL images, numpy arrays or
-                torch tensors; grey, palette, RGB, RGBA, CMYK; 8 or 16 bit, or floats from 0 to 255 (from 0 to 1 with
+                torch tensors; gray, palette, RGB, RGBA, CMYK; 8 or 16 bit, or floats from 0 to 255 (from 0 to 1 with
                 `do_rescale=False`).
             segmentation_maps (`ImageInput`, *optional*): One map of classes for each image, of its size: PIL images
                 (also palette ones), numpy arrays or torch tensors of shape `(height, width)`, of integers.
@@ -351,7 +351,7 @@ class _SegmenterImageProcessing(BaseImageProcessor):
         return decode_channels(io.BytesIO(content), name, self.num_channels, max_pixels)
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
-        """A flat list of images, in which grey arrays (height, width) have a channel too."""
+        """A flat list of images, in which gray arrays (height, width) have a channel too."""
         images = self.fetch_images(images) if expected_ndims == 3 else _read_maps(images)
         given: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
         flat = [part for image in given for part in (image if isinstance(image, (list, tuple)) else [image])]
@@ -467,7 +467,7 @@ class SegmenterImageProcessor(_SegmenterImageProcessing, TorchvisionBackend):  #
     r"""Image processor of Segmenter and SETR, the default where torchvision is installed.
 
     It carries out the protocol of the published results: resize with the aspect ratio kept and without antialiasing,
-    overlapping windows, normalisation; and after the model the exact merge to maps of the original sizes.
+    overlapping windows, normalization; and after the model the exact merge to maps of the original sizes.
 
     Args:
         size (`dict[str, int]`, defaults to `{"shortest_edge": 512, "longest_edge": 2048}`): The image is resized to the

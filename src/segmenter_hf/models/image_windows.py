@@ -25,7 +25,7 @@ class Normalization(NamedTuple):
     std: float | Sequence[float] | None
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """Normalise (channels, height, width), in float32.
+        """Normalize (channels, height, width), in float32.
 
         Raises:
             ValueError: If the numbers of channels differ.
@@ -35,7 +35,7 @@ class Normalization(NamedTuple):
         return normalized
 
     def check_channels(self, channels: int) -> None:
-        """An image of so many channels can be normalised.
+        """An image of so many channels can be normalized.
 
         Raises:
             ValueError: If the numbers of channels differ.
@@ -60,7 +60,7 @@ class Normalization(NamedTuple):
 
 
 class ScaledImage(NamedTuple):
-    """An image (channels, height, width) at one scale, what normalises parts of it, and its labels (height, width)."""
+    """An image (channels, height, width) at one scale, what normalizes parts of it, and its labels (height, width)."""
 
     pixels: torch.Tensor
     normalize: Normalization | None
@@ -74,7 +74,7 @@ class ScaledImage(NamedTuple):
     def enlarged(self, smallest_side: int, image_size: Size) -> "ScaledImage":
         """The image of that size, which messages name, enlarged where a side is now shorter than `smallest_side`.
 
-        The protocol enlarges after normalisation, and cuts the longer side to whole pixels instead of rounding.
+        The protocol enlarges after normalization, and cuts the longer side to whole pixels instead of rounding.
 
         Raises:
             ValueError: If it would become too large.
@@ -187,7 +187,7 @@ class ImageWindows:
         return cls(windows, scaled_images, 1 + do_flip)
 
     def pixel_values(self, window: Window) -> torch.Tensor:
-        """The normalised pixels (channels, height, width) of a window, float32."""
+        """The normalized pixels (channels, height, width) of a window, float32."""
         scaled = self._scaled_images[window.view // self._views_per_scale]
         pixels = self._cut(scaled.pixels, window)
         return pixels if scaled.normalize is None else scaled.normalize(pixels)

@@ -48,7 +48,7 @@ class SegmenterSemanticSegmenterOutput(ModelOutput):
 
 
 class SegmenterLinearDecoder(nn.Module):
-    """A linear layer from each patch token to the classes (section 3.2), after batch normalisation where it is wanted."""
+    """A linear layer from each patch token to the classes (section 3.2), after batch normalization where it is wanted."""
 
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class SegmenterMaskTransformerDecoder(nn.Module):
 
 
 class SegmenterPreTrainedModel(VitEncoderPreTrainedModel):
-    """Configuration, prefix and initialisation of the Segmenter models."""
+    """Configuration, prefix and initialization of the Segmenter models."""
 
     config: SegmenterConfig
     base_model_prefix = "segmenter"
@@ -172,7 +172,7 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
         r"""Segment images of any size.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalized images
                 or windows of images. Sides that `patch_size` does not divide are padded with 0 for the network.
             labels (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*): Classes from 0 to
                 `num_labels - 1`, or `semantic_loss_ignore_index`; the loss is computed when they are given.

@@ -40,7 +40,7 @@ class SetrSemanticSegmenterOutput(ModelOutput):
 
 
 class SetrConvLayer(nn.Module):
-    """Convolution, batch normalisation, ReLU; then bilinear upsampling by a whole factor."""
+    """Convolution, batch normalization, ReLU; then bilinear upsampling by a whole factor."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class SetrConvLayer(nn.Module):
 
 
 class SetrLayerNorm(nn.LayerNorm):
-    """Layer normalisation of the channels of a map."""
+    """Layer normalization of the channels of a map."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) to the same shape."""
@@ -101,7 +101,7 @@ class SetrUpsamplingHead(nn.Module):
 
 
 class SetrMlaNeck(nn.Module):
-    """Levels of the encoder, normalised, projected, and added up from the deepest (section 3.2)."""
+    """Levels of the encoder, normalized, projected, and added up from the deepest (section 3.2)."""
 
     def __init__(self, config: SetrConfig) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class SetrForSemanticSegmentation(SetrPreTrainedModel):
         r"""Segment images of any size.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalized images
                 or windows of images. Sides that `patch_size` does not divide are padded with 0 for the network.
             labels (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*): Classes from 0 to
                 `num_labels - 1`, or `semantic_loss_ignore_index`; the loss is computed when they are given.

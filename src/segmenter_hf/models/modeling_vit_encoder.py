@@ -84,7 +84,7 @@ def pad_to_patches(values: torch.Tensor, patch_size: int, padding: str, value: f
 def rotary_angles(grid: tuple[int, int], head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
     """Angles by which queries and keys are rotated (DINOv3, `rope_position_encoding.py`).
 
-    A patch has the coordinates of its centre, from -1 to 1 in each direction. Angles are 2 pi times the row, then the column,
+    A patch has the coordinates of its center, from -1 to 1 in each direction. Angles are 2 pi times the row, then the column,
     over head_dim / 4 periods each, all of them twice.
 
     Args:
@@ -432,7 +432,7 @@ class VitEncoderLayer(GradientCheckpointingLayer):
 
 
 class VitEncoderPreTrainedModel(PreTrainedModel):
-    """What the models of both families have in common: abilities, recorded outputs, initialisation."""
+    """What the models of both families have in common: abilities, recorded outputs, initialization."""
 
     config: VitEncoderConfig
     config_class: type[VitEncoderConfig]
@@ -626,7 +626,7 @@ class VitEncoderModel(VitEncoderPreTrainedModel):
         r"""Encode images of any size.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images.
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalized images.
                 Sides that `patch_size` does not divide are padded with 0, where `padding` of the configuration says.
 
         Returns:

@@ -193,7 +193,7 @@ def _missing_windows(view: Window, number: int) -> ValueError:
 
 def argmax_classes(values: torch.Tensor) -> torch.Tensor:
     """Argmax over the last axis; of equal ones the first."""
-    if values.device.type == "cpu":  # numpy's is vectorised, that of torch is not
+    if values.device.type == "cpu":  # numpy's is vectorized, that of torch is not
         return torch.from_numpy(values.numpy().argmax(-1))
     return values.max(-1).indices
 

@@ -1,6 +1,6 @@
 """Adaptive local-then-global token merging (ALGM; Norouzi et al., CVPR 2024): similar patches become one token.
 
-It takes place in chosen encoder layers, between attention and MLP. In the first of them, windows of neighbouring patches whose
+It takes place in chosen encoder layers, between attention and MLP. In the first of them, windows of neighboring patches whose
 mean cosine similarity reaches a threshold become one token each. In the others, as in ToMe (Bolya et al., ICLR 2023), every
 second token may join the most similar one of the rest, where their similarity is unusual for the image. A token is the mean of
 its patches. Each step is an assignment, the new index of each old token; the tokens of an image that kept fewer of them than another
@@ -96,7 +96,7 @@ def merge_tokens(
     layer: int,
     batchwise: bool = False,
 ) -> tuple[torch.Tensor, MergedTokens]:
-    """Merge the tokens of a batch: the first time neighbouring patches, later similar tokens wherever they lie.
+    """Merge the tokens of a batch: the first time neighboring patches, later similar tokens wherever they lie.
 
     Args:
         hidden_states (`torch.FloatTensor` of shape `(batch_size, prefix + tokens, hidden_size)`): The tokens.

@@ -5,8 +5,6 @@ import re
 from torch import nn
 from transformers import PreTrainedModel
 
-from .freezing import get_encoder
-
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: float | None, targets: str) -> None:
     """Give linear layers of the encoder low-rank updates, and freeze the rest of the encoder.
@@ -29,7 +27,7 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float | None, targets
     except ImportError as error:
         raise ImportError("`lora_rank` needs peft: pip install segmenter-hf[peft].") from error
     wanted = [name.strip() for name in targets.split(",") if name.strip()]
-    layers = get_encoder(model).get_submodule("layers")
+    layers = model.base_model.get_submodule("layers")
     known = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     if not wanted or not known.issuperset(wanted):
         raise ValueError(

@@ -381,7 +381,7 @@ class SegmentationTrainingArguments(TrainingArguments):
             )
         check_trackers(self.report_to)
         self._check_tools()
-        self._share_out_batch()
+        self._resolve_batch_size()
 
     def _check_tools(self) -> None:
         """The options of fine-tuning are in range and fit together."""
@@ -428,7 +428,7 @@ class SegmentationTrainingArguments(TrainingArguments):
         """Crops of a step: devices x batch x accumulation."""
         return self.num_devices * (self.per_device_train_batch_size or 0) * self.gradient_accumulation_steps
 
-    def _share_out_batch(self) -> None:
+    def _resolve_batch_size(self) -> None:
         total, devices = self.total_batch_size, self.num_devices
         per_device, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
         if total is None:

@@ -31,7 +31,7 @@ class TrainDataset(Dataset):
         dataset (`datasets.Dataset`): As from `load_segmentation_datasets`.
         label_set (`LabelSet`): Says what the stored labels mean.
         augmentation (`SegmentationAugmentation`): Joint transform of image and mask.
-        processor (`BaseImageProcessor`): Normalises the crop.
+        processor (`BaseImageProcessor`): Normalizes the crop.
         seed (`int`): Seed of all draws.
     """
 
@@ -81,8 +81,8 @@ class TrainDataset(Dataset):
 class StreamedTrainDataset(IterableDataset):
     """[`TrainDataset`] of a stream without end, which begins again, in another order, when all rows were there.
 
-    It is shuffled in a buffer. Workers share its rows: each row comes once in a visit. As there is one epoch, a run that goes
-    on finds its place by passing over as many batches as it had.
+    It is shuffled in a buffer. Workers share its rows: each row comes once in a pass. As there is one epoch, a resumed
+    run finds its place by passing over as many batches as it had.
 
     Args:
         examples (`TrainDataset`): What makes crops of rows; its dataset is a `datasets.IterableDataset`.

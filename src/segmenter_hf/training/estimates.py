@@ -10,7 +10,7 @@ from transformers import AutoModelForSemanticSegmentation
 from ..models.configuration_vit_encoder import VitEncoderConfig
 
 
-# Bytes per parameter in mixed precision: float32 weights and gradients, and the optimiser's float32 state.
+# Bytes per parameter in mixed precision: float32 weights and gradients, and the optimizer's float32 state.
 STATE_BYTES = {"sgd": 4 + 4 + 4, "adamw": 4 + 4 + 8}
 BACKWARD = 2  # forward passes that a backward pass costs: a product for the inputs, another for the weights
 
@@ -22,7 +22,7 @@ class TrainingEstimate:
     Args:
         parameters (`int`): Parameters of the model.
         forward_flops (`int`): Floating-point operations of a forward pass of one crop, two for a multiplication and addition.
-        memory_bytes (`int`): Memory of a device: weights, gradients, optimiser, what the layers keep for the backward pass.
+        memory_bytes (`int`): Memory of a device: weights, gradients, optimizer, what the layers keep for the backward pass.
         seconds (`float`): Time of all steps.
     """
 
@@ -64,7 +64,7 @@ def estimate_training(
         `TrainingEstimate`: The estimate.
 
     Raises:
-        ValueError: If the optimiser is not known, or a number is not positive and finite.
+        ValueError: If the optimizer is not known, or a number is not positive and finite.
     """
     numbers = {
         "crop_size": crop_size,

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from ..models.modeling_vit_encoder import VitEncoderOutput
 from ..utils.processes import process_state
 from .datasets import TrainDataset
-from .freezing import get_encoder
 
 
 FEATURES_FOLDER = ".features"  # in the output directory of a run, until its end
@@ -94,7 +93,7 @@ def cache_features(
 
 @torch.no_grad()
 def _write_features(model: PreTrainedModel, examples: TrainDataset, num_epochs: int, directory: Path) -> None:
-    encoder, was_training = get_encoder(model), model.training
+    encoder, was_training = model.base_model, model.training
     encoder.eval()
     files: list[np.memmap] = []
     total, place = num_epochs * len(examples), 0
@@ -141,7 +140,7 @@ def encoder_replaced_by(model: PreTrainedModel, inputs: dict[str, Any]) -> Itera
         model (`PreTrainedModel`): The model.
         inputs (`dict`): `features` (batch, levels, tokens, width) and `labels` (batch, height, width).
     """
-    encoder, labels = get_encoder(model), inputs["labels"]
+    encoder, labels = model.base_model, inputs["labels"]
     features = inputs["features"].to(encoder.dtype)
     states = features.unbind(1)
     outputs = VitEncoderOutput(last_hidden_state=states[-1], feature_states=states if encoder.out_indices else None)

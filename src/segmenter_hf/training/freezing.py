@@ -2,12 +2,8 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
-
-
-def get_encoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The encoder of a model for semantic segmentation."""
-    return getattr(model, model.base_model_prefix)
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 
 class FreezeEncoder(TrainerCallback):
@@ -17,11 +13,11 @@ class FreezeEncoder(TrainerCallback):
     not know it; one that is trained later belongs to the optimizer from the start.
 
     Args:
-        encoder (`PreTrainedModel`): The encoder.
+        encoder (`nn.Module`): The encoder.
         unfreeze_at_step (`int`, *optional*): The first step that trains it, counted from 0.
     """
 
-    def __init__(self, encoder: PreTrainedModel, unfreeze_at_step: int | None = None) -> None:
+    def __init__(self, encoder: nn.Module, unfreeze_at_step: int | None = None) -> None:
         self.encoder = encoder
         self.unfreeze_at_step = unfreeze_at_step
         self.is_frozen = unfreeze_at_step is None

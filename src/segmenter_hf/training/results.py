@@ -72,7 +72,7 @@ def training_facts(trainer: SegmentationTrainer, recipe: dict[str, Any]) -> dict
         "steps": trainer.state.global_step,
         "batch": f"{trainer.args.effective_batch_size} = {batch['devices']} devices x {batch['per_device']} crops x "
         f"{batch['accumulation']} accumulated",
-        "optimiser": " ".join(filter(None, [arguments["optim"], arguments["optim_args"]])),
+        "optimizer": " ".join(filter(None, [arguments["optim"], arguments["optim_args"]])),
         "learning rate": arguments["learning_rate"],
         "learning rate of the heads": f"x {arguments['head_learning_rate_factor']}",
         "schedule": arguments["lr_scheduler_type"],

@@ -27,12 +27,12 @@ from ..inference.predictor import Predictor
 from ..inference.protocol import InferenceProtocol
 from ..models.image_processing_segmenter import SegmenterImageProcessor
 from ..models.modeling_vit_encoder import VitEncoderPreTrainedModel
-from .arguments import SegmentationTrainingArguments
+from .arguments import METRICS, SegmentationTrainingArguments
 from .averaging import WeightAverage
 from .callbacks import AverageWeights, SetEpoch, ShowProgress, StopAtNan, StopEarly, nan_message
 from .checkpoints import check_loaded, check_state, reading_checkpoint, writing_checkpoint
 from .features import encoder_replaced_by
-from .freezing import FreezeEncoder, get_encoder
+from .freezing import FreezeEncoder
 from .optimization import decays, has_own_rates, loss_share, loss_weight, parameter_groups, polynomial_scheduler
 from .termination import EvaluationTerminated, SaveAtTermination, end_training, note_due_evaluation, shield_workers
 
@@ -62,14 +62,14 @@ class SegmentationTrainer(Trainer):
         self.window_batch_size = window_batch_size
         self.counts = ConfusionMatrix(label_set.num_labels, label_set.ignore_index)
         self._partial: Path | None = None
-        self._whole_model: PreTrainedModel | None = None
+        self._unwrapped_model: PreTrainedModel | None = None
         self.resumed_from: str | None = None  # the checkpoint, once it is loaded
         super().__init__(compute_metrics=self.update_metric, **kwargs)  # type: ignore[arg-type]  # with batch_eval_metrics
         self.average: WeightAverage | None = None
         self._freezing: FreezeEncoder | None = None
         self._termination = SaveAtTermination(self)
         if getattr(self.args, "freeze_encoder", False):
-            self._freezing = FreezeEncoder(get_encoder(self.model), self.args.unfreeze_at_step)
+            self._freezing = FreezeEncoder(self.model.base_model, self.args.unfreeze_at_step)
         for callback in segmentation_callbacks(self, self._freezing, self._termination):
             self.add_callback(callback)
 
@@ -158,12 +158,12 @@ class SegmentationTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with the whole model available, and without the counts of an evaluation that was interrupted."""
         self.counts.reset()
-        self._whole_model = self.unwrapped_model()
+        self._unwrapped_model = self.unwrapped_model()
         try:
             with self.averaged_weights():
                 return super().evaluation_loop(*args, **kwargs)
         finally:
-            self._whole_model = None
+            self._unwrapped_model = None
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """The model with the averaged weights, where they are averaged, and with its own ones afterwards."""
@@ -178,7 +178,7 @@ class SegmentationTrainer(Trainer):
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """No loss, the count matrix of each image, and its number of counted pixels."""
         with self.compute_loss_context_manager():
-            predictor = self.predictor(cast(PreTrainedModel, self._whole_model))
+            predictor = self.predictor(cast(PreTrainedModel, self._unwrapped_model))
             counts = confusion_matrices(predictor, inputs["images"], inputs["label_maps"]).to(self.args.device)
         return None, counts, counts.sum((1, 2))
 
@@ -188,7 +188,7 @@ class SegmentationTrainer(Trainer):
         if not compute_result:
             return {}
         scores = self.counts.compute()
-        return {name: scores[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy")}
+        return {name: scores[name] for name in METRICS}
 
     def predictor(self, model: PreTrainedModel) -> Predictor:
         """A whole model with what belongs to it, for the single-scale protocol."""

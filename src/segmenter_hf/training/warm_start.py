@@ -1,7 +1,7 @@
 """A decoder made from a linear probe: what it should start as, found in seconds on features of the frozen encoder.
 
 A linear classifier of the tokens has one optimum and reaches it fast. The mask transformer, started at random, first has to
-find what the classifier knows: its logits are cosines of learned directions that begin at random, normalised over the
+find what the classifier knows: its logits are cosines of learned directions that begin at random, normalized over the
 classes. Here its classes start as the rows of the classifier, its projections as the identity, and its layers close to the
 identity, so that its first masks are those of the probe and training continues from there. Only the start of the training
 differs; what a model computes does not.
@@ -28,7 +28,7 @@ MASK_SCALE = 3.0  # of the LayerNorm over the classes
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A linear classifier of standardised tokens: logits are `(tokens - mean) / deviation @ weight.T + bias`.
+    """A linear classifier of standardized tokens: logits are `(tokens - mean) / deviation @ weight.T + bias`.
 
     Args:
         weight (`torch.FloatTensor` of shape `(num_labels, width)`): Rows of the classes.
@@ -171,7 +171,7 @@ def fit_probe(
     generator: torch.Generator,
     class_weights: torch.Tensor | None = None,
 ) -> LinearProbe:
-    """Fit a linear classifier of standardised tokens by cross-entropy with the classes of their pixels.
+    """Fit a linear classifier of standardized tokens by cross-entropy with the classes of their pixels.
 
     Args:
         tokens (`torch.FloatTensor` of shape `(tokens, width)`): The tokens.
@@ -210,7 +210,7 @@ def fit_probe(
 
 @torch.no_grad()
 def fill_linear_decoder(head: SegmenterLinearDecoder, probe: LinearProbe) -> None:
-    """Make the linear decoder compute the probe, with the standardisation in its batch norm where it has one."""
+    """Make the linear decoder compute the probe, with the standardization in its batch norm where it has one."""
     batch_norm = getattr(head, "batch_norm", None)
     if batch_norm is not None:
         batch_norm.running_mean.copy_(probe.mean)
@@ -229,7 +229,7 @@ def fill_linear_decoder(head: SegmenterLinearDecoder, probe: LinearProbe) -> Non
 def fill_mask_transformer(head: SegmenterMaskTransformerDecoder, probe: LinearProbe) -> None:
     """Make the mask transformer begin as the probe: its classes are the rows of the classifier.
 
-    The projection standardises the tokens; it is the identity, or, where the decoder is not as wide as the encoder,
+    The projection standardizes the tokens; it is the identity, or, where the decoder is not as wide as the encoder,
     a rotation to a space that holds the rows. The layers begin close to the identity.
     """
     width = head.projection.out_features
@@ -245,15 +245,14 @@ def fill_mask_transformer(head: SegmenterMaskTransformerDecoder, probe: LinearPr
             projection = cast(nn.Linear, layer.get_submodule(path))
             projection.weight.mul_(BRANCH_SCALE)
             projection.bias.zero_()
-    for norm in (head.layernorm,):
-        norm.weight.fill_(1.0)
-        norm.bias.fill_(0.0)
+    head.layernorm.weight.fill_(1.0)
+    head.layernorm.bias.fill_(0.0)
     for projection in (head.patch_projection, head.class_projection):
         nn.init.eye_(projection.weight)
     if isinstance(head.mask_norm, nn.LayerNorm):
         head.mask_norm.weight.fill_(MASK_SCALE)
         head.mask_norm.bias.fill_(0.0)
-    else:  # one class: its logit is a scaled cosine; tokens that are standardised have about this length
+    else:  # one class: its logit is a scaled cosine; tokens that are standardized have about this length
         head.mask_norm.weight.fill_(float(probe.weight.norm()) * width**0.5)
         head.mask_norm.bias.copy_(probe.bias)
 

@@ -1,1 +1,1 @@
-"""What has nothing to do with segmentation: atomic files, JSON, errors."""
+"""What has nothing to do with segmentation: atomic files, JSON, HTTP, processes, messages."""

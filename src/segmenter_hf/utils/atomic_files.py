@@ -13,15 +13,12 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-
-from .json_files import read_json_object
 
 
 try:
@@ -36,23 +33,6 @@ MAX_MOVES = 10  # of processes that replace the same folder at once
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that have none
 LOCK_FILE = ".segmenter-hf.lock"
 MAX_STEM_BYTES = 180  # of a name in a temporary one: file systems take 255
-
-MODEL_TYPES = ("segmenter", "setr")
-# What the directory of a saved or published model holds.
-MODEL_FILES = (
-    *("README.md", "config.json", "label_set.json", "model_card.json", "preprocessor_config.json"),
-    *("model*.safetensors", "model.safetensors.index.json", "sample.png", "predictions.png", ".eval_results"),
-    *(
-        "configuration_*.py",
-        "handler.py",
-        "modeling_*.py",
-        "image_*.py",
-        "pipeline_*.py",
-        "segmentation_loss.py",
-        "sliding_window.py",
-    ),
-    *sorted(path.name for path in (Path(__file__).parents[1] / "models").glob("[a-z]*.py")),
-)
 
 
 @contextmanager
@@ -176,41 +156,6 @@ def _take_lock(path: Path) -> int | None:
                 ) from error
             raise
     return None
-
-
-def check_replaceable(directory: Path, overwrite: bool, names: Sequence[str]) -> None:
-    """Refuse to write over anything but a directory of a model of this package, and that only when told to.
-
-    Args:
-        directory (`Path`): The directory to write.
-        overwrite (`bool`): Whether it may be replaced.
-        names (`Sequence[str]`): Patterns of all names that such a directory holds.
-
-    Raises:
-        FileExistsError: If it must not be written.
-    """
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if not directory.is_dir():
-        raise FileExistsError(f"{directory} is not the directory of a model but a file: give a directory.")
-    if not overwrite:
-        raise FileExistsError(
-            f"{directory} exists and is not empty: give a new directory, or set `overwrite` to replace it."
-        )
-    held = sorted(path.name for path in directory.iterdir())
-    others = [name for name in held if not any(fnmatch(name, pattern) for pattern in names)]
-    if others or not _is_model(directory):
-        raise FileExistsError(
-            f"{directory} is not the directory of a model of this package alone: it holds {(others or held)[0]}, which would "
-            "be lost. Give a new directory."
-        )
-
-
-def _is_model(directory: Path) -> bool:
-    try:
-        return read_json_object(directory / "config.json").get("model_type") in MODEL_TYPES
-    except (OSError, ValueError):
-        return False
 
 
 def _short(name: str) -> str:
