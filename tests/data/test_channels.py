@@ -124,6 +124,13 @@ def test_rgb_of_16_bits_keeps_its_depth(tmp_path) -> None:
     assert np.array_equal(read_channels(tmp_path / "deep.tif"), np.moveaxis(pixels, -1, 0))
 
 
+def test_a_tiff_that_is_stored_turned_is_refused(tmp_path) -> None:
+    pixels = np.zeros((40, 48, 3), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "turned.tif", pixels, photometric="rgb", extratags=[("Orientation", "H", 1, 6, True)])
+    with pytest.raises(ValueError, match="turned.tif.* stored turned .*Save it upright"):
+        read_channels(tmp_path / "turned.tif")
+
+
 def test_an_array_of_objects_is_never_unpickled(tmp_path) -> None:
     np.save(tmp_path / "bad.npy", np.array([[{"a": 1}]], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="bad.npy"):

@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 
 from segmenter_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
+from segmenter_hf.cli.demo import main
 from segmenter_hf.data.label_sets import load_label_set
 from segmenter_hf.inference.attention import class_attention, patch_attention
 from segmenter_hf.inference.predictor import Predictor
@@ -126,12 +127,14 @@ def test_bad_uploads_are_refused_in_words(tmp_path, picture_path) -> None:
     (tmp_path / "damaged.png").write_bytes(damaged[: len(damaged) // 2])
     Image.new("1", (901, 100)).save(tmp_path / "narrow.png")
     Image.new("1", (15_000, 12_000)).save(tmp_path / "bomb.png")
+    Image.new("RGBA", (90, 60)).save(tmp_path / "four.tif")
     for name, limit, said in [
         ("text.png", 10_000, "cannot be read"),
         ("damaged.png", 10_000, "damaged"),
         (picture_path, 5_000, "90 x 60 pixels, and this page takes at most 5,000"),
         ("narrow.png", 100_000, "8 times"),
         ("bomb.png", 10_000, "much too large"),
+        ("four.tif", 10_000, "has 4 channels, and this page"),
         ("missing.png", 10_000, "Choose it again"),
     ]:
         with pytest.raises(gr.Error, match=said):
@@ -327,3 +330,15 @@ def test_a_model_of_other_channels_is_refused(tmp_path) -> None:
     )
     with pytest.raises(ValueError, match="the demo shows RGB images, and the model takes 4 channels"):
         load_models([tmp_path / "model"])
+    SegmenterForSemanticSegmentation(tiny_scenes_config()).save_pretrained(tmp_path / "deep")
+    SegmenterImageProcessor(value_range=[0, 4095]).save_pretrained(tmp_path / "deep")
+    with pytest.raises(ValueError, match=r"shows images of 8 bits, and the model takes values of \[0, 4095\]"):
+        load_models([tmp_path / "deep"])
+
+
+def test_an_export_is_not_trained_over(tmp_path, monkeypatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("segmenter_hf.demo.app.train_scenes_model", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit):
+        main(["--output_dir", str(tmp_path), "--runtime", "onnxruntime"])
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -327,6 +327,36 @@ def test_a_model_comes_from_a_folder_or_an_archive(page, address, models, tmp_pa
     page.get_by_text("Expected a ZIP archive").wait_for()
 
 
+def test_the_page_shows_the_image_chosen_last_and_says_what_is_left_out(page, address, models, tmp_path) -> None:
+    page.goto(f"{address}/?model=models/several/&dtype=q4")
+    page.get_by_text("asks for dtype=q4: expected fp32").wait_for()
+    page.get_by_text("runs on the processor").wait_for()
+    Image.new("RGB", (4000, 3000), "green").save(tmp_path / "large.png")
+    page.set_input_files("#image", tmp_path / "large.png")
+    page.set_input_files("#image", models[1] / "images" / "80x200.png")  # which is decoded first
+    page.locator(".legend button").first.wait_for()
+    page.locator("#working").wait_for(state="hidden")
+    assert page.evaluate("[photo.width, photo.height]") == [80, 200]
+    # The dialog of files gives one, a drop may hold several.
+    page.evaluate("""async () => {
+        const transfer = new DataTransfer();
+        for (const name of ["80x200.png", "151x83.png"]) {
+            const answer = await fetch(`models/images/${name}`);
+            transfer.items.add(new File([await answer.blob()], name));
+        }
+        document.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer }));
+    }""")
+    page.get_by_text("the first is taken, 1 more is left out").wait_for()
+
+
+def test_an_image_too_long_for_the_browser_is_an_error_in_words(page, address, models) -> None:
+    Image.new("RGB", (70000, 20), "white").save(models[1] / "images" / "long.png")
+    page.goto(f"{address}/empty.html")
+    images = ["/models/images/long.png"]
+    with pytest.raises(playwright.Error, match="cannot read an image of 70000 x 20 pixels"):
+        page.evaluate(SEGMENT, {"model": "/models/several", "images": images, "load": {}, "options": {}})
+
+
 def test_the_page_works_in_a_worker_and_paints_before_the_model(page, address) -> None:
     page.goto(f"{address}/?model=models/several/")
     page.get_by_text("runs on the processor").wait_for()

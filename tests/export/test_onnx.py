@@ -266,6 +266,35 @@ def test_the_example_reads_deep_tiff_as_the_image_processor(dtype, value_range, 
     np.testing.assert_allclose(np.moveaxis(found, -1, 0), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("values", "fields", "message"),
+    [
+        (np.full((9, 12), np.nan), {}, "holds NaN or infinite"),
+        (np.full((9, 12), 0.5), {}, "floats from 0 to 1"),
+        (
+            np.full((9, 12), 7, np.uint8),
+            {"value_range": [0, 4095]},
+            "has 8 bits, and the model takes values up to 4095",
+        ),
+    ],
+)
+def test_the_example_refuses_pixels_as_the_image_processor(values, fields, message, tmp_path) -> None:
+    processor = SegmenterImageProcessor(**fields)
+    np.save(tmp_path / "image.npy", values)
+    with pytest.raises(SystemExit, match=message):
+        run_onnx.read_image(tmp_path / "image.npy", processor.to_dict())
+    with pytest.raises(ValueError, match=r"NaN|floats from 0 to 1|8-bit"):
+        processor(tmp_path / "image.npy")
+
+
+@pytest.mark.parametrize("values", [np.eye(9) > 0, np.full((9, 12), 200, ">u2")], ids=["booleans", "big-endian"])
+def test_the_example_reads_arrays_as_the_image_processor(values, tmp_path) -> None:
+    np.save(tmp_path / "image.npy", values)
+    found = run_onnx.read_image(tmp_path / "image.npy", SegmenterImageProcessor().to_dict())
+    expected = image_to_array(read_channels(tmp_path / "image.npy"), True, None, 3)
+    assert np.array_equal(np.moveaxis(found, -1, 0), expected) and found.dtype == np.uint8
+
+
 def test_the_example_refuses_what_it_does_not_do() -> None:
     settings = SegmenterImageProcessor(do_resize_to_window=True).to_dict()
     with pytest.raises(SystemExit, match="aspect ratio"):

@@ -28,7 +28,7 @@ from segmenter_hf.cli.export import main as export_main
 from segmenter_hf.cli.predict import main as predict_main
 from segmenter_hf.evaluation.evaluate import evaluate_segmentation
 from segmenter_hf.export.openvino import export_model
-from segmenter_hf.export.quantization import calibration_windows
+from segmenter_hf.export.quantization import calibration_windows, check_calibration
 from segmenter_hf.inference import runtimes
 from segmenter_hf.inference.attention import patch_attention
 from segmenter_hf.inference.dataset_files import OutputLayout
@@ -279,9 +279,32 @@ def test_what_does_not_go_together_is_refused(exported, photos, tmp_path) -> Non
         if importlib.util.find_spec(runtime) is not None:
             with pytest.raises(ValueError, match="`calibration_images`"):
                 export_model(checkpoint, tmp_path / "a", runtime=runtime, precisions=["int8"])
-    with pytest.raises(FileNotFoundError, match="expected a folder of images"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no image there"):
         calibration_windows(load(checkpoint).processor, tmp_path / "nowhere")
     assert not (tmp_path / "a").exists()
+
+
+def test_calibration_sees_all_parts_of_images(exported, tmp_path, caplog) -> None:
+    """Of many images one window each: corners alone would be sky."""
+    half = np.zeros((60, 180, 3), np.uint8)
+    half[:, 60:] = 255
+    for index in range(64):
+        Image.fromarray(half).save(tmp_path / f"{index}.png")
+    (tmp_path / "photo.heic").touch()
+    processor = Predictor.from_pretrained(exported("mask_transformer", "onnxruntime")[0]).processor
+    windows = calibration_windows(processor, tmp_path)
+    assert len(windows) == 64 and sum(window.max() > 0 for window in windows) > 20
+    assert all(map(np.array_equal, windows, calibration_windows(processor, tmp_path)))
+    assert "1 images are left out" in caplog.text
+    check_calibration(False, tmp_path)
+    assert "`calibration_images` are not used" in caplog.text
+
+
+def test_a_device_in_a_file_is_not_used(copied) -> None:
+    directory = copied("onnxruntime")
+    path = directory / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "cuda"}))
+    assert Predictor.from_pretrained(directory, runtime="onnxruntime").processor.device is None
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ interface Result extends Photo {
 
 let segmenter: Segmenter | undefined;
 let turns: Promise<void> = Promise.resolve(); // ends when nothing is left to do
+let newest: Blob | undefined; // what was chosen last, shown or not yet
 let shownPhoto: Photo | undefined;
 let waiting: Photo | undefined; // what is segmented next
 let current: Result | undefined;
@@ -96,13 +97,7 @@ function loadModel(model: ModelInput, name: string): void {
 }
 
 /** Show an image at once, whether or not there is a model yet. */
-async function showPhoto(image: Blob): Promise<Photo> {
-  let bitmap;
-  try {
-    bitmap = await createImageBitmap(image);
-  } catch {
-    throw new Error("This file cannot be read as an image. JPEG, PNG and WebP work.");
-  }
+function showPhoto(image: Blob, bitmap: ImageBitmap): Photo {
   const { height, width } = bitmap;
   const scale = Math.min(1, Math.sqrt(MAX_SHOWN_PIXELS / (height * width)));
   photo.height = Math.max(1, Math.round(height * scale));
@@ -120,15 +115,20 @@ async function showPhoto(image: Blob): Promise<Photo> {
   return { image, name, height, width };
 }
 
-async function takeImage(image: Blob): Promise<void> {
-  try {
-    shownPhoto = waiting = await showPhoto(image);
-    current = undefined;
-    showError();
-  } catch (error) {
-    showError((error as Error).message);
+async function takeImage(image: Blob, others: number): Promise<void> {
+  newest = image;
+  const bitmap = await createImageBitmap(image).catch(() => undefined);
+  if (newest !== image) { // another one was chosen meanwhile
+    bitmap?.close();
     return;
   }
+  if (!bitmap) {
+    showError("This file cannot be read as an image. JPEG, PNG and WebP work.");
+    return;
+  }
+  shownPhoto = waiting = showPhoto(image, bitmap);
+  current = undefined;
+  showError(others ? `One image at a time: the first is taken, ${others} more ${others === 1 ? "is" : "are"} left out.` : undefined);
   segmentWaiting();
 }
 
@@ -223,7 +223,7 @@ function save(content: Blob, name: string): void {
 function takeFiles(files: File[]): void {
   if (!files.length) return;
   if (isModel(files)) loadModel(files, files.length === 1 ? files[0].name : "Your files");
-  else void takeImage(files[0]);
+  else void takeImage(files[0], files.length - 1);
 }
 
 function onFiles(id: string, take: (files: File[]) => void): void {
@@ -290,7 +290,12 @@ function listen(): void {
 async function loadFirstModel(): Promise<void> {
   const asked = new URLSearchParams(location.search);
   const dtype = asked.get("dtype");
-  if (dtype) element<HTMLSelectElement>("dtype").value = dtype;
+  if (dtype) {
+    const menu = element<HTMLSelectElement>("dtype");
+    const known = [...menu.options].map(({ value }) => value);
+    if (known.includes(dtype)) menu.value = dtype;
+    else showError(`The address of this page asks for dtype=${dtype}: expected ${known.join(", ")}.`);
+  }
   const model = asked.get("model");
   if (model) {
     loadAddress(model);

@@ -22,7 +22,8 @@ export interface Protocol {
   splitWindows: boolean;
   windowSize: number;
   windowStride: number;
-  patchSize: number;
+  /** Side in pixels to whose multiple the logits of a window reach: 1 where they end with it (`padding` "center"). */
+  paddingMultiple: number;
   scales: number[];
   flip: boolean;
 }
@@ -75,6 +76,10 @@ export function readProtocol(content: unknown): Protocol {
   const doNormalize = fields.do_normalize !== false;
   const resample = (fields.resample ?? 2) as number;
   if (!(resample in INTERPOLATIONS)) fail(file, "0 (nearest), 2 (bilinear) or 3 (bicubic) as resample", resample);
+  if (![undefined, "end", "center"].includes(fields.padding as string)) fail(file, '"end" or "center" as padding', fields.padding);
+  for (const name of ["do_resize_to_window", "value_range"]) {
+    if (fields[name]) fail(file, `no ${name}, which a browser does not follow`, fields[name]);
+  }
   const windowSize = number(fields, "window_size", file, 1);
   return {
     doResize,
@@ -88,7 +93,7 @@ export function readProtocol(content: unknown): Protocol {
     splitWindows: fields.do_split_windows !== false,
     windowSize,
     windowStride: number(fields, "window_stride", file, 1, windowSize),
-    patchSize: number(fields, "patch_size", file, 1, 16),
+    paddingMultiple: fields.padding === "center" ? 1 : number(fields, "patch_size", file, 1, 16),
     scales: scalesOf(fields, file),
     flip: fields.do_flip === true,
   };
@@ -115,7 +120,8 @@ export function readLabels(labelSet: unknown, config: unknown): Label[] {
     const entries = asObject(labelSet, "label_set.json").labels;
     if (!Array.isArray(entries) || !entries.length) fail("label_set.json", "a list of labels", entries);
     return entries.map((entry, id) => {
-      const { name, color } = asObject(entry, "label_set.json");
+      const { id: given = id, name, color } = asObject(entry, "label_set.json");
+      if (given !== id) fail("label_set.json", `the labels in the order of their ids, with ${id} as the next`, given);
       if (typeof name !== "string") fail("label_set.json", `a name for label ${id}`, name);
       const isColor = Array.isArray(color) && color.length === 3 && color.every((each) => typeof each === "number");
       return { id, name, color: isColor ? (color as Label["color"]) : defaultColor(id) };

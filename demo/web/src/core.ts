@@ -81,7 +81,7 @@ async function viewLogits(
     if (logits.dims.length !== 4 || count !== batch.length) {
       throw new Error(`Expected logits (${batch.length}, classes, rows, columns), got (${logits.dims.join(", ")}).`);
     }
-    merged ??= new ViewLogits(view, channels, rows, columns, protocol.patchSize);
+    merged ??= new ViewLogits(view, channels, rows, columns, protocol.paddingMultiple);
     const length = channels * rows * columns;
     for (let index = 0; index < count; index++) {
       merged.add(first + index, logits.data.subarray(index * length, (index + 1) * length));

@@ -62,6 +62,7 @@ interface Waiting {
 class WorkerClient {
   private readonly waiting = new Map<number, Waiting>();
   private last = 0;
+  private stopped: Error | undefined;
 
   constructor(private readonly worker: Worker) {
     worker.onmessage = ({ data }: MessageEvent<Reply>) => {
@@ -80,6 +81,7 @@ class WorkerClient {
   ask(request: LoadRequest, onProgress?: Waiting["onProgress"]): Promise<Loaded>;
   ask(request: SegmentRequest, onProgress?: Waiting["onProgress"]): Promise<Segmentation>;
   ask(request: LoadRequest | SegmentRequest, onProgress?: Waiting["onProgress"]): Promise<Loaded | Segmentation> {
+    if (this.stopped) return Promise.reject(this.stopped);
     const id = ++this.last;
     return new Promise((resolve, reject) => {
       this.waiting.set(id, { resolve, reject, onProgress });
@@ -90,6 +92,7 @@ class WorkerClient {
 
   stop(error = new Error("The segmenter was disposed of.")): void {
     this.worker.terminate();
+    this.stopped ??= error;
     for (const { reject } of this.waiting.values()) reject(error);
     this.waiting.clear();
   }

@@ -33,14 +33,14 @@ export class ViewLogits {
   /**
    * @param grid Where the windows lie.
    * @param channels Logits of a patch, and `patchRows` x `patchColumns` patches of a window.
-   * @param patchSize Side in pixels to whose multiple the model pads its input.
+   * @param multiple Side in pixels to whose multiple the logits of a window reach.
    */
   constructor(
     private readonly grid: WindowGrid,
     private readonly channels: number,
     private readonly patchRows: number,
     private readonly patchColumns: number,
-    private readonly patchSize: number,
+    private readonly multiple: number,
   ) {
     this.classes = Math.max(channels, 2);
     this.columns = grid.lefts.length * patchColumns;
@@ -65,7 +65,7 @@ export class ViewLogits {
   }
 
   private padded(length: number): number {
-    return Math.ceil(length / this.patchSize) * this.patchSize;
+    return Math.ceil(length / this.multiple) * this.multiple;
   }
 
   rowTaps(side: number): Taps {

@@ -1,6 +1,7 @@
 /** Where the files of a model come from: an address, a list of files, or a ZIP archive. */
 
 import type { Progress } from "./core.js";
+import { crc32 } from "./crc32.js";
 
 /** The files of an export of `segmenter-hf export`, by their path inside it. */
 export interface ModelFiles {
@@ -129,22 +130,33 @@ export async function zipEntries(archive: Blob): Promise<Map<string, () => Promi
   for (let index = 0, at = 0; index < count; index++) {
     if (at + 46 > directory.byteLength || directory.getUint32(at, true) !== DIRECTORY_ENTRY) throw damaged();
     const method = directory.getUint16(at + 10, true);
+    const checksum = directory.getUint32(at + 16, true);
     const packed = directory.getUint32(at + 20, true);
     const unpacked = directory.getUint32(at + 24, true);
     const nameLength = directory.getUint16(at + 28, true);
     const extra = directory.getUint16(at + 30, true) + directory.getUint16(at + 32, true);
     const header = directory.getUint32(at + 42, true);
     const name = new TextDecoder().decode(new Uint8Array(directory.buffer, at + 46, nameLength));
-    if (!name.endsWith("/")) entries.set(name, () => unzip(archive, name, { method, packed, unpacked, header }));
+    if (!name.endsWith("/")) entries.set(name, () => unzip(archive, name, { method, checksum, packed, unpacked, header }));
     at += 46 + nameLength + extra;
   }
   return entries;
 }
 
-async function unzip(
+type Entry = Record<"method" | "checksum" | "packed" | "unpacked" | "header", number>;
+
+async function unzip(archive: Blob, name: string, entry: Entry): Promise<Uint8Array<ArrayBuffer>> {
+  const content = await unpack(archive, name, entry);
+  if (content.length !== entry.unpacked || crc32(content) !== entry.checksum) {
+    throw new Error(`${name}: the archive is damaged.`);
+  }
+  return content;
+}
+
+async function unpack(
   archive: Blob,
   name: string,
-  { method, packed, unpacked, header }: { method: number; packed: number; unpacked: number; header: number },
+  { method, packed, unpacked, header }: Entry,
 ): Promise<Uint8Array<ArrayBuffer>> {
   const local = new DataView(await archive.slice(header, header + 30).arrayBuffer());
   const start = header + 30 + local.getUint16(26, true) + local.getUint16(28, true);
@@ -162,6 +174,5 @@ async function unzip(
     result.set(value, offset);
     offset += value.length;
   }
-  if (offset !== unpacked) throw new Error(`${name}: the archive is damaged.`);
-  return result;
+  return result.subarray(0, offset);
 }

@@ -42,6 +42,11 @@ async function decode(image: ImageBitmap | Blob | Pixels): Promise<Pixels> {
   const { height, width } = bitmap;
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   if (!context) throw new Error(`The browser has no memory for an image of ${width} x ${height} pixels.`);
+  context.fillRect(0, 0, 1, 1);
+  if (context.getImageData(0, 0, 1, 1).data[3] !== 255) { // a canvas that is too long on a side stays empty
+    throw new Error(`The browser cannot read an image of ${width} x ${height} pixels. Make it smaller.`);
+  }
+  context.clearRect(0, 0, 1, 1);
   context.drawImage(bitmap, 0, 0);
   bitmap.close();
   return context.getImageData(0, 0, width, height);

@@ -51,6 +51,15 @@ test("an archive that holds more than it says is refused", async () => {
   await assert.rejects(files.read("onnx/model.onnx"), /damaged/);
 });
 
+for (const packed of [true, false]) {
+  test(`a ${packed ? "packed" : "stored"} file that was changed is refused`, async () => {
+    const archive = zip(FILES, { packed });
+    archive[Buffer.from(archive).indexOf("model.onnx") + "model.onnx".length + 1] ^= 1; // the second byte of the weights
+    const files = await filesFrom([new File([archive], "a.zip")]);
+    await assert.rejects(files.read("onnx/model.onnx"));
+  });
+}
+
 test("what is no archive or no model is refused in words", async () => {
   await assert.rejects(zipEntries(new Blob(["no archive"])), /Expected a ZIP archive/);
   const damaged = zip(FILES);
@@ -98,6 +107,8 @@ test("a protocol has the defaults of the image processor", () => {
     [protocol.windowStride, protocol.longestEdge, protocol.interpolation, protocol.antialias, protocol.flip],
     [512, null, "bilinear", false, false],
   );
+  assert.equal(protocol.paddingMultiple, 16);
+  assert.equal(readProtocol({ window_size: 20, size: { shortest_edge: 20 }, padding: "center" }).paddingMultiple, 1);
   const off = readProtocol({ window_size: 8, do_resize: false, do_normalize: false, do_rescale: false, antialias: true });
   assert.deepEqual([off.doResize, off.std, off.rescaleFactor, off.antialias], [false, [1, 1, 1], 1, true]);
 });
@@ -110,6 +121,9 @@ test("a protocol that this package cannot follow is refused", () => {
     [{ scales: [0] }, /factors above 0/],
     [{ window_size: "512" }, /as window_size, got "512"/],
     [{ size: { height: 5 } }, /shortest_edge/],
+    [{ padding: "start" }, /"end" or "center" as padding/],
+    [{ do_resize_to_window: true }, /no do_resize_to_window/],
+    [{ value_range: [0, 4095] }, /no value_range, which a browser does not follow, got \[0,4095\]/],
   ] as const) {
     assert.throws(() => readProtocol({ ...fields, ...wrong }), expected);
   }
@@ -124,4 +138,6 @@ test("classes have the names and colors of the label set, else the names of the 
   assert.deepEqual(readLabels(undefined, { id2label: { 0: "road" } }).map(({ name }) => name), ["background", "road"]);
   assert.throws(() => readLabels(undefined, {}), /names of the classes/);
   assert.throws(() => readLabels({ labels: [{}] }, undefined), /a name for label 0/);
+  const swapped = { labels: [{ id: 1, name: "road" }, { id: 0, name: "sky" }] };
+  assert.throws(() => readLabels(swapped, undefined), /in the order of their ids, with 0 as the next, got 1/);
 });

@@ -16,7 +16,7 @@ const PROTOCOL: Protocol = {
   splitWindows: true,
   windowSize: 32,
   windowStride: 24,
-  patchSize: 8,
+  paddingMultiple: 8,
   scales: [1],
   flip: false,
 };

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..demo.app import WORKER, build_page, launch_page, load_models, train_scenes_model  # needs the extra
 
     is_there = all((Path(args.output_dir) / name).is_file() for name in ("config.json", "model.safetensors"))
-    if not args.model_name_or_path and not is_there:
+    if not args.model_name_or_path and not is_there and args.runtime == "torch":
         print(
             f"There is no model in {args.output_dir} yet: training a small one on drawn street scenes, some minutes."
         )

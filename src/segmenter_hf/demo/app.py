@@ -187,7 +187,7 @@ def load_models(
         `dict[str, Predictor]`: The models by the names that the page shows.
 
     Raises:
-        ValueError: If a model takes other images than RGB, which a browser cannot show.
+        ValueError: If a model takes other images than RGB of 8 bits, which a browser cannot show.
     """
     shown = short_names(names)
     predictors = {shown[name]: Predictor.from_pretrained(name, device=device, runtime=runtime) for name in shown}
@@ -197,6 +197,12 @@ def load_models(
             raise ValueError(
                 f"{name}: the demo shows RGB images, and the model takes {channels} channels (`num_channels`). Segment its "
                 "images with `segmenter-hf predict`."
+            )
+        value_range = predictor.processor.value_range
+        if value_range is not None and tuple(value_range) != (0, 255):
+            raise ValueError(
+                f"{name}: the demo shows images of 8 bits, and the model takes values of {list(value_range)} (`value_range`). "
+                "Segment its images with `segmenter-hf predict`."
             )
     return predictors
 
@@ -262,9 +268,12 @@ def open_upload(path: str | Path, max_image_pixels: int) -> Image.Image:
         try:
             image = decode_image(file, "upload", max_image_pixels)
             full_size, profile = image.size, image.info.get("icc_profile")
+            has_four = image.mode == "RGBA" and image.format == "TIFF"  # no transparency: as in `check_channels`
             image = as_rgb(image)
         except ValueError as error:
             raise refusal("The image is damaged or incomplete: it cannot be read to its end.") from error
+    if has_four:
+        raise refusal("The image has 4 channels, and this page takes images of 3.")
     factor = min(1.0, MAX_SHOWN_SIDE / max(full_size))
     if factor < 1:
         width, height = (max(1, round(factor * side)) for side in full_size)

@@ -29,7 +29,7 @@ from .dtypes import (
     save_model,
     write_dtype,
 )
-from .quantization import calibration_windows
+from .quantization import calibration_windows, check_calibration
 
 
 ONNX_FOLDER = "onnx"
@@ -387,10 +387,7 @@ def export_onnx(
             `opset`.
     """
     check_dtypes(dtypes)
-    if "static" in dtypes and calibration_images is None:
-        raise ValueError(
-            "8 bits without 'dynamic' need `calibration_images`, a folder of images as the model will see."
-        )
+    check_calibration("static" in dtypes, calibration_images)
     output_dir = Path(output_dir)
     model, processor, label_set = load_for_export(model_name_or_path, output_dir, overwrite)
     windows = calibration_windows(processor, calibration_images or "") if "static" in dtypes else None

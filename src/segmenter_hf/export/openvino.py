@@ -32,7 +32,7 @@ from .onnx import (
     write_companions,
     write_onnx,
 )
-from .quantization import calibration_windows, quantize_openvino
+from .quantization import calibration_windows, check_calibration, quantize_openvino
 
 
 logger = logging.getLogger(__name__)
@@ -102,8 +102,7 @@ def _export_openvino(
     overwrite: bool,
 ) -> OnnxExport:
     openvino_core()  # an error where it is missing
-    if "int8" in precisions and calibration_images is None:
-        raise ValueError("'int8' needs `calibration_images`, a folder of images as the model will see.")
+    check_calibration("int8" in precisions, calibration_images)
     model, processor, label_set = load_for_export(model_name_or_path, output_dir, overwrite)
     windows = calibration_windows(processor, calibration_images or "") if "int8" in precisions else None
     with atomic_directory(output_dir.absolute()) as temporary:

@@ -1,5 +1,6 @@
 """Static quantization to 8 bits: ranges of what layers take in come from images, each output channel of a weight has a scale."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +8,30 @@ from typing import Any
 
 import numpy as np
 
-from ..data.folder_files import image_files
+from ..data.image_loading import find_images
 from ..models.image_io import read_channels
 
 
+logger = logging.getLogger(__name__)
+
 MAX_CALIBRATION_WINDOWS = 64  # more of them change the ranges little
 NNCF_CI = "NNCF_CI"  # nncf reports each use to its makers unless this is set when it is imported
+
+
+def check_calibration(is_calibrated: bool, images: str | Path | None) -> None:
+    """Images belong to calibrated 8 bits; a warning says so where they are for nothing.
+
+    Raises:
+        ValueError: If they are missing.
+    """
+    if is_calibrated and not images:
+        raise ValueError(
+            "8 bits without 'dynamic' need `calibration_images`, a folder of images as the model will see."
+        )
+    if images and not is_calibrated:
+        logger.warning(
+            "`calibration_images` are not used: they are for the precision 'int8' (the dtype 'static') alone."
+        )
 
 
 def calibration_windows(processor: Any, images: str | Path) -> list[np.ndarray]:
@@ -24,24 +43,21 @@ def calibration_windows(processor: Any, images: str | Path) -> list[np.ndarray]:
 
     Returns:
         `list[np.ndarray]`: Pixel values of shape (1, channels, height, width) and dtype `float32`: of at most 64 windows, from
-        images all over the folder.
+        images all over the folder and, of each, from anywhere in it; the same each time.
 
     Raises:
-        FileNotFoundError: If there is no image.
+        FileNotFoundError: If there is no image there.
         ValueError: If an image cannot be read.
     """
-    images = Path(images)
-    paths = image_files(images) if images.is_dir() else [images] if images.is_file() else []
-    if not paths:
-        raise FileNotFoundError(
-            f"{images}: expected a folder of images, as the model will see, for `calibration_images`."
-        )
+    paths = list(find_images([images]).values())
     paths = paths[:: -(-len(paths) // MAX_CALIBRATION_WINDOWS)]
     each = -(-MAX_CALIBRATION_WINDOWS // len(paths))
+    rng = np.random.default_rng(0)
     windows = []
     for path in paths:
         source = processor.lazy_windows(read_channels(path, processor.num_channels), scales=[1.0], do_flip=False)
-        windows += [source.pixel_values(window)[None].numpy() for window in source.windows[:each]]
+        chosen = rng.permutation(len(source.windows))[:each]  # corners alone would be mostly sky
+        windows += [source.pixel_values(source.windows[index])[None].numpy() for index in chosen]
     return windows[:MAX_CALIBRATION_WINDOWS]
 
 
@@ -122,4 +138,4 @@ def quantize_openvino(model: Any, windows: list[np.ndarray] | None) -> Any:
     )
 
 
-__all__ = ["calibration_windows", "quantize_openvino", "write_static_onnx"]
+__all__ = ["calibration_windows", "check_calibration", "quantize_openvino", "write_static_onnx"]

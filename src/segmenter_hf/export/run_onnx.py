@@ -62,6 +62,10 @@ def read_tiff(path: Path) -> np.ndarray:
         raise SystemExit(f"error: {path}: TIFF of this kind is read by tifffile: `pip install tifffile`.") from error
     with tifffile.TiffFile(path) as tiff:
         page, series = tiff.pages.first, tiff.series[0]
+        if page.tags.valueof("Orientation", 1) != 1:
+            raise ValueError(
+                "the TIFF is stored turned (tag Orientation), and its pixels are read as they are. Save it upright."
+            )
         is_stack = page.samplesperpixel == 1 and series.ndim == 3  # a page for each channel
         values = series.asarray() if is_stack else page.asarray()
         is_first = is_stack or page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
@@ -82,7 +86,7 @@ def read_with_pillow(path: Path) -> Image.Image | None:
     with open(path, "rb") as file:
         is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     try:
-        with Image.open(path) as opened:
+        with open(path, "rb") as file, Image.open(file) as opened:
             is_whole = opened.mode in ("1", "L", "P", "I;16", "I;16B")
             if opened.mode in ("RGB", "CMYK") and is_tiff:  # of 16 bits, of which Pillow would drop 8
                 is_whole = set(opened.tag_v2.get(BITS_PER_SAMPLE, (8,))) == {8}  # type: ignore[attr-defined]
@@ -116,15 +120,24 @@ def read_image(path: Path, settings: dict[str, Any]) -> np.ndarray:
         values = np.repeat(values, 3, axis=-1)
     if values.shape[-1] != channels:
         raise SystemExit(f"error: {path}: the image has {values.shape[-1]} channels, and the model takes {channels}.")
+    if values.dtype == bool:
+        values = values.astype(np.uint8) * 255
+    is_float = np.issubdtype(values.dtype, np.floating)
+    if is_float and not np.isfinite(values).all():
+        raise SystemExit(f"error: {path}: the image holds NaN or infinite values.")
+    if is_float and not value_range and settings["do_rescale"] and 0 < values.max() <= 1:
+        raise SystemExit(f"error: {path}: the image holds floats from 0 to 1, and 0 to 255 is expected.")
     if value_range:
         low, high = value_range
+        if values.dtype == np.uint8 and high > 255:
+            raise SystemExit(f"error: {path}: the image has 8 bits, and the model takes values up to {high:g}.")
         scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
         return np.clip(scaled, 0, 255)
-    if not np.issubdtype(values.dtype, np.integer):
+    if is_float:
         return values.astype(np.float32)
     if values.min() < 0 or values.max() > 65535:
         raise SystemExit(f"error: {path}: the pixel values must be from 0 to 65535.")
-    is_deep = values.dtype == np.uint16 or values.max() > 255
+    is_deep = (values.dtype.kind, values.dtype.itemsize) == ("u", 2) or values.max() > 255  # of either byte order
     return np.round(values / 257.0).astype(np.uint8) if is_deep else values.astype(np.uint8)
 
 
@@ -208,7 +221,7 @@ def main() -> None:
     session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
     try:
         pixels = read_image(Path(args.image), settings)
-    except (OSError, ValueError) as error:  # also what is no image
+    except (OSError, ValueError, Image.DecompressionBombError) as error:  # also what is no image
         raise SystemExit(f"error: {args.image} cannot be read: {error}") from error
     ids = segment(pixels, session, settings)
     label_map(ids, [label["color"] for label in labels]).save(args.output)

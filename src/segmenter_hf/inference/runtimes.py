@@ -142,6 +142,7 @@ def load_network(
         check_model_files(name_or_path)
         config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         processor = load_processor(name, revision)
+        processor.device = None  # where it computes is said by its user, not by a file
         for part, wanted in ((config, "a Segmenter or SETR model"), (processor, "a SegmenterImageProcessor")):
             if not type(part).__module__.startswith("segmenter_hf."):
                 raise ValueError(f"{name}: expected {wanted}, got a {type(part).__name__}. {REMEDY}")

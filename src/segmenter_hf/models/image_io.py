@@ -341,6 +341,10 @@ def _load_tiff(file: BinaryIO, name: str, num_channels: int | None, limit: int |
         is_cmyk = page.photometric == tifffile.PHOTOMETRIC.SEPARATED
         if samples == 1 or (page.dtype == np.uint8 and (samples == 3 or is_cmyk)):
             return None
+        if page.tags.valueof("Orientation", 1) != 1:
+            raise ValueError(
+                "the TIFF is stored turned (tag Orientation), and its pixels are read as they are. Save it upright."
+            )
         if num_channels is not None:  # before what may fill the memory is decoded
             _check_count(samples, num_channels, name)
         array = page.asarray()
