@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,25 @@ def test_a_second_sigterm_does_not_interrupt_the_cleaning(capsys, monkeypatch) -
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 143 and cleaned == [True]
+
+
+def test_a_sigterm_while_an_object_is_deleted_is_not_lost(capsys, monkeypatch) -> None:
+    monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
+    hook = sys.unraisablehook
+
+    class Deleted:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    @cli_main
+    def main() -> None:
+        Deleted()
+        time.sleep(30)
+        pytest.fail("the signal was lost")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 143 and capsys.readouterr().err == "terminated\n" and sys.unraisablehook is hook
 
 
 def test_of_several_processes_one_says_that_they_were_terminated(capsys, monkeypatch) -> None:

@@ -124,6 +124,22 @@ def test_rgb_of_16_bits_keeps_its_depth(tmp_path) -> None:
     assert np.array_equal(read_channels(tmp_path / "deep.tif"), np.moveaxis(pixels, -1, 0))
 
 
+def test_a_tiff_of_three_gray_pages_has_three_channels(tmp_path) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(3, 40, 48), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "pages.tif", pixels, photometric="minisblack")
+    assert np.array_equal(read_channels(tmp_path / "pages.tif"), pixels)
+    tifffile.imwrite(tmp_path / "pages.tif", pixels[:2], photometric="minisblack")
+    assert np.array_equal(read_channels(tmp_path / "pages.tif"), pixels[0])  # of others the first one, gray
+
+
+def test_floats_of_one_channel_are_trained_on_as_they_are_predicted(tmp_path) -> None:
+    values = np.random.default_rng(0).random((40, 48), dtype=np.float32) * 255
+    Image.fromarray(values).save(tmp_path / "floats.tif")
+    row = {"image": {"bytes": (tmp_path / "floats.tif").read_bytes(), "path": None}}
+    image, _ = decode_example(row | {"annotation": Image.new("L", (48, 40))}, num_channels=1)
+    assert np.array_equal(image, values[..., None])
+
+
 def test_a_tiff_that_is_stored_turned_is_refused(tmp_path) -> None:
     pixels = np.zeros((40, 48, 3), dtype=np.uint16)
     tifffile.imwrite(tmp_path / "turned.tif", pixels, photometric="rgb", extratags=[("Orientation", "H", 1, 6, True)])

@@ -60,6 +60,13 @@ def test_folders_that_are_links_are_entered_once(tmp_path):
     assert rows["id"][:] == ["c", "a", "b"]  # c, more/a, more/b
 
 
+def test_two_files_of_one_name_in_one_folder_are_refused(tmp_path):
+    for name in ("x.jpg", "x.png", "x_mask.png"):
+        save(tmp_path / name, mask_array())
+    with pytest.raises(ValueError, match=r"two files have one name, x\.\w+ and x\.\w+. Keep one."):
+        load_segmentation_datasets(str(tmp_path), splits=["train"])
+
+
 def test_a_split_under_two_names_is_refused(tmp_path):
     for name, stems in {"train": ["a", "b"], "training": ["c"]}.items():
         save_pairs(tmp_path / "images" / name, tmp_path / "masks" / name, stems)

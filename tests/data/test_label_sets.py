@@ -221,6 +221,10 @@ def test_an_unknown_name_lists_the_known_ones():
         ([], "at least one label"),
         ([1, 2], "only strings"),
         (["sky", "road", "sky"], r"got \['sky'\] more than once"),
+        (
+            [{"name": "sky", "id": 1}, {"name": "road", "id": 0}, {"name": "tree"}],
+            r"id of each class, got \[1, 0, None\]",
+        ),
     ],
 )
 def test_a_file_of_another_form_is_refused(tmp_path, content, message):

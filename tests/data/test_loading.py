@@ -18,6 +18,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from segmenter_hf.data.decoding import decode_example
+from segmenter_hf.data.encoded_images import encoded_bytes
+from segmenter_hf.data.image_loading import load_image_dataset
 from segmenter_hf.data.label_sets import LabelSet, label_set_from_names, load_label_set
 from segmenter_hf.data.loading import load_segmentation_datasets, load_split, split_train_validation
 from segmenter_hf.data.mask_checks import check_masks, infer_num_labels
@@ -132,6 +134,45 @@ def test_parquet_files_are_read_like_on_the_hub(tmp_path, folder, streaming):
     assert_holds_pairs(found["train"], ["street 0", "street 1"])
     assert_holds_pairs(found["validation"], ["street 0"])
     assert set(next(iter(found["train"]))) == {"image", "annotation", "id"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_of_one_split_are_read_once(tmp_path, streaming):
+    folder = tmp_path / "br [v2]"
+    (folder / "data").mkdir(parents=True)
+    dataset_of([mask_array()]).to_parquet(folder / "train.parquet")
+    dataset_of([mask_array(0), mask_array(1)]).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    found = load_segmentation_datasets(str(folder), splits=["train"], streaming=streaming)["train"]
+    assert len(list(found)) == len(list(load_image_dataset(str(folder), streaming=streaming))) == 2
+    dataset_of([mask_array()]).to_parquet(folder / "data" / "training.parquet")
+    for load in (load_segmentation_datasets, load_image_dataset):
+        with pytest.raises(ValueError, match="one split under two names, 'train' and 'training'"):
+            load(str(folder), **({} if load is load_image_dataset else {"splits": ["train"]}))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_of_plain_bytes_and_of_any_split_are_predicted(tmp_path, streaming):
+    content = encoded(image_array())["bytes"]
+    pq.write_table(pa.table({"image": [content]}), tmp_path / "trainval.parquet")
+    (row,) = load_image_dataset(str(tmp_path), "trainval", streaming=streaming)
+    assert row["image"] == {"bytes": content, "path": None}
+
+
+def test_parquet_files_that_differ_are_refused_in_words(tmp_path):
+    dataset_of([mask_array()]).to_parquet(tmp_path / "train-0.parquet")
+    pq.write_table(pa.table({"image": [1], "annotation": [2]}), tmp_path / "train-1.parquet")
+    with pytest.raises(ValueError, match="the parquet files of 'train' cannot be read as one"):
+        load_segmentation_datasets(str(tmp_path), splits=["train"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_name_files_from_the_folder_of_the_dataset(tmp_path, streaming):
+    save(tmp_path / "images" / "a.png", image_array())
+    feature = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+    rows = [{"image": {"bytes": None, "path": "images/a.png"}}]
+    datasets.Dataset.from_list(rows, features=feature).to_parquet(tmp_path / "train.parquet")
+    (row,) = load_image_dataset(str(tmp_path), streaming=streaming)
+    assert encoded_bytes(row["image"]) == (tmp_path / "images" / "a.png").read_bytes()
 
 
 def test_a_folder_may_be_streamed(tmp_path):
@@ -272,6 +313,19 @@ def test_masks_of_one_bit_hold_0_and_1():
     mask = mask_array(num_labels=2)
     result = decode_example(example(Image.fromarray(mask * 255).convert("1")))[1]
     assert np.array_equal(result, mask)
+
+
+@pytest.mark.parametrize("header", [b"P5 5 1 4\n", b"P5 5 1 15\n", b"P2 5 1 9\n"])
+def test_masks_of_pgm_hold_what_the_file_stores(header):
+    pixels = bytes(range(5)) if header[:2] == b"P5" else b"0 1 2 3 4"
+    row = {"image": encoded(image_array(0, 1, 5)), "annotation": {"bytes": header + pixels, "path": None}}
+    assert decode_example(row)[1].tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_masks_of_pgm_of_another_range_of_16_bits_are_refused():
+    row = {"image": encoded(image_array(0, 1, 1)), "annotation": {"bytes": b"P5 1 1 1000\n\0\7", "path": None}}
+    with pytest.raises(ValueError, match="values up to 255 or 65535, got 1000"):
+        decode_example(row)
 
 
 def test_large_ids_are_kept_or_mapped_into_uint8():

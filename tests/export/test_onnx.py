@@ -295,6 +295,16 @@ def test_the_example_reads_arrays_as_the_image_processor(values, tmp_path) -> No
     assert np.array_equal(np.moveaxis(found, -1, 0), expected) and found.dtype == np.uint8
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_example_reads_pages_as_the_image_processor(channels, tmp_path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    pages = np.random.default_rng(0).integers(256, size=(3, 9, 12), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "pages.tif", pages, photometric="minisblack")
+    found = run_onnx.read_image(tmp_path / "pages.tif", {"image_mean": [0.5] * channels})
+    expected = image_to_array(read_channels(tmp_path / "pages.tif", channels), channels == 3, None, channels)
+    assert np.array_equal(np.moveaxis(found, -1, 0), expected) and len(expected) == channels
+
+
 def test_the_example_refuses_what_it_does_not_do() -> None:
     settings = SegmenterImageProcessor(do_resize_to_window=True).to_dict()
     with pytest.raises(SystemExit, match="aspect ratio"):

@@ -11,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from segmenter_hf.cli.main import main
 from segmenter_hf.data.decoding import decode_example
 from segmenter_hf.data.label_resolution import dataset_label_set
 from segmenter_hf.data.label_sets import label_set_from_names, load_label_set
 from segmenter_hf.data.loading import load_segmentation_datasets
+from segmenter_hf.data.synthetic_scenes import save_scenes
 from segmenter_hf.inference import datasets as dataset_prediction
 from segmenter_hf.inference.dataset_files import OutputLayout
 from segmenter_hf.inference.datasets import predict_dataset
@@ -24,6 +26,7 @@ from segmenter_hf.inference.protocol import InferenceProtocol
 from segmenter_hf.inference.pseudo_labels import NUM_BINS, ConfidenceRule, pseudo_label_set
 from segmenter_hf.models.sliding_window import plain_merge_windows
 
+from ..tiny_models import save_tiny_scenes_model
 from .test_datasets import as_process as as_process
 
 
@@ -217,3 +220,17 @@ def test_the_stored_label_set_holds_the_classes_themselves() -> None:
     assert mapped.reduce_labels and not pseudo_label_set(mapped).reduce_labels
     one = pseudo_label_set(label_set_from_names(["leaf"]))
     assert one.labels == ("background", "leaf") and one.label_id_to_train_id == {0: 0, 1: 1}
+
+
+def test_both_thresholds_of_the_command_line_are_used(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny_scenes_model(tmp_path / "model")
+    save_scenes(tmp_path / "drawn", 2, (40, 56), seed=2)
+    given = ["predict", "--model_name_or_path", "model", "--min_confidence", "0.99"]
+    main([*given, "--images", "drawn/images", "--output_dir", "files"])
+    assert all((np.array(Image.open(path)) == 255).all() for path in (tmp_path / "files").glob("*[0-9].png"))
+    main([*given, "--dataset_name", "drawn", "--min_class_fraction", "0.5", "--output_dir", "rows"])
+    (file,) = (tmp_path / "rows").rglob("*.parquet")
+    maps = [np.array(Image.open(io.BytesIO(row["bytes"]))) for row in pq.read_table(file)["label_map"].to_pylist()]
+    kept = np.concatenate([each.ravel() != 255 for each in maps]).mean()
+    assert 0.4 < kept < 0.9

@@ -9,6 +9,7 @@ import torch
 from segmenter_hf import InferenceProtocol, Predictor, SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from segmenter_hf.cli.main import main
 from segmenter_hf.data.label_sets import load_label_set
+from segmenter_hf.inference import scenes
 from segmenter_hf.inference.scenes import SceneWindows
 
 from ..tiny_models import spread_weights, tiny_scenes_config
@@ -153,6 +154,23 @@ def test_a_small_tiff_without_coordinates_is_an_image(folder) -> None:
     write_scene(folder / "scene.tif", tiled=False, crs=False)
     predict(folder, "--full_resolution")
     assert {path.name for path in (folder / "out").iterdir()} == {"scene.png", "scene_overlay.png"}
+
+
+def test_a_class_map_that_is_not_whole_does_not_replace_another(folder, monkeypatch) -> None:
+    """GDAL says nothing where the disk is full when it closes a file."""
+    write_scene(folder / "scene.tif")
+    predict(folder, "--full_resolution")
+    before = (folder / "out" / "scene.tif").read_bytes()
+    write = scenes._write_classes
+
+    def cut(path, *arguments) -> None:
+        write(path, *arguments)
+        path.write_bytes(path.read_bytes()[:-40])
+
+    monkeypatch.setattr(scenes, "_write_classes", cut)
+    with pytest.raises((OSError, SystemExit), match="could not be written whole|full"):
+        predict(folder, "--full_resolution")
+    assert (folder / "out" / "scene.tif").read_bytes() == before
 
 
 @pytest.mark.parametrize("views", [["--multi_scale_flip"], ["--scales", "0.5", "1"]])

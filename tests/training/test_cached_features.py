@@ -1,6 +1,8 @@
 """Features of a frozen encoder that are computed once: the training is that of features computed again and again."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,16 @@ def test_the_model_sees_the_features_in_place_of_its_encoder(fields) -> None:
         after = model(pixel_values=pixel_values)
     torch.testing.assert_close(replaced.loss, expected.loss)
     assert torch.equal(after.logits, expected.logits)
+
+
+def test_a_full_disk_is_an_error_and_leaves_no_features(tmp_path, monkeypatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match=r"\.features could not be written: .* make room"):
+        run(tmp_path, "--cache_feature_epochs", "1")
+    assert not list(tmp_path.glob(".features*"))
 
 
 def test_features_of_a_trained_encoder_or_a_stream_are_not_kept(tmp_path) -> None:

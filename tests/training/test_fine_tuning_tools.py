@@ -174,6 +174,18 @@ def test_the_average_is_that_of_a_naive_loop(tmp_path) -> None:
         WeightAverage(tiny_model(hidden_size=32), 0.9).load(tmp_path)
 
 
+def test_buffers_of_batch_norm_are_averaged_too() -> None:
+    model = tiny_model(decoder_type="linear", decoder_norm="batch_norm")
+    average = WeightAverage(model, 0.9)
+    (name,) = (name for name, _ in model.named_buffers() if name.endswith("running_mean"))
+    model.get_buffer(name).fill_(1.0)
+    average.update(1)
+    expected = 1 - min(0.9, 2 / 11)
+    with average.applied():
+        torch.testing.assert_close(model.get_buffer(name), torch.full_like(model.get_buffer(name), expected))
+    assert bool((model.get_buffer(name) == 1).all())
+
+
 def run(output_dir: Path, *more: str) -> dict:
     return train_segmenter(*parse_training_arguments(words(str(output_dir), *more)))
 
@@ -227,16 +239,22 @@ def test_merged_weights_give_the_logits_of_the_updates() -> None:
     expected_names = set(model.state_dict())
     add_adapters(model, 2, 8, "q_proj, v_proj")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all("lora_" in name or name.startswith("decode_head.") for name in trained)
+    heads = {name for name in expected_names if name.startswith("decode_head.")}
+    assert heads <= trained and all("lora_" in name for name in trained - heads)
     assert not any(name.startswith("decode_head.") and "lora_" in name for name in dict(model.named_parameters()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.1)
     pixel_values = torch.randn(1, 3, 32, 40)
+    layer = "segmenter.layers.0.attention.q_proj"
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    update = weights[f"{layer}.lora_B.default.weight"] @ weights[f"{layer}.lora_A.default.weight"]
     with torch.no_grad():
         before = model(pixel_values).logits
         merge_adapters(model)
+        merged = model.state_dict()[f"{layer}.weight"]
+        torch.testing.assert_close(merged, weights[f"{layer}.base_layer.weight"] + 8 / 2 * update)  # alpha / rank
         torch.testing.assert_close(model(pixel_values).logits, before, rtol=1e-4, atol=1e-5)
     assert set(model.state_dict()) == expected_names
 
@@ -303,12 +321,25 @@ def test_options_reach_the_crops_and_the_loss(tmp_path) -> None:
     assert model.config.semantic_loss_dice_weight == 0.5
 
 
+def test_early_stopping_of_a_recipe_is_turned_off_by_0(tmp_path) -> None:
+    more = ["--early_stopping_patience", "0", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+    _, _, args = parse_training_arguments(words(str(tmp_path), *more))
+    assert args.early_stopping_patience is None
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--layer_decay", "1.5"], "`layer_decay` must be above 0 and at most 1, got 1.5"),
         (["--ema_decay", "1"], "`ema_decay` must be at least 0 and below 1"),
         (["--unfreeze_at_step", "3"], "need `freeze_encoder`"),
+        (
+            ["--unfreeze_at_step", "9", "--freeze_encoder", "true", "--max_steps", "9"],
+            "9 comes after the last step, 9",
+        ),
+        (["--head_learning_rate_factor", "0"], "`head_learning_rate_factor` must be above 0, got 0"),
+        (["--lora_rank", "2", "--lora_alpha", "0"], "`lora_alpha` must be above 0, got 0"),
+        (["--extra_weight", "-1"], "`extra_weight` must be above 0, got -1"),
         (["--lora_rank", "0"], "`lora_rank` must be at least 1"),
         (["--lora_rank", "2", "--freeze_encoder", "true"], "`freeze_encoder` forbids"),
         (["--early_stopping_patience", "1", "--load_best_model_at_end", "false"], "needs `load_best_model_at_end`"),

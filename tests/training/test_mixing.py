@@ -128,7 +128,7 @@ def test_a_stream_takes_no_extra_set() -> None:
 def test_a_model_trains_on_its_own_labels(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     save_tiny_scenes_model(tmp_path / "model")
-    save_scenes(tmp_path / "more" / "images", 3, (40, 56), seed=2)
+    save_scenes(tmp_path / "more", 3, (40, 56), seed=2)
     predict = "predict --model_name_or_path model --dataset_name more --min_confidence 0.13 --output_dir pseudo"
     main(predict.split())
     more = "--extra_dataset_name pseudo --extra_weight 0.7 --label_set scenes --eval_strategy no --save_strategy no"
@@ -137,4 +137,6 @@ def test_a_model_trains_on_its_own_labels(tmp_path, monkeypatch, capsys) -> None
     assert "Masks of pseudo:" in capsys.readouterr().out
     arguments = json.loads((tmp_path / "run" / "recipe.json").read_text())["arguments"]
     assert (arguments["extra_dataset_name"], arguments["extra_weight"]) == ("pseudo", 0.7)
-    assert "pseudo, weight 0.7" in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "pseudo, weight 0.7" in card
+    assert f"| images | {arguments['scenes_train'] + 2} |" in card

@@ -297,6 +297,20 @@ def test_a_finished_run_stays_what_it_is(undisturbed) -> None:
     assert results["mean_iou"] == json.loads((undisturbed / "results.json").read_text())["mean_iou"]
 
 
+def test_a_run_that_ended_within_an_epoch_stays_what_it_is_wherever_it_lies(tmp_path) -> None:
+    more = ["--max_steps", "3", "--save_steps", "1", "--eval_steps", "1"]
+    train_segmenter(*parse_training_arguments(words(str(tmp_path / "run"), *more)))
+    before, checkpoints = load_file(tmp_path / "run" / "model.safetensors"), sorted((tmp_path / "run").glob("c*-*"))
+    state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
+    best = tmp_path / "moved" / Path(state["best_model_checkpoint"]).name
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train_segmenter(*parse_training_arguments(words(str(tmp_path / "moved"), *more)))
+    after = load_file(tmp_path / "moved" / "model.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert not (tmp_path / "moved" / "checkpoint-4").exists() and best.is_dir()
+    assert all(torch.equal(value, after[name]) for name, value in load_file(best / "model.safetensors").items())
+
+
 def test_curves_and_predictions_are_drawn_and_the_recipe_is_kept(undisturbed) -> None:
     names = {path.name for path in undisturbed.iterdir()}
     assert {"curves.png", "predictions.png", "recipe.json"} <= names

@@ -95,6 +95,11 @@ def test_classes_are_counted_patch_by_patch() -> None:
     assert counts.tolist() == expected
 
 
+def test_labels_of_no_class_are_refused_before_the_probe() -> None:
+    with pytest.raises(ValueError, match=r"Labels must be from 0 to 2 or the ignored 255, got \[9\]"):
+        count_classes(torch.tensor([[[0, 9], [255, 1]]]), 2, 3, 255)
+
+
 def test_rows_come_again_after_all_others_only() -> None:
     crops = Crops(length=4)
     chosen = list(choose_crops(crops, 8, torch.Generator().manual_seed(0)))

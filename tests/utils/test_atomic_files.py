@@ -44,6 +44,22 @@ def test_a_failure_keeps_the_old_directory(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_signal_between_the_two_moves_keeps_the_old_directory(tmp_path, monkeypatch) -> None:
+    with atomic_directory(tmp_path / "model") as temporary:
+        write_text(temporary / "a.txt", "old")
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if target == tmp_path / "model" and path.name != "old":  # the second of them
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "model") as temporary:
+        write_text(temporary / "b.txt", "new")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["a.txt"]
+
+
 def test_nan_becomes_null(tmp_path) -> None:
     write_json(tmp_path / "numbers.json", {"iou": [0.5, float("nan")], "mean": float("nan")})
     assert json.loads((tmp_path / "numbers.json").read_text()) == {"iou": [0.5, None], "mean": None}

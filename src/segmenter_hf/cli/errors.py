@@ -22,6 +22,7 @@ KNOWN_OPTIONS: ContextVar[frozenset[str]] = ContextVar(
     "KNOWN_OPTIONS", default=frozenset()
 )  # of the command that runs
 CLEANING_SECONDS = 10.0  # in which a further SIGTERM is ignored; batch systems and launchers send several
+RESEND_SECONDS = 0.1
 # Functions that messages of the library name, and the commands that do the same.
 COMMANDS = {
     "convert_checkpoint": "segmenter-hf convert",
@@ -119,11 +120,22 @@ def _sigterm_as_exception() -> Iterator[None]:
             last = time.monotonic()
             raise Terminated
 
+    def send_again(unraisable: Any) -> None:
+        """What is raised while an object is deleted, or in a callback of a library, Python ignores: the signal comes again."""
+        nonlocal last
+        if not issubclass(unraisable.exc_type, Terminated):
+            earlier_hook(unraisable)
+            return
+        last = -math.inf
+        threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    earlier_hook, sys.unraisablehook = sys.unraisablehook, send_again
     signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.unraisablehook = earlier_hook
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:

@@ -30,6 +30,13 @@ from .prediction_arguments import PredictionArguments
 from .remembered import recall_data_arguments
 
 
+# What is taken from the recipe of the model where the command line says nothing.
+DATA_ARGUMENTS = (
+    *("dataset_config", "dataset_revision", "image_column", "label_column"),
+    *("validation_fraction", "data_seed"),
+)
+
+
 @dataclass
 class InputArguments:
     """What to segment: images, or a dataset."""
@@ -148,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         print(f"Wrote the label maps of {len(written)} images to {output_dir}.")
         return
-    names = ("dataset_config", "dataset_revision", "image_column", "label_column", "validation_fraction", "data_seed")
-    recall_data_arguments(prediction_args.model_name_or_path, input_args.dataset_name, input_args, *names)
+    recall_data_arguments(prediction_args.model_name_or_path, input_args.dataset_name, input_args, *DATA_ARGUMENTS)
     dataset = load_image_dataset(
         input_args.dataset_name,
         input_args.split,
@@ -171,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "dataset_config": input_args.dataset_config,
             "revision": input_args.dataset_revision,
             "image_column": input_args.image_column,
+            "validation_fraction": input_args.validation_fraction,
+            "data_seed": input_args.data_seed,
             "int8_weights": prediction_args.int8,
         },
         overwrite=output_args.overwrite,

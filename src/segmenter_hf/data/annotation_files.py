@@ -164,7 +164,7 @@ def _instance_masks(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The described mask of each image, by its id."""
     objects: dict[int, list[Any]] = {number: [] for number in entries}
-    boxes = []
+    boxes, unknown = [], []
     for annotation in content["annotations"]:
         where = f"{file}: annotation {annotation.get('id') if isinstance(annotation, dict) else annotation!r:.50}"
         number, category = (_entry(annotation, key, int, where) for key in ("image_id", "category_id"))
@@ -176,6 +176,12 @@ def _instance_masks(
         elif number in objects:
             shape = segmentation if isinstance(segmentation, dict) else {"polygons": segmentation}
             objects[number].append([categories[category], shape])
+        else:
+            unknown.append(where)
+    if unknown:
+        logger.warning(
+            "%d annotations are of images that the file does not list, such as %s.", len(unknown), unknown[0]
+        )
     if boxes:
         raise ValueError(
             f"{len(boxes)} of {len(content['annotations'])} annotations are boxes without a segmentation: "

@@ -56,6 +56,8 @@ def decode_example(
     image, mask = open_pair(example, label_set, num_channels)
     stored = stored_ids(mask, row_name(example, "annotation"), label_set)
     ids = class_ids(stored, row_label_set(example, label_set), ignore_index, reduce_labels)
+    if isinstance(image, Image.Image) and image.mode == "F" and num_channels == 1:
+        image = np.asarray(image)[None]
     if isinstance(image, np.ndarray):
         if np.issubdtype(image.dtype, np.floating) and not np.isfinite(image).all():
             raise ValueError(
@@ -152,20 +154,28 @@ def open_image(example: dict[str, Any], column: str, label_set: LabelSet | None 
 
 
 def unstretched(mask: Image.Image, name: str) -> Image.Image:
-    """A mask whose pixels are what the file stores: Pillow spreads gray of 2 and 4 bits over 0 to 255.
+    """A mask whose pixels are what the file stores: Pillow spreads gray of 2 and 4 bits, and of other PGM, over 0 to 255.
 
     Raises:
-        ValueError: If it has 16 bits in each of several channels, of which Pillow drops half.
+        ValueError: If it has 16 bits in each of several channels, of which Pillow drops half, or is spread over 16 bits.
     """
-    parameters = mask.tile[0][3] if mask.tile else ""  # type: ignore[attr-defined]  # how it is going to be decoded
+    tile: Any = mask.tile[0] if mask.tile else ("", None, 0, "")  # type: ignore[attr-defined]  # what will decode it
+    decoder, _, _, parameters = tile
     stored = parameters[0] if isinstance(parameters, tuple) and parameters else parameters
     if isinstance(stored, str) and stored.startswith(("RGB", "LA")) and "16" in stored:
         raise ValueError(
             f"{name}: expected a mask of class ids, got one of 16 bits in several channels, which would be cut to 8. Save it "
             "as gray of 8 or 16 bits."
         )
-    step = {"L;2": 85, "L;4": 17}.get(stored) if isinstance(stored, str) else None
-    return mask if step is None else mask.point([value // step for value in range(256)])
+    if decoder in ("ppm", "ppm_plain"):
+        highest = parameters[-1]
+    else:
+        highest = {"L;2": 3, "L;4": 15}.get(str(stored))
+    if mask.mode == "I" and highest not in (None, 65535):
+        raise ValueError(f"{name}: expected a PGM mask of values up to 255 or 65535, got {highest}. Save it as PNG.")
+    if mask.mode != "L" or highest is None:
+        return mask
+    return mask.point([round(value * highest / 255) for value in range(256)])
 
 
 @contextmanager

@@ -26,6 +26,7 @@ A split that has images and no masks is reported, and cannot be loaded; one wher
 """
 
 import csv
+import glob
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -141,7 +142,7 @@ def load_folder(
     loaded, notes = {}, {}
     for split, files in found.items():
         if isinstance(files, list):
-            loaded[split] = _load_parquet(split, files, streaming)
+            loaded[split] = load_parquet(split, files, streaming)
         elif files.masks:
             loaded[split] = _dataset_of_pairs(files, *columns)
         else:
@@ -201,15 +202,21 @@ def folder_label_set(root: Path, found: Iterable[list[Path] | FolderSplit] = ())
     return label_set_from_names(list(names), name=root.resolve().name) if names else None
 
 
-def _load_parquet(split: str, files: list[Path], streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+def load_parquet(split: str, files: list[Path], streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     if not any(pq.read_metadata(file).num_rows for file in files):
         raise ValueError(f"{files[0]}: the split {split!r} has no rows. Write the images into it, or ask for another.")
-    names = [str(file) for file in files]
-    return (
-        stream_parquet(names)
-        if streaming
-        else datasets.load_dataset("parquet", data_files={split: names}, split=split)
-    )
+    if streaming:
+        return stream_parquet([str(file) for file in files])
+    names = [glob.escape(str(file)) for file in files]
+    try:
+        return datasets.load_dataset("parquet", data_files={split: names}, split=split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise cause from None
+        raise ValueError(
+            f"{files[0].parent}: the parquet files of {split!r} cannot be read as one: {one_line(cause)}"
+        ) from error
 
 
 def stream_parquet(files: Sequence[str], features: datasets.Features | None = None) -> datasets.IterableDataset:
@@ -242,8 +249,7 @@ def _find_splits(
     """
     found: dict[str, list[Path] | FolderSplit] = {}
     for split, aliases in names.items():
-        parquet = [file for alias in aliases for file in _parquet_files(root, alias)]
-        files = parquet or _best_alias(
+        files = find_parquet_files(root, aliases) or _best_alias(
             root, {alias: _best(_split_layouts(root, alias, columns, config)) for alias in aliases}
         )
         if files:
@@ -260,12 +266,8 @@ def _best_alias(root: Path, found: dict[str, FolderSplit | None]) -> FolderSplit
     with_masks = {
         alias: set(split.images.values()) for alias, split in found.items() if split is not None and split.masks
     }
-    first, *others = with_masks or [""]
-    for other in others:
-        if with_masks[other] != with_masks[first]:
-            raise ValueError(
-                f"{root} holds one split under two names, {first!r} and {other!r}: put their files together."
-            )
+    first = next(iter(with_masks), "")
+    _check_one_name(root, [first, *(other for other, images in with_masks.items() if images != with_masks[first])])
     return _best(found.values())
 
 
@@ -303,9 +305,30 @@ def _whole_layouts(root: Path, columns: tuple[str, str], config: str | None) -> 
     yield _one_folder(root)
 
 
-def _parquet_files(root: Path, name: str) -> list[Path]:
-    patterns = (f"{name}-*.parquet", f"{name}.parquet")
-    return sorted(file for folder in (root, root / "data") for pattern in patterns for file in folder.glob(pattern))
+def find_parquet_files(root: Path, names: Iterable[str]) -> list[Path]:
+    """The parquet files of a split under one of its names: in the folder `data`, as on the Hub, or else beside it.
+
+    Raises:
+        ValueError: If the split is there under two names.
+    """
+    for folder in (root / "data", root):
+        found = {}
+        for name in map(glob.escape, names):
+            files = [*folder.glob(f"{name}-*.parquet"), *folder.glob(f"{name}.parquet")]
+            if files:
+                found[name] = sorted(files)
+        _check_one_name(root, list(found))
+        if found:
+            return next(iter(found.values()))
+    return []
+
+
+def _check_one_name(root: Path, names: Sequence[str]) -> None:
+    """A split is there under one name only."""
+    if len(names) > 1:
+        raise ValueError(
+            f"{root} holds one split under two names, {names[0]!r} and {names[1]!r}: put their files together."
+        )
 
 
 # Layouts
@@ -343,6 +366,8 @@ def _one_folder(folder: Path) -> FolderSplit | None:
         files.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
     masks = {stem: paths[0] for stem, paths in files.items() if _image_name(stem, files)}
     if masks:
+        if double := next((paths for paths in files.values() if len(paths) > 1), None):
+            raise ValueError(f"{folder}: two files have one name, {double[0].name} and {double[1].name}. Keep one.")
         images = {stem: paths[0] for stem, paths in files.items() if stem not in masks}
         return FolderSplit(images, match_masks(images, masks), f"{folder}, named X_mask.png")
     jpeg = {stem: [p for p in paths if p.suffix.lower() in (".jpg", ".jpeg")] for stem, paths in files.items()}

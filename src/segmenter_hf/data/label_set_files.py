@@ -90,9 +90,9 @@ def _id_map(ids: list[Any], path: Path) -> dict[str, Any]:
     """What masks store for the classes of a file that gives each an id, where that is not the place of the class.
 
     Raises:
-        ValueError: If the ids are no different integers.
+        ValueError: If the ids are no different integers, or a class has none while others have.
     """
-    if len(ids) < 2 or any(number is None for number in ids) or ids == list(range(len(ids))):
+    if len(ids) < 2 or all(number is None for number in ids) or ids == list(range(len(ids))):
         return {}
     if not all(type(number) is int for number in ids) or len(set(ids)) < len(ids):
         raise ValueError(f"{path}: expected an integer of its own as the id of each class, got {ids[:10]}.")

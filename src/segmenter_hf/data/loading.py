@@ -25,7 +25,8 @@ from ..utils.http import translate_http_errors
 from ..utils.messages import one_line
 from .columns import AnyDataset, check_columns, column_names, find_columns
 from .encoded_images import CACHES, RowImage
-from .folder_layouts import folder_label_set, load_folder, stream_parquet
+from .folder_files import SPLIT_ALIASES
+from .folder_layouts import find_parquet_files, folder_label_set, load_folder, load_parquet, stream_parquet
 from .label_sets import LabelSet
 from .saved_datasets import is_saved_dataset, load_saved_dataset
 from .synthetic_scenes import embedded_scenes
@@ -301,12 +302,17 @@ def load_from_hub(
 
 
 def load_local(root: Path, split: str, config: str | None, streaming: bool) -> AnyDataset:
-    """What `datasets.load_dataset` gives for a folder, but streamed parquet files are read a few rows at a time."""
+    """The parquet files of a split by its names, or else what `datasets.load_dataset` gives for the folder.
+
+    Streamed parquet files are read a few rows at a time.
+    """
+    if files := find_parquet_files(root, SPLIT_ALIASES.get(split, (split,))):
+        return load_parquet(split, files, streaming)
     if streaming:
         builder = datasets.load_dataset_builder(str(root), config)
-        files = (builder.config.data_files or {}).get(split)
-        if builder.name == "parquet" and files:
-            return stream_parquet(files, builder.info.features)
+        addresses = (builder.config.data_files or {}).get(split)
+        if builder.name == "parquet" and addresses:
+            return stream_parquet(addresses, builder.info.features)
     return datasets.load_dataset(str(root), config, split=split, streaming=streaming)
 
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..data.decoding import decode_example
 from ..data.label_sets import LabelSet
+from ..inference.dataset_files import optional_text
 from ..inference.predictor import InputImage, Predictor
 from ..inference.visualization import prediction_grid, preview
 from ..utils.atomic_files import atomic_write, write_json, write_text
@@ -129,7 +130,8 @@ def evaluate_segmentation(
     }
     if num_worst:
         results["worst_images"] = [
-            {"index": index, "id": dataset[index].get("id"), "mean_iou": mean_iou} for mean_iou, index in worst
+            {"index": index, "id": optional_text(dataset[index].get("id")), "mean_iou": mean_iou}
+            for mean_iou, index in worst
         ]
     return results
 

@@ -81,13 +81,14 @@ def read_npy(path: Path, channels: int) -> np.ndarray:
     return values
 
 
-def read_with_pillow(path: Path) -> Image.Image | None:
+def read_with_pillow(path: Path, channels: int) -> Image.Image | None:
     """An image, upright; nothing of a TIFF that Pillow does not read, or takes for one with transparency."""
     with open(path, "rb") as file:
         is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     try:
         with open(path, "rb") as file, Image.open(file) as opened:
-            is_whole = opened.mode in ("1", "L", "P", "I;16", "I;16B")
+            is_stack = channels > 1 and getattr(opened, "n_frames", 1) == channels  # a page for each channel
+            is_whole = opened.mode in ("1", "L", "P", "I;16", "I;16B") and not is_stack
             if opened.mode in ("RGB", "CMYK") and is_tiff:  # of 16 bits, of which Pillow would drop 8
                 is_whole = set(opened.tag_v2.get(BITS_PER_SAMPLE, (8,))) == {8}  # type: ignore[attr-defined]
             if not is_tiff or is_whole:
@@ -106,7 +107,7 @@ def read_image(path: Path, settings: dict[str, Any]) -> np.ndarray:
     if path.suffix.lower() == ".npy":
         values = read_npy(path, channels)
     else:
-        image = read_with_pillow(path)
+        image = read_with_pillow(path, channels)
         if image is None:
             values = read_tiff(path)
         elif image.mode.startswith(("I", "F")):

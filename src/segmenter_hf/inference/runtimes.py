@@ -299,21 +299,29 @@ def check_onnx_graph(model: "onnx.ModelProto", path: Path, weights: str) -> None
             )
 
 
-@functools.cache
 def openvino_core() -> Any:
-    """The `openvino.Core` of the process, which lives as long as it does.
-
-    Each core that uses the CPU gives its thread a stack for signals and takes it back when it goes. Where two go in the order in which
-    they came, the thread is left with one that is freed, and the next signal, such as Ctrl-C, ends the process with a segmentation
-    fault (seen with OpenVINO 2026.4; the stack is that of https://github.com/openvinotoolkit/openvino/pull/11894).
+    """The `openvino.Core` of the process.
 
     Raises:
         ImportError: If OpenVINO is missing.
     """
     try:
-        import openvino
+        import openvino  # noqa: F401
     except ImportError as error:
         raise ImportError(f"OpenVINO is not installed: `pip install segmenter-hf[openvino]` ({error}).") from error
+    return _only_core()
+
+
+@functools.cache
+def _only_core() -> Any:
+    """A core that lives as long as the process.
+
+    Each core that uses the CPU gives its thread a stack for signals and takes it back when it goes. Where two go in the order in which
+    they came, the thread is left with one that is freed, and the next signal, such as Ctrl-C, ends the process with a segmentation
+    fault (seen with OpenVINO 2026.4; the stack is that of https://github.com/openvinotoolkit/openvino/pull/11894).
+    """
+    import openvino
+
     core = openvino.Core()
     core.get_property("CPU", "FULL_DEVICE_NAME")  # from here on it uses the CPU: before the cores that nncf makes
     return core

@@ -3,6 +3,7 @@
 Needs rasterio: `pip install segmenter-hf[geo]`.
 """
 
+import errno
 import json
 import warnings
 from collections.abc import Iterator
@@ -168,6 +169,7 @@ def predict_scene(predictor: Predictor, path: Path, output: Path, polygons: Path
         _leave_out_no_data(class_map, scene)
         with atomic_write(output) as temporary:
             _write_classes(temporary, class_map, scene, predictor)
+            _check_written(temporary, class_map)
         if polygons is not None:
             with atomic_write(polygons) as temporary:
                 _write_polygons(temporary, class_map, scene, predictor.label_set.labels)
@@ -203,6 +205,26 @@ def _write_classes(path: Path, class_map: np.ndarray, scene: Any, predictor: Pre
         for top in range(0, scene.height, ROWS_AT_ONCE):
             rows = class_map[top : top + ROWS_AT_ONCE]
             output.write(rows, 1, window=RasterWindow(0, top, scene.width, len(rows)))
+
+
+def _check_written(path: Path, class_map: np.ndarray) -> None:
+    """Read a class map back: GDAL writes its last blocks as it closes a file, and says nothing where the disk is full then.
+
+    Raises:
+        OSError: If it is not whole.
+    """
+    import rasterio
+    from rasterio.windows import Window as RasterWindow
+
+    height, width = class_map.shape
+    try:
+        with rasterio.open(path) as written:
+            for top in range(0, height, ROWS_AT_ONCE):
+                rows = class_map[top : top + ROWS_AT_ONCE]
+                if not np.array_equal(written.read(1, window=RasterWindow(0, top, width, len(rows))), rows):
+                    raise rasterio.errors.RasterioIOError("other values than were written")
+    except rasterio.errors.RasterioIOError as error:
+        raise OSError(errno.ENOSPC, f"the class map could not be written whole ({error})") from error
 
 
 def _write_polygons(path: Path, class_map: np.ndarray, scene: Any, labels: tuple[str, ...]) -> None:

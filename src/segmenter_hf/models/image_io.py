@@ -335,9 +335,11 @@ def _load_tiff(file: BinaryIO, name: str, num_channels: int | None, limit: int |
         page, series = tiff.pages.first, tiff.series[0]
         samples = page.samplesperpixel
         _check_pixels(page.imagelength, page.imagewidth, limit)
-        if samples == 1 and num_channels not in (None, 1, 3) and series.ndim == 3:  # a page for each channel
-            _check_count(series.shape[0], num_channels, name)
-            return series.asarray()
+        if samples == 1 and series.ndim == 3 and num_channels not in (None, 1):  # a page for each channel
+            if series.shape[0] == num_channels:
+                return series.asarray()
+            if num_channels != 3:  # a gray image is RGB too: the first page
+                _check_count(series.shape[0], num_channels, name)
         is_cmyk = page.photometric == tifffile.PHOTOMETRIC.SEPARATED
         if samples == 1 or (page.dtype == np.uint8 and (samples == 3 or is_cmyk)):
             return None

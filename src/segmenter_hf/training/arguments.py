@@ -202,6 +202,12 @@ class DataArguments:
         metadata={"help": "A second dataset to train on beside the first, such as a folder of predicted labels."},
     )
     extra_split: str = field(default="train", metadata={"help": "Split of the second dataset."})
+    extra_image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images of the second dataset. By default it is found."}
+    )
+    extra_label_column: str | None = field(
+        default=None, metadata={"help": "Column of the masks of the second dataset. By default it is found."}
+    )
     extra_weight: float = field(
         default=1.0,
         metadata={"help": "How many times as often as one of the first dataset an image of the second one is drawn."},
@@ -241,6 +247,8 @@ class DataArguments:
         for name in ("image_size", "crop_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.extra_weight <= 0:
+            raise ValueError(f"`extra_weight` must be above 0, got {self.extra_weight}.")
         if not 0 < self.min_scale <= self.max_scale:
             raise ValueError(
                 f"`min_scale` and `max_scale` must be positive and in order, got {self.min_scale} and {self.max_scale}."
@@ -385,6 +393,7 @@ class SegmentationTrainingArguments(TrainingArguments):
 
     def _check_tools(self) -> None:
         """The options of fine-tuning are in range and fit together."""
+        self.early_stopping_patience = self.early_stopping_patience or None  # 0 turns that of a recipe off
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"`layer_decay` must be above 0 and at most 1, got {self.layer_decay}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
@@ -399,6 +408,13 @@ class SegmentationTrainingArguments(TrainingArguments):
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        for name in ("head_learning_rate_factor", "lora_alpha"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {value}.")
+        if self.unfreeze_at_step is not None and 0 < self.max_steps <= self.unfreeze_at_step:
+            raise ValueError(
+                f"`unfreeze_at_step` {self.unfreeze_at_step} comes after the last step, {self.max_steps}."
+            )
         if not self.freeze_encoder and (self.unfreeze_at_step is not None or self.cache_feature_epochs):
             raise ValueError("`unfreeze_at_step` and `cache_feature_epochs` need `freeze_encoder`.")
         if self.unfreeze_at_step is not None and self.cache_feature_epochs:

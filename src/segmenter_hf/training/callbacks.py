@@ -10,12 +10,14 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation.evaluate import save_prediction_grid
 from ..hub.publishing import PREDICTIONS_IMAGE
 from ..inference.visualization import training_curves
 from ..utils.atomic_files import atomic_write
+from ..utils.json_files import read_json_object
 from .averaging import WeightAverage
 from .checkpoints import remove_partial_checkpoints
 from .recipes import save_recipe
@@ -66,6 +68,21 @@ class SetEpoch(TrainerCallback):
     ) -> None:
         if train_dataloader is not None and hasattr(train_dataloader.dataset, "set_epoch"):
             train_dataloader.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class FindBestCheckpoint(TrainerCallback):
+    """Finds the best checkpoint of a run whose folder was moved: the state has its old path, which Trainer drops."""
+
+    def __init__(self, trainer: "SegmentationTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        resumed_from = self.trainer.resumed_from
+        if resumed_from is None or state.best_model_checkpoint is not None:
+            return
+        stored = read_json_object(Path(resumed_from) / TRAINER_STATE_NAME).get("best_model_checkpoint")
+        if stored is not None and (moved := Path(resumed_from).with_name(Path(stored).name)).is_dir():
+            state.best_model_checkpoint = str(moved)
 
 
 class StopEarly(EarlyStoppingCallback):

@@ -1,5 +1,6 @@
 """Features of a frozen encoder, computed once for the crops of some epochs and read from disk after that."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..models.modeling_vit_encoder import VitEncoderOutput
+from ..utils.atomic_files import translate_writing_errors
 from ..utils.processes import process_state
 from .datasets import TrainDataset
 
@@ -85,8 +87,13 @@ def cache_features(
         partial = directory.with_name(f"{FEATURES_FOLDER}-partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_features(model, examples, num_epochs, partial)
-        partial.rename(directory)
+        try:
+            with translate_writing_errors(directory):
+                _write_features(model, examples, num_epochs, partial)
+                partial.rename(directory)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     state.wait_for_everyone()
     return CachedFeatures(directory, len(examples))
 
@@ -107,7 +114,7 @@ def _write_features(model: PreTrainedModel, examples: TrainDataset, num_epochs: 
                 if not files:
                     dtype: Any = np.uint8 if _fits(model) else np.int32
                     files = [
-                        open_memmap(directory / name, "w+", kind, (total, *values.shape[1:]))
+                        _new_file(directory / name, kind, (total, *values.shape[1:]))
                         for name, kind, values in (
                             ("features.npy", np.float16, features),
                             ("labels.npy", dtype, labels),
@@ -120,6 +127,19 @@ def _write_features(model: PreTrainedModel, examples: TrainDataset, num_epochs: 
         file.flush()
     examples.set_epoch(0)
     model.train(was_training)
+
+
+def _new_file(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+    """An array on disk whose place is reserved: a disk that is full later would end the process by a signal.
+
+    Raises:
+        OSError: If there is no place for it.
+    """
+    file = open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as reserved:
+            os.posix_fallocate(reserved.fileno(), 0, path.stat().st_size)
+    return file
 
 
 def _fits(model: PreTrainedModel) -> bool:

@@ -73,7 +73,12 @@ def load_extra_set(data_args: DataArguments, label_set: LabelSet) -> ExtraSet | 
         return None
     if data_args.streaming:
         raise ValueError("`extra_dataset_name` needs a training set of known length: leave `streaming` out.")
-    dataset = load_split(data_args.extra_dataset_name, data_args.extra_split)
+    dataset = load_split(
+        data_args.extra_dataset_name,
+        data_args.extra_split,
+        image_column=data_args.extra_image_column,
+        label_column=data_args.extra_label_column,
+    )
     return ExtraSet(dataset, extra_label_set(dataset, label_set))
 
 
@@ -95,9 +100,11 @@ def extra_label_set(extra: datasets.Dataset, label_set: LabelSet) -> LabelSet:
         return label_set
     found = fit_to_masks(found.with_background(), extra)
     if found.labels != label_set.labels:
+        different = [index for index, pair in enumerate(zip(found.labels, label_set.labels)) if pair[0] != pair[1]]
+        first = f", and class {different[0]} differs first" if different else ""
         raise ValueError(
-            f"The extra dataset has other classes than the labelled one: {_listed(found.labels)} there, "
-            f"{_listed(label_set.labels)} here. Label it with a model of the same classes."
+            f"The extra dataset has other classes than the labelled one, or another order: {_listed(found.labels)} there, "
+            f"{_listed(label_set.labels)} here{first}. Label it with a model of the same classes."
         )
     if found.ignore_index == label_set.ignore_index:
         return found

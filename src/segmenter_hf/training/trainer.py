@@ -29,7 +29,7 @@ from ..models.image_processing_segmenter import SegmenterImageProcessor
 from ..models.modeling_vit_encoder import VitEncoderPreTrainedModel
 from .arguments import METRICS, SegmentationTrainingArguments
 from .averaging import WeightAverage
-from .callbacks import AverageWeights, SetEpoch, ShowProgress, StopAtNan, StopEarly, nan_message
+from .callbacks import AverageWeights, FindBestCheckpoint, SetEpoch, ShowProgress, StopAtNan, StopEarly, nan_message
 from .checkpoints import check_loaded, check_state, reading_checkpoint, writing_checkpoint
 from .features import encoder_replaced_by
 from .freezing import FreezeEncoder
@@ -241,7 +241,7 @@ class SegmentationTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if not self.control.should_training_stop:  # as training begins, if it had ended early
+        if not (self.control.should_training_stop or self.state.global_step >= self.state.max_steps):  # it had ended
             super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(
@@ -307,7 +307,7 @@ def segmentation_callbacks(
     Raises:
         ValueError: If the weights of a sharded model are to be averaged, or low-rank updates of them trained.
     """
-    yield from (SetEpoch(), StopAtNan(), ShowProgress(trainer))
+    yield from (SetEpoch(), StopAtNan(), ShowProgress(trainer), FindBestCheckpoint(trainer))
     if freezing is not None:
         yield freezing
     if (decay := getattr(trainer.args, "ema_decay", None)) is not None:

@@ -159,6 +159,12 @@ def count_classes(
         1, (-1, patch_size)
     )  # (batch, rows, side, columns, side)
     patches = patches.transpose(2, 3).flatten(3).flatten(0, 2)  # (batch * patches, pixels)
+    wrong = patches[(patches != ignore_index) & ((patches < 0) | (patches >= num_classes))]
+    if len(wrong):
+        raise ValueError(
+            f"Labels must be from 0 to {num_classes - 1} or the ignored {ignore_index}, got {wrong.unique().tolist()[:5]}. "
+            "Check all masks before training (`max_scanned_masks`)."
+        )
     valid = (patches != ignore_index).float()
     counts = torch.zeros(len(patches), num_classes)
     return counts.scatter_add_(1, patches.where(valid > 0, 0), valid)

@@ -167,16 +167,17 @@ def move_directory(directory: Path, path: Path, old: Path) -> None:
     attempt = 0
     while True:
         replaced = old if attempt == 0 else old.with_name(f"{old.name}-{attempt}")
-        with suppress(FileNotFoundError):  # another process has moved it in between
-            path.rename(replaced)
         try:
+            with suppress(FileNotFoundError):  # another process has moved it in between
+                path.rename(replaced)
             directory.rename(path)
             return
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and path.is_dir() and attempt < MAX_MOVES:
+        except BaseException as error:  # a signal too, which may come between the two moves
+            is_taken = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+            if is_taken and path.is_dir() and attempt < MAX_MOVES:
                 attempt += 1  # another process has put its own there
                 continue
-            if replaced.exists():
+            if replaced.exists() and not path.exists():
                 replaced.rename(path)
             raise
 
