@@ -76,6 +76,16 @@ def make_trainer(output_dir: Path, model: SegmenterForSemanticSegmentation, **kw
     return SegmentationTrainer(model=model, args=arguments, train_dataset=Crops(), label_set=labels)
 
 
+def test_tokens_positions_norms_and_biases_are_not_decayed_with_one_rate_either(tmp_path) -> None:
+    model = tiny_model()
+    trainer = make_trainer(tmp_path, model, weight_decay=0.1)
+    trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    decayed = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    assert {"segmenter.layers.0.mlp.fc1.weight", "decode_head.projection.weight"} <= names
+    assert not [name for name in names if "norm" in name or name.endswith(("bias", "token", "embeddings"))]
+
+
 def test_rates_fall_from_the_heads_to_the_embeddings(tmp_path) -> None:
     model = tiny_model()
     trainer = make_trainer(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..models.image_io import IMAGE_FORMATS
+from ..models.image_io import IMAGE_FORMATS, MAX_IMAGE_PIXELS
 from ..utils.json_files import parse_json
 from .encoded_images import DESCRIBED_MASK, encoded_bytes
 from .label_set_files import IGNORE_NAME
@@ -19,7 +19,6 @@ from .label_sets import LabelSet
 
 
 BACKGROUND_NAMES = ("background", "_background_")
-MAX_PIXELS = 2 * 89_478_485  # what Pillow refuses by itself
 MAX_OUTLINE = 4_000_000  # pixels along a polygon; pycocotools allocates 5 points for each, and crashes where it cannot
 LINE_WIDTH, POINT_RADIUS = 10, 5  # pixels, as labelme draws lines and points
 
@@ -109,8 +108,10 @@ def _segment_ids(value: dict[str, Any], segments: dict[str, str], label_set: Lab
 
 def _object_ids(content: dict[str, Any], label_set: LabelSet, name: str) -> np.ndarray:
     height, width = content["size"]
-    if not all(isinstance(side, int) and side > 0 for side in (height, width)) or height * width > MAX_PIXELS:
-        raise ValueError(f"{name}: expected a height and width of at most {MAX_PIXELS} pixels, got {content['size']}.")
+    if not all(isinstance(side, int) and side > 0 for side in (height, width)) or height * width > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"{name}: expected a height and width of at most {MAX_IMAGE_PIXELS} pixels, got {content['size']}."
+        )
     ids = np.full((height, width), _background_id(label_set), dtype=np.int32)
     described = [(_class_id(label, label_set, name), shape) for label, shape in content["objects"]]
     run_lengths = [

@@ -95,12 +95,7 @@ def load_model(
     if int8:
         arguments["quantization_config"] = int8_quantization()
     model, processor = load_model_and_processor(name_or_path, revision, **arguments)
-    if label_set is None:
-        found = get_model_label_set(name_or_path, model.config.id2label or {}, revision)
-    else:
-        found = load_label_set(label_set)
-    found = found.with_background()
-    check_label_set(model, found)
+    found = label_set_for(model, name_or_path, label_set, revision)
     if dtype == torch.bfloat16:
         warn_of_slow_bfloat16(target_device.type)
     model = model.to(target_device).eval()  # type: ignore[arg-type]  # transformers wraps `to` without its `self`
@@ -263,9 +258,7 @@ def load_model_and_processor(
             )
         processor = load_processor(name_or_path, revision)
         processor.device = None  # where it computes is said by its user, not by a file
-        for part, expected in ((model, "Segmenter or SETR model"), (processor, "SegmenterImageProcessor")):
-            if not type(part).__module__.startswith("segmenter_hf."):
-                raise ValueError(f"{name_or_path}: expected a {expected}, got a {type(part).__name__}. {REMEDY}")
+        check_is_ours(name_or_path, model, processor)
         check_weights(name_or_path, model, loading_info, revision=revision)
     if kwargs.get("patch_size") is not None:
         processor = with_patch_size(processor, model.config.patch_size)
@@ -440,6 +433,46 @@ def stored_integers(name_or_path: str | Path, revision: str | None = None) -> se
 
 class _HasConfig(Protocol):
     config: Any
+
+
+def check_is_ours(name_or_path: str | Path, model: Any, processor: Any) -> None:
+    """Refuse what was loaded if it is not of this package.
+
+    Args:
+        name_or_path (`str` or `Path`): Where it was loaded from.
+        model (`PreTrainedModel` or `PreTrainedConfig`): The model, or its configuration.
+        processor (`BaseImageProcessor`): Its image processor.
+
+    Raises:
+        ValueError: If one is of another class.
+    """
+    for part, expected in ((model, "Segmenter or SETR model"), (processor, "SegmenterImageProcessor")):
+        if not type(part).__module__.startswith("segmenter_hf."):
+            raise ValueError(f"{name_or_path}: expected a {expected}, got a {type(part).__name__}. {REMEDY}")
+
+
+def label_set_for(
+    model: _HasConfig, name_or_path: str | Path, label_set: str | None = None, revision: str | None = None
+) -> LabelSet:
+    """The label set of a name or file, or by default the one that belongs to a model, with two classes for one logit.
+
+    Args:
+        model (`PreTrainedModel`): The model, or something else with its `config`.
+        name_or_path (`str` or `Path`): Directory or Hub name of the model.
+        label_set (`str`, *optional*): Name or file of a label set.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub; the main branch by default.
+
+    Raises:
+        FileNotFoundError: If there is no such label set.
+        ValueError: If it does not fit the model.
+    """
+    if label_set is None:
+        found = get_model_label_set(name_or_path, model.config.id2label or {}, revision)
+    else:
+        found = load_label_set(label_set)
+    found = found.with_background()
+    check_label_set(model, found)
+    return found
 
 
 def check_label_set(model: _HasConfig, label_set: LabelSet) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 from PIL.Image import Resampling
 
+from ..models.image_io import MAX_IMAGE_PIXELS
 from ..models.image_processing_segmenter import AnyImageProcessor
 
 
 MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 MAX_SCALE = 16
-MAX_IMAGE_PIXELS = 2 * 89_478_485  # what Pillow refuses by itself
 # Fields of the image processor that change its pixel values, beside those of the protocol.
 PIXEL_FIELDS = (
     "do_convert_rgb",

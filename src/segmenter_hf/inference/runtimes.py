@@ -18,11 +18,11 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from ..data.label_sets import LabelSet, get_model_label_set, load_label_set
+from ..data.label_sets import LabelSet
 from ..models.image_processing_segmenter import AnyImageProcessor
 from ..utils.folders import lies_within
 from .model_files import REMEDY, check_model_files, count_weights
-from .model_loading import check_label_set, load_processor, translate_loading_errors
+from .model_loading import check_is_ours, label_set_for, load_processor, translate_loading_errors
 
 
 if TYPE_CHECKING:
@@ -143,20 +143,13 @@ def load_network(
         config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         processor = load_processor(name, revision)
         processor.device = None  # where it computes is said by its user, not by a file
-        for part, wanted in ((config, "a Segmenter or SETR model"), (processor, "a SegmenterImageProcessor")):
-            if not type(part).__module__.startswith("segmenter_hf."):
-                raise ValueError(f"{name}: expected {wanted}, got a {type(part).__name__}. {REMEDY}")
+        check_is_ours(name, config, processor)
         precision = choose_precision(name, config, runtime, precision)
         path = find_model_file(name, RUNTIME_FILES[runtime][precision], revision)
         load = load_onnx if runtime == "onnxruntime" else load_openvino
         run = load(path, config, precision)
     network = RuntimeNetwork(run, config, runtime, precision, name)
-    found = (
-        get_model_label_set(name, config.id2label or {}, revision) if label_set is None else load_label_set(label_set)
-    )
-    found = found.with_background()
-    check_label_set(network, found)
-    return network, processor, found
+    return network, processor, label_set_for(network, name, label_set, revision)
 
 
 def choose_precision(name: str, config: PreTrainedConfig, runtime: str, precision: str | None) -> str:

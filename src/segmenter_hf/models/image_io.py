@@ -17,6 +17,7 @@ from transformers.image_utils import ChannelDimension
 
 # A large image is brought to 8 bits, and resized, in parts: twice in memory it would be what limits its size.
 PIXELS_AT_ONCE = 2**22
+MAX_IMAGE_PIXELS = 2 * 89_478_485  # what Pillow refuses by itself
 # Decoded by libraries alone. Pillow hands others to programs that run what is in them: PostScript to Ghostscript.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 TIFF_PREFIXES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -445,6 +446,7 @@ __all__ = [
     "ARRAY_SUFFIXES",
     "IMAGE_FORMATS",
     "IMAGE_SUFFIXES",
+    "MAX_IMAGE_PIXELS",
     "PIXELS_AT_ONCE",
     "channel_axis",
     "check_channels",

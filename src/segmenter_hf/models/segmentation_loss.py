@@ -78,8 +78,7 @@ def plain_upsampled_cross_entropy(
     Args, Returns, Raises: As there.
     """
     check_arguments(logits, labels, class_weights, label_smoothing)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    upsampled = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    upsampled = upsample_logits(logits, labels)
     total = total_label_weight(labels, ignore_index, class_weights).to(upsampled.dtype)
     loss = nn.functional.cross_entropy(
         upsampled,
@@ -123,8 +122,7 @@ def upsampled_hard_pixel_loss(
         raise ValueError(
             f"`focal_gamma` must be at least 0 and `ohem_fraction` from 0 to 1, got {focal_gamma} and {ohem_fraction}."
         )
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    upsampled = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    upsampled = upsample_logits(logits, labels)
     valid = labels != ignore_index
     scores = upsampled.movedim(1, -1)[valid]  # (valid pixels, labels)
     targets = labels[valid].long()
@@ -156,8 +154,7 @@ def upsampled_dice_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index
         `torch.FloatTensor` of shape `()`: The loss, from 0 to 1; 0 with a zero gradient if all pixels are ignored.
     """
     check_arguments(logits, labels, None, 0.0)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    upsampled = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    upsampled = upsample_logits(logits, labels)
     valid = labels != ignore_index
     probabilities = upsampled.softmax(dim=1) * valid[:, None]
     truth = nn.functional.one_hot(labels.where(valid, 0).long(), logits.shape[1]).movedim(-1, 1) * valid[:, None]
@@ -165,6 +162,12 @@ def upsampled_dice_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index
     losses = 1 - 2 * overlap / (probabilities.sum((0, 2, 3)) + of_truth).clamp(min=1e-7)
     occurs = of_truth > 0
     return (losses * occurs).sum() / occurs.sum().clamp(min=1)
+
+
+def upsample_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, labels, height, width) bilinearly at the size of the labels, in float32 or float64."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def total_label_weight(

@@ -124,7 +124,8 @@ def prepare_decoder(trainer: SegmentationTrainer, is_new: bool) -> None:
                 f"The decoder starts from a linear probe of {crops} crops, right in {100 * probe.accuracy:.1f} % of its pixels."
             )
     if args.cache_feature_epochs:
-        if is_new and trainer.is_world_process_zero():
+        # Those of an earlier start are of this run only where it finds its checkpoint by itself.
+        if (is_new or args.resume_from_checkpoint) and trainer.is_world_process_zero():
             shutil.rmtree(Path(args.output_dir) / FEATURES_FOLDER, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
         with trainer.accelerator.autocast():  # in the precision of the training, which has the same features then

@@ -226,7 +226,7 @@ class SegmentationTrainer(Trainer):
         Raises:
             FloatingPointError: If a weight is NaN or infinite.
         """
-        check_finite(self.model, self.state.global_step)
+        check_finite_weights(self.model, self.state.global_step)
         super().save_model(output_dir, _internal_call)
 
     # Checkpoints
@@ -331,7 +331,7 @@ def with_own_generator(loader: DataLoader, args: SegmentationTrainingArguments) 
     return loader
 
 
-def check_finite(model: torch.nn.Module, step: int) -> None:
+def check_finite_weights(model: torch.nn.Module, step: int) -> None:
     """Refuse a model that no training can continue with.
 
     Raises:
