@@ -130,6 +130,8 @@ def test_a_tiff_of_three_gray_pages_has_three_channels(tmp_path) -> None:
     assert np.array_equal(read_channels(tmp_path / "pages.tif"), pixels)
     tifffile.imwrite(tmp_path / "pages.tif", pixels[:2], photometric="minisblack")
     assert np.array_equal(read_channels(tmp_path / "pages.tif"), pixels[0])  # of others the first one, gray
+    tifffile.imwrite(tmp_path / "pages.tif", pixels, photometric="miniswhite")
+    assert np.array_equal(read_channels(tmp_path / "pages.tif"), 255 - pixels[0])
 
 
 def test_floats_of_one_channel_are_trained_on_as_they_are_predicted(tmp_path) -> None:

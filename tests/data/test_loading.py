@@ -137,7 +137,7 @@ def test_parquet_files_are_read_like_on_the_hub(tmp_path, folder, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_parquet_files_of_one_split_are_read_once(tmp_path, streaming):
+def test_parquet_files_of_one_split_are_read_once(tmp_path, streaming, caplog):
     folder = tmp_path / "br [v2]"
     (folder / "data").mkdir(parents=True)
     dataset_of([mask_array()]).to_parquet(folder / "train.parquet")
@@ -145,9 +145,20 @@ def test_parquet_files_of_one_split_are_read_once(tmp_path, streaming):
     found = load_segmentation_datasets(str(folder), splits=["train"], streaming=streaming)["train"]
     assert len(list(found)) == len(list(load_image_dataset(str(folder), streaming=streaming))) == 2
     dataset_of([mask_array()]).to_parquet(folder / "data" / "training.parquet")
-    for load in (load_segmentation_datasets, load_image_dataset):
-        with pytest.raises(ValueError, match="one split under two names, 'train' and 'training'"):
-            load(str(folder), **({} if load is load_image_dataset else {"splits": ["train"]}))
+    again = load_segmentation_datasets(str(folder), splits=["train"], streaming=streaming)["train"]
+    assert len(list(again)) == 2 and "train is read as the split, and training left out" in caplog.text
+
+
+def test_a_readme_says_what_the_splits_of_a_folder_are(tmp_path):
+    for name, seeds in (("data/train-0", (0,)), ("other/train-0", (0, 1))):
+        (tmp_path / name).parent.mkdir()
+        dataset_of([mask_array(seed) for seed in seeds]).to_parquet(tmp_path / f"{name}.parquet")
+    configs = "".join(
+        f"- config_name: {name}\n  data_files: {folder}/*\n" for name, folder in (("a", "data"), ("b", "other"))
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for streaming in (True, False):
+        assert len(list(load_image_dataset(str(tmp_path), dataset_config="b", streaming=streaming))) == 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -166,13 +177,19 @@ def test_parquet_files_that_differ_are_refused_in_words(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_rows_name_files_from_the_folder_of_the_dataset(tmp_path, streaming):
+def test_rows_name_files_from_the_folder_of_the_dataset(tmp_path, streaming, monkeypatch):
     save(tmp_path / "images" / "a.png", image_array())
     feature = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
     rows = [{"image": {"bytes": None, "path": "images/a.png"}}]
     datasets.Dataset.from_list(rows, features=feature).to_parquet(tmp_path / "train.parquet")
+    save(tmp_path / "elsewhere" / "images" / "a.png", image_array(1))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    expected = (tmp_path / "images" / "a.png").read_bytes()
     (row,) = load_image_dataset(str(tmp_path), streaming=streaming)
-    assert encoded_bytes(row["image"]) == (tmp_path / "images" / "a.png").read_bytes()
+    assert encoded_bytes(row["image"]) == expected
+    pq.write_table(pa.table({"image": ["images/a.png"]}), tmp_path / "train.parquet")
+    (row,) = load_image_dataset(str(tmp_path), image_column="image", streaming=streaming)
+    assert encoded_bytes(row["image"]) == expected
 
 
 def test_a_folder_may_be_streamed(tmp_path):
@@ -322,9 +339,10 @@ def test_masks_of_pgm_hold_what_the_file_stores(header):
     assert decode_example(row)[1].tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_masks_of_pgm_of_another_range_of_16_bits_are_refused():
-    row = {"image": encoded(image_array(0, 1, 1)), "annotation": {"bytes": b"P5 1 1 1000\n\0\7", "path": None}}
-    with pytest.raises(ValueError, match="values up to 255 or 65535, got 1000"):
+@pytest.mark.parametrize("content", [b"P5 1 1 1000\n\0\7", b"P6 1 1 15\n\7\7\7"])
+def test_masks_of_pgm_and_ppm_of_another_range_are_refused(content):
+    row = {"image": encoded(image_array(0, 1, 1)), "annotation": {"bytes": content, "path": None}}
+    with pytest.raises(ValueError, match="values up to 255 or 65535, got 1"):
         decode_example(row)
 
 

@@ -124,7 +124,7 @@ class TinyModel(NamedTuple):
 
 
 def make_models() -> dict[str, TinyModel]:
-    """Models whose logits differ from place to place: several classes, one class, logits finer than patches."""
+    """Models whose logits differ from place to place: several classes, one class, logits finer than patches, padded on all sides."""
     torch.manual_seed(0)
     fields = {**tiny_scenes_config().to_dict(), "initializer_range": 0.3}
     one_class = {**fields, "id2label": {0: "road"}, "label2id": {"road": 0}, "num_labels": 1}
@@ -135,10 +135,13 @@ def make_models() -> dict[str, TinyModel]:
         "several": SegmenterForSemanticSegmentation(SegmenterConfig(**fields)),
         "one_class": SegmenterForSemanticSegmentation(SegmenterConfig(**one_class)),
         "setr": SetrForSemanticSegmentation(SetrConfig(decoder_type="pup", decoder_num_convs=2, **setr)),
+        "centered": SegmenterForSemanticSegmentation(SegmenterConfig(**{**fields, "padding": "center"})),
     }
     size = {"shortest_edge": 44, "longest_edge": 90}
     processors = dict.fromkeys(models, SegmenterImageProcessor(size=size, **WINDOWS))
     processors["setr"] = SegmenterImageProcessor(size=size, scales=[0.75, 1.25], do_flip=True, **WINDOWS)
+    odd = {**WINDOWS, "window_size": 36, "window_stride": 28, "padding": "center"}  # no multiple of the patches
+    processors["centered"] = SegmenterImageProcessor(size=size, **odd)
     with torch.no_grad():  # logits on both sides of 0
         norm = models["one_class"].decode_head.mask_norm
         norm.bias -= models["one_class"].eval()(torch.randn(4, 3, 32, 40)).logits.mean()
@@ -213,7 +216,7 @@ def segment_in(page: "playwright.Page", address: str, name: str, load: dict, opt
     return page.evaluate(SEGMENT, {"model": f"/models/{name}", "images": images, "load": load, "options": options})
 
 
-@pytest.mark.parametrize("name", ["several", "one_class", "setr"])
+@pytest.mark.parametrize("name", ["several", "one_class", "setr", "centered"])
 def test_class_maps_are_those_of_the_package(name, page, address, models) -> None:
     told = segment_in(page, address, name, {}, {"confidence": True})
     assert told["device"] == "wasm" and set(told["progress"]) == {"download", "prepare", "windows", "merge"}
@@ -330,6 +333,7 @@ def test_a_model_comes_from_a_folder_or_an_archive(page, address, models, tmp_pa
 def test_the_page_shows_the_image_chosen_last_and_says_what_is_left_out(page, address, models, tmp_path) -> None:
     page.goto(f"{address}/?model=models/several/&dtype=q4")
     page.get_by_text("asks for dtype=q4: expected fp32").wait_for()
+    page.goto(f"{address}/?model=models/several/")
     page.get_by_text("runs on the processor").wait_for()
     Image.new("RGB", (4000, 3000), "green").save(tmp_path / "large.png")
     page.set_input_files("#image", tmp_path / "large.png")

@@ -128,8 +128,9 @@ async function takeImage(image: Blob, others: number): Promise<void> {
   }
   shownPhoto = waiting = showPhoto(image, bitmap);
   current = undefined;
-  showError(others ? `One image at a time: the first is taken, ${others} more ${others === 1 ? "is" : "are"} left out.` : undefined);
+  showError();
   segmentWaiting();
+  if (others) showError(`One image at a time: the first is taken, ${others} more ${others === 1 ? "is" : "are"} left out.`);
 }
 
 function segmentWaiting(): void {
@@ -293,8 +294,11 @@ async function loadFirstModel(): Promise<void> {
   if (dtype) {
     const menu = element<HTMLSelectElement>("dtype");
     const known = [...menu.options].map(({ value }) => value);
-    if (known.includes(dtype)) menu.value = dtype;
-    else showError(`The address of this page asks for dtype=${dtype}: expected ${known.join(", ")}.`);
+    if (!known.includes(dtype)) {
+      showError(`The address of this page asks for dtype=${dtype}: expected ${known.join(", ")}.`);
+      return;
+    }
+    menu.value = dtype;
   }
   const model = asked.get("model");
   if (model) {

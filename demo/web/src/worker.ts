@@ -39,6 +39,14 @@ async function decode(image: ImageBitmap | Blob | Pixels): Promise<Pixels> {
       throw new TypeError("This file cannot be read as an image. JPEG, PNG and WebP work.");
     }
   }
+  try {
+    return readPixels(bitmap);
+  } finally {
+    bitmap.close();
+  }
+}
+
+function readPixels(bitmap: ImageBitmap): Pixels {
   const { height, width } = bitmap;
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   if (!context) throw new Error(`The browser has no memory for an image of ${width} x ${height} pixels.`);
@@ -48,7 +56,6 @@ async function decode(image: ImageBitmap | Blob | Pixels): Promise<Pixels> {
   }
   context.clearRect(0, 0, 1, 1);
   context.drawImage(bitmap, 0, 0);
-  bitmap.close();
   return context.getImageData(0, 0, width, height);
 }
 

@@ -57,7 +57,8 @@ def decode_example(
     stored = stored_ids(mask, row_name(example, "annotation"), label_set)
     ids = class_ids(stored, row_label_set(example, label_set), ignore_index, reduce_labels)
     if isinstance(image, Image.Image) and image.mode == "F" and num_channels == 1:
-        image = np.asarray(image)[None]
+        with translate_decoding_errors(row_name(example, "image")):
+            image = np.asarray(image)[None]
     if isinstance(image, np.ndarray):
         if np.issubdtype(image.dtype, np.floating) and not np.isfinite(image).all():
             raise ValueError(
@@ -171,8 +172,8 @@ def unstretched(mask: Image.Image, name: str) -> Image.Image:
         highest = parameters[-1]
     else:
         highest = {"L;2": 3, "L;4": 15}.get(str(stored))
-    if mask.mode == "I" and highest not in (None, 65535):
-        raise ValueError(f"{name}: expected a PGM mask of values up to 255 or 65535, got {highest}. Save it as PNG.")
+    if highest not in (None, 255, 65535) and mask.mode in ("I", "RGB"):
+        raise ValueError(f"{name}: expected a mask of values up to 255 or 65535, got {highest}. Save it as PNG.")
     if mask.mode != "L" or highest is None:
         return mask
     return mask.point([round(value * highest / 255) for value in range(256)])

@@ -38,15 +38,16 @@ class RowImage(datasets.Image):
         return value
 
     def decode_example(
-        self, value: dict[str, Any] | bytes | None, token_per_repo_id: Any = None
+        self, value: dict[str, Any] | bytes | str | None, token_per_repo_id: Any = None
     ) -> dict[str, Any] | None:
         """The value, with the folders if a file that it names may be read.
 
         Raises:
             ValueError: If the column holds something else than images.
         """
-        if isinstance(value, bytes):  # of a stream, whose columns are not cast
-            value = {"bytes": value, "path": None}
+        if isinstance(value, (bytes, str)):  # of a stream, whose columns are not cast
+            is_path = isinstance(value, str)
+            value = {"bytes": None if is_path else value, "path": value if is_path else None}
         if value is not None and not (isinstance(value, dict) and {"bytes", "path"} <= value.keys()):
             raise ValueError(f"expected encoded images in a column of images, got {value!r:.100}.")
         if value is None or (value["bytes"] is not None and not value["bytes"].startswith(DESCRIBED_MASK)):
@@ -101,12 +102,12 @@ def openable(path: str, folders: Sequence[str] | None = None) -> str | Path:
         FileNotFoundError: If there is no such file, or it is none to read, such as a pipe.
         ValueError: If it is something else: untrusted rows ask no servers and read no other files.
     """
-    beside = os.path.join(folders[0], path) if folders and not os.path.isabs(path) else path
-    if not os.path.isfile(path) and os.path.isfile(beside):  # a path from the folder of the dataset
+    if folders and os.path.isfile(beside := os.path.join(folders[0], path)):  # a path from the folder of the dataset
         path = beside
     if os.path.isfile(path):  # its name may look like an address
-        _check_place(path, os.path.abspath(path), folders)
-        return Path(path)
+        place = os.path.abspath(path)
+        _check_place(path, place, folders)
+        return Path(place)
     *archives, place = path.split("::")
     protocol, _, local = place.rpartition("://")
     if protocol not in ("", "file", "hf") or not {hop.partition("://")[0] for hop in archives} <= ARCHIVES:

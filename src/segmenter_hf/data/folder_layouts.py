@@ -266,8 +266,12 @@ def _best_alias(root: Path, found: dict[str, FolderSplit | None]) -> FolderSplit
     with_masks = {
         alias: set(split.images.values()) for alias, split in found.items() if split is not None and split.masks
     }
-    first = next(iter(with_masks), "")
-    _check_one_name(root, [first, *(other for other, images in with_masks.items() if images != with_masks[first])])
+    first, *others = with_masks or [""]
+    for other in others:
+        if with_masks[other] != with_masks[first]:
+            raise ValueError(
+                f"{root} holds one split under two names, {first!r} and {other!r}: put their files together."
+            )
     return _best(found.values())
 
 
@@ -306,29 +310,19 @@ def _whole_layouts(root: Path, columns: tuple[str, str], config: str | None) -> 
 
 
 def find_parquet_files(root: Path, names: Iterable[str]) -> list[Path]:
-    """The parquet files of a split under one of its names: in the folder `data`, as on the Hub, or else beside it.
-
-    Raises:
-        ValueError: If the split is there under two names.
-    """
+    """The parquet files of a split under the first of its names: in the folder `data`, as on the Hub, or else beside it."""
     for folder in (root / "data", root):
         found = {}
-        for name in map(glob.escape, names):
-            files = [*folder.glob(f"{name}-*.parquet"), *folder.glob(f"{name}.parquet")]
-            if files:
+        for name in names:
+            pattern = glob.escape(name)
+            if files := [*folder.glob(f"{pattern}-*.parquet"), *folder.glob(f"{pattern}.parquet")]:
                 found[name] = sorted(files)
-        _check_one_name(root, list(found))
         if found:
-            return next(iter(found.values()))
+            first, *others = found
+            if others:
+                logger.warning("%s: %s is read as the split, and %s left out.", folder, first, ", ".join(others))
+            return found[first]
     return []
-
-
-def _check_one_name(root: Path, names: Sequence[str]) -> None:
-    """A split is there under one name only."""
-    if len(names) > 1:
-        raise ValueError(
-            f"{root} holds one split under two names, {names[0]!r} and {names[1]!r}: put their files together."
-        )
 
 
 # Layouts

@@ -306,7 +306,8 @@ def load_local(root: Path, split: str, config: str | None, streaming: bool) -> A
 
     Streamed parquet files are read a few rows at a time.
     """
-    if files := find_parquet_files(root, SPLIT_ALIASES.get(split, (split,))):
+    is_configured = config is not None or (root / "README.md").is_file()  # which may say what belongs to a split
+    if not is_configured and (files := find_parquet_files(root, SPLIT_ALIASES.get(split, (split,)))):
         return load_parquet(split, files, streaming)
     if streaming:
         builder = datasets.load_dataset_builder(str(root), config)

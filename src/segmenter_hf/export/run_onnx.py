@@ -25,7 +25,8 @@ from PIL import Image, ImageOps
 
 
 HERE = Path(__file__).resolve().parent
-BITS_PER_SAMPLE = 258  # tag of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
+MIN_IS_BLACK = 1  # its photometric interpretation of plain gray
 
 
 def taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -87,7 +88,11 @@ def read_with_pillow(path: Path, channels: int) -> Image.Image | None:
         is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     try:
         with open(path, "rb") as file, Image.open(file) as opened:
-            is_stack = channels > 1 and getattr(opened, "n_frames", 1) == channels  # a page for each channel
+            is_stack = (
+                is_tiff and channels > 1 and getattr(opened, "n_frames", 1) == channels
+            )  # a page for each channel
+            if is_stack and channels == 3:
+                is_stack = opened.tag_v2.get(PHOTOMETRIC) == MIN_IS_BLACK  # type: ignore[attr-defined]
             is_whole = opened.mode in ("1", "L", "P", "I;16", "I;16B") and not is_stack
             if opened.mode in ("RGB", "CMYK") and is_tiff:  # of 16 bits, of which Pillow would drop 8
                 is_whole = set(opened.tag_v2.get(BITS_PER_SAMPLE, (8,))) == {8}  # type: ignore[attr-defined]

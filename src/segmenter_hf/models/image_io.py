@@ -336,20 +336,20 @@ def _load_tiff(file: BinaryIO, name: str, num_channels: int | None, limit: int |
         page, series = tiff.pages.first, tiff.series[0]
         samples = page.samplesperpixel
         _check_pixels(page.imagelength, page.imagewidth, limit)
-        if samples == 1 and series.ndim == 3 and num_channels not in (None, 1):  # a page for each channel
-            if series.shape[0] == num_channels:
-                return series.asarray()
-            if num_channels != 3:  # a gray image is RGB too: the first page
-                _check_count(series.shape[0], num_channels, name)
+        is_stack = samples == 1 and series.ndim == 3 and num_channels not in (None, 1)  # a page for each channel
+        if num_channels == 3:  # else the first page, which becomes RGB
+            is_stack &= len(series.pages) == 3 and page.photometric == tifffile.PHOTOMETRIC.MINISBLACK
         is_cmyk = page.photometric == tifffile.PHOTOMETRIC.SEPARATED
-        if samples == 1 or (page.dtype == np.uint8 and (samples == 3 or is_cmyk)):
+        if not is_stack and (samples == 1 or (page.dtype == np.uint8 and (samples == 3 or is_cmyk))):
             return None
         if page.tags.valueof("Orientation", 1) != 1:
             raise ValueError(
                 "the TIFF is stored turned (tag Orientation), and its pixels are read as they are. Save it upright."
             )
         if num_channels is not None:  # before what may fill the memory is decoded
-            _check_count(samples, num_channels, name)
+            _check_count(series.shape[0] if is_stack else samples, num_channels, name)
+        if is_stack:
+            return series.asarray()
         array = page.asarray()
         return array if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE else np.moveaxis(array, -1, 0)
 

@@ -81,7 +81,7 @@ class FindBestCheckpoint(TrainerCallback):
         if resumed_from is None or state.best_model_checkpoint is not None:
             return
         stored = read_json_object(Path(resumed_from) / TRAINER_STATE_NAME).get("best_model_checkpoint")
-        if stored is not None and (moved := Path(resumed_from).with_name(Path(stored).name)).is_dir():
+        if stored is not None and (moved := Path(args.output_dir, Path(stored).name)).is_dir():
             state.best_model_checkpoint = str(moved)
 
 
