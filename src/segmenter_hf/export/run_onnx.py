@@ -88,9 +88,8 @@ def read_with_pillow(path: Path, channels: int) -> Image.Image | None:
         is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     try:
         with open(path, "rb") as file, Image.open(file) as opened:
-            is_stack = (
-                is_tiff and channels > 1 and getattr(opened, "n_frames", 1) == channels
-            )  # a page for each channel
+            # A page for each channel; of gray pages in another number the first one is the image.
+            is_stack = is_tiff and channels > 1 and getattr(opened, "n_frames", 1) == channels
             if is_stack and channels == 3:
                 is_stack = opened.tag_v2.get(PHOTOMETRIC) == MIN_IS_BLACK  # type: ignore[attr-defined]
             is_whole = opened.mode in ("1", "L", "P", "I;16", "I;16B") and not is_stack
