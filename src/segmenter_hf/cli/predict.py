@@ -32,8 +32,12 @@ from .remembered import recall_data_arguments
 
 # What is taken from the recipe of the model where the command line says nothing.
 DATA_ARGUMENTS = (
-    *("dataset_config", "dataset_revision", "image_column", "label_column"),
-    *("validation_fraction", "data_seed"),
+    "dataset_config",
+    "dataset_revision",
+    "image_column",
+    "label_column",
+    "validation_fraction",
+    "data_seed",
 )
 
 

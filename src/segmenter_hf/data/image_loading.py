@@ -18,7 +18,7 @@ from .loading import (
     keep_columns,
     load_from_hub,
     load_local,
-    load_segmentation_datasets,
+    load_split,
 )
 from .saved_datasets import is_saved_dataset, load_saved_dataset
 
@@ -96,17 +96,17 @@ def load_image_dataset(
     """
     source = (dataset_config, revision, streaming)
     if split in ("train", "validation") and validation_fraction and not _has_validation_split(dataset_name, *source):
-        loaded = load_segmentation_datasets(
+        loaded = load_split(
             dataset_name,
-            splits=[split],
+            split,
             dataset_config=dataset_config,
-            revision=revision,
+            dataset_revision=revision,
             image_column=image_column,
             label_column=label_column,
             validation_fraction=validation_fraction,
-            seed=data_seed,
+            data_seed=data_seed,
         )
-        return loaded[split].remove_columns("annotation")
+        return loaded.remove_columns("annotation")
     dataset, folders = _load_images(dataset_name, split, *source)
     return keep_columns(dataset, {image_column or find_image_column(dataset): "image"}, folders)
 
@@ -127,7 +127,7 @@ def _load_images(
     """A split with all its columns, and where files that its rows name may lie."""
     root = Path(dataset_name)
     if dataset_name == "scenes":
-        return load_segmentation_datasets(dataset_name, splits=[split])[split], ()
+        return load_split(dataset_name, split), ()
     if not root.is_dir():
         check_name(dataset_name)
         return load_from_hub(dataset_name, dataset_config, revision, streaming, split), HUB_FOLDERS

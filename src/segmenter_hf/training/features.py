@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..models.modeling_vit_encoder import VitEncoderOutput
-from ..utils.atomic_files import translate_writing_errors
+from ..utils.atomic_files import atomic_directory
 from ..utils.processes import process_state
 from .datasets import TrainDataset
 
@@ -84,16 +84,10 @@ def cache_features(
         )
     directory, state = Path(output_dir) / FEATURES_FOLDER, process_state()
     if state.is_main_process and not directory.is_dir():
-        partial = directory.with_name(f"{FEATURES_FOLDER}-partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            with translate_writing_errors(directory):
-                _write_features(model, examples, num_epochs, partial)
-                partial.rename(directory)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        for leftover in directory.parent.glob(f".{FEATURES_FOLDER}-partial-*"):  # of a killed run
+            shutil.rmtree(leftover, ignore_errors=True)
+        with atomic_directory(directory) as partial:
+            _write_features(model, examples, num_epochs, partial)
     state.wait_for_everyone()
     return CachedFeatures(directory, len(examples))
 
